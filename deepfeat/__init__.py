@@ -1,0 +1,40 @@
+"""Pretrained-CNN features as scikit-learn estimators.
+
+>>> from deepfeat import DeepFeatureExtractor
+>>> from sklearn.pipeline import make_pipeline
+>>> from sklearn.svm import LinearSVC
+>>> pipe = make_pipeline(DeepFeatureExtractor("vgg16", "relu7"), LinearSVC())
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._backbones import list_backbones as list_backbones
+    from ._extractor import DeepFeatureExtractor as DeepFeatureExtractor
+    from ._extractor import list_layers as list_layers
+    from ._layers import LayerNotFoundError as LayerNotFoundError
+
+__version__ = "0.1.0.dev0"
+
+# Each name is imported when it is first asked for: torch and torchvision take seconds to load.
+_ROOM_OF = {
+    "DeepFeatureExtractor": "_extractor",
+    "LayerNotFoundError": "_layers",
+    "list_backbones": "_backbones",
+    "list_layers": "_extractor",
+}
+
+__all__ = ["DeepFeatureExtractor", "LayerNotFoundError", "list_backbones", "list_layers"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_ROOM_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,443 @@
+"""Knows scikit-learn's words for extracting features: parameters, fit, transform, tags."""
+
+import functools
+import numbers
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.preprocessing import normalize
+from sklearn.utils import Tags
+from sklearn.utils.validation import validate_data
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ._backbones import Backbone, Resize, Weights, find_backbone
+from ._engine import (
+    Batch,
+    Pooling,
+    Precision,
+    count_features,
+    find_device,
+    pool,
+    run_in_batches,
+)
+from ._images import ImageError, Record, as_records, is_tabular
+from ._layers import LayerIndex, LayerTable, ResolvedLayer, read_layers
+
+
+def list_layers(
+    backbone: str | nn.Module,
+    *,
+    preprocessing: Callable[[Image.Image], Tensor] | None = None,
+    image_size: int | None = None,
+) -> LayerTable:
+    """List the layers of a backbone: names, shapes, sizes and costs. No weights are loaded.
+
+    The layers are whole blocks (a residual block, not its convolutions), in the order of
+    computation, and share out the network's parameters; any module path inside them can be read
+    as well. "stage1", "stage2", ... is the last layer before each down-sampling.
+
+    Parameters
+    ----------
+    backbone : str or torch.nn.Module
+        As for `DeepFeatureExtractor`.
+    preprocessing : callable, optional
+        As for `DeepFeatureExtractor`; needed for a module.
+    image_size : int, optional
+        Side of the input in pixels; by default that of the default weights.
+
+    Returns
+    -------
+    LayerTable
+        A list of `Layer` entries (`name`, `aliases`, `kind`, `output_shape`, `n_features`,
+        `parameters`, `multiply_adds`) that prints as a table; `pandas.DataFrame(table)` makes a
+        frame of it.
+
+    Examples
+    --------
+    >>> from deepfeat import list_layers
+    >>> layers = {layer.name: layer for layer in list_layers("vgg16")}
+    >>> layers["relu5_3"].output_shape, layers["relu5_3"].aliases
+    ((512, 14, 14), ('features.29', 'stage5'))
+    >>> sum(layers[name].parameters for name in ("fc6", "fc7", "fc8"))
+    123642856
+    """
+    return _index(find_backbone(backbone, preprocessing=preprocessing, image_size=image_size)).table
+
+
+class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
+    """Turn images into features of a pretrained convolutional network or vision transformer.
+
+    Nothing is learned from X: `fit` checks the parameters and returns, and `transform` can be
+    called without it.
+
+    Parameters
+    ----------
+    backbone : str or torch.nn.Module, default="vgg16"
+        One of `list_backbones()`, or a network of your own, which needs `preprocessing`.
+    layer : str, int or list of these, default="relu7"
+        The layer to read, or several, whose columns are concatenated in that order. A name or
+        alias of `list_layers(backbone)`, any module path, or a place in that list (-1 is the
+        last). AlexNet and VGG have Caffe's names (`conv5_3`, `relu5_3`, `pool5`, `fc6`, `relu6`);
+        every backbone has `stage1`, `stage2`, ... A convolution is read before its ReLU.
+    weights : str, path, torchvision weights or None, default="DEFAULT"
+        "DEFAULT" or another name of torchvision's weights, downloaded at the first use; the path
+        of a `.pth` or `.safetensors` state dict, preprocessed like "DEFAULT"; or None for random
+        weights.
+    preprocessing : callable, default=None
+        From an RGB PIL image to a float tensor of shape (C, H, W). By default the
+        weights' own; needed where `backbone` is a module.
+    pooling : {"avg", "max", "gem", "cls", "flatten"}, default="avg"
+        How maps (C, H, W) and tokens (N, D) become one row of C or D features: mean, maximum,
+        generalised mean (power 3) over the places, the class token alone, or all values.
+    norm : {"l2", "l1", "max"} or None, default="l2"
+        Norm to which each row is scaled, for each layer by itself.
+    resize : {"weights", "squash", "pad"}, default="weights"
+        "weights": the weights' own resizing and centre crop; "squash": the whole image, its sides
+        brought to the input size; "pad": the whole image in its proportions, on the mean colour.
+    image_size : int, default=None
+        Side of the network's input in pixels; by default that of the weights.
+    image_shape : tuple of int, default=None
+        (H, W) or (H, W, C) of an image that is given as a flattened row; one entry may be -1.
+        With it X may be a table of shape (n, H * W * C).
+    batch_size : int, default=32
+        Images held and run at a time. Halved where memory runs out.
+    device : str or torch.device, default="auto"
+        "auto" takes CUDA, else MPS, else the CPU.
+    precision : {"float32", "bfloat16", "float16"}, default="float32"
+        Type in which the network computes (autocast). Features are float32 in any case.
+    num_workers : int or "auto", default="auto"
+        Threads that read and prepare images meanwhile; 0 for none.
+    on_error : {"raise", "warn", "nan"}, default="raise"
+        What an image does that cannot be read: raise an error; or leave a row of NaN, with or
+        without a warning, and its reason in `errors_`.
+    random_state : int, default=None
+        Seed of the random weights where `weights` is None; None is 0, so that all processes draw
+        the same ones.
+    verbose : int, default=0
+        1 shows a progress bar.
+
+    Attributes
+    ----------
+    errors_ : dict of int to str
+        Of the last `transform`: place in X and reason of each image that could not be read.
+    n_features_in_ : int
+        Number of columns of X, where X was a table.
+    feature_names_in_ : ndarray of str
+        Names of the columns of X, where X was a table with names.
+
+    See Also
+    --------
+    list_backbones : Names of backbones.
+    list_layers : Names and shapes of a backbone's layers.
+
+    Notes
+    -----
+    X may be a list or an array of paths, PIL images, encoded bytes, arrays or tensors of any
+    sizes; a Series or one-column DataFrame of these; one array or tensor of shape (n, H, W),
+    (n, H, W, C) or (n, C, H, W); or a table, with `image_shape`. Integers are read on the scale
+    from 0 to the maximum of their type and floats from 0 to 1, whatever the values. Grey becomes
+    three equal channels, and transparency is laid on white.
+
+    References
+    ----------
+    Donahue et al. (2014), "DeCAF: A Deep Convolutional Activation Feature for Generic Visual
+    Recognition"; Sharif Razavian et al. (2014), "CNN Features off-the-shelf: an Astounding
+    Baseline for Recognition".
+
+    Examples
+    --------
+    >>> from deepfeat import DeepFeatureExtractor
+    >>> from sklearn.datasets import load_digits
+    >>> images = load_digits().images[:4] / 16
+    >>> extractor = DeepFeatureExtractor("squeezenet1_1", "stage2", weights=None, image_size=64)
+    >>> extractor.fit_transform(images).shape
+    (4, 128)
+    >>> extractor.get_feature_names_out()[17]
+    'stage2_0017'
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "vgg16",
+        layer: str | int | list[str | int] = "relu7",
+        *,
+        weights: Weights = "DEFAULT",
+        preprocessing: Callable[[Image.Image], Tensor] | None = None,
+        pooling: Pooling = "avg",
+        norm: Literal["l2", "l1", "max"] | None = "l2",
+        resize: Resize = "weights",
+        image_size: int | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        batch_size: int = 32,
+        device: str | torch.device = "auto",
+        precision: Precision = "float32",
+        num_workers: int | Literal["auto"] = "auto",
+        on_error: Literal["raise", "warn", "nan"] = "raise",
+        random_state: int | None = None,
+        verbose: int = 0,
+    ):
+        self.backbone = backbone
+        self.layer = layer
+        self.weights = weights
+        self.preprocessing = preprocessing
+        self.pooling = pooling
+        self.norm = norm
+        self.resize = resize
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.batch_size = batch_size
+        self.device = device
+        self.precision = precision
+        self.num_workers = num_workers
+        self.on_error = on_error
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> "DeepFeatureExtractor":
+        """Check the parameters and what kind of input X is; nothing is learned.
+
+        No weights are loaded and no image is read.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of the class.
+        y : ignored
+
+        Returns
+        -------
+        self : DeepFeatureExtractor
+
+        Raises
+        ------
+        ValueError
+            If a parameter is out of its range, or X is empty, a single image, or of a shape that
+            is none of images or can be read in two ways.
+        LayerNotFoundError
+            If the backbone has no such layer.
+        """
+        self._find_sections(self._find_backbone())
+        self._find_records(X, reset=True)
+        self.errors_: dict[int, str] = {}
+        return self
+
+    def transform(self, X: Any) -> NDArray[np.float32]:
+        """Extract the features of images.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of the class.
+
+        Returns
+        -------
+        features : ndarray of shape (n, d), float32
+            Row i belongs to image i. d is the sum of the layers' features after pooling.
+
+        Raises
+        ------
+        ValueError
+            If an image cannot be read and `on_error` is "raise"; else as `fit`.
+        OSError
+            If the weights cannot be downloaded.
+        """
+        backbone = self._find_backbone()
+        sections = self._find_sections(backbone)
+        records = self._find_records(X, reset=False)
+        features = np.full((len(records), sections[-1].columns.stop), np.nan, dtype=np.float32)
+        self.errors_ = {}
+        with tqdm(
+            total=len(records), desc=backbone.name, unit="image", disable=not self.verbose
+        ) as bar:
+            for batch in self._run(backbone, [section.layer for section in sections], records):
+                for record, error in batch.failures:
+                    self._note(record, error)
+                places = [record.index for record in batch.samples]
+                for section in sections:
+                    if places:
+                        rows = self._scale(batch.rows[section.layer.name])
+                        features[places, section.columns] = rows
+                self._note_non_finite(batch.samples, features)
+                bar.update(len(batch.samples) + len(batch.failures))
+        if self.errors_ and self.on_error == "warn":
+            warnings.warn(
+                f"{len(self.errors_)} of {len(records)} images could not be read; their rows are "
+                f"NaN and errors_ tells why. The first: {next(iter(self.errors_.values()))}",
+                UserWarning,
+                stacklevel=2,
+            )
+        return features
+
+    def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
+        """Name the features: layer and number, such as "relu7_0017".
+
+        Parameters
+        ----------
+        input_features : array of str, optional
+            Checked against the columns that `fit` saw, and otherwise of no effect.
+
+        Returns
+        -------
+        names : ndarray of shape (d,), object
+        """
+        self._check_input_features(input_features)
+        names = []
+        for layer, columns in self._find_sections(self._find_backbone()):
+            count = columns.stop - columns.start
+            width = max(4, len(str(count - 1)))
+            names += [f"{layer.name}_{number:0{width}d}" for number in range(count)]
+        return np.asarray(names, dtype=object)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True  # there is nothing to learn
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.requires_fit = False
+        tags.input_tags.two_d_array = self.image_shape is not None
+        tags.input_tags.three_d_array = True
+        tags.input_tags.string = True
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+    def _find_backbone(self) -> Backbone:
+        self._check_parameters()
+        return find_backbone(
+            self.backbone,
+            self.weights,
+            preprocessing=self.preprocessing,
+            resize=self.resize,
+            image_size=self.image_size,
+            seed=self.random_state or 0,
+        )
+
+    def _find_sections(self, backbone: Backbone) -> list["_Section"]:
+        """Resolve the layers, and share out the columns among them."""
+        names = self.layer if isinstance(self.layer, (list, tuple)) else [self.layer]
+        index = _index(backbone)
+        sections: list[_Section] = []
+        start = 0
+        for layer in map(index.resolve, names):
+            if layer.name in (section.layer.name for section in sections):
+                raise ValueError(f"layer {layer.name!r} is asked for twice.")
+            stop = start + count_features(layer, self.pooling)
+            sections.append(_Section(layer, slice(start, stop)))
+            start = stop
+        return sections
+
+    def _find_records(self, X: Any, *, reset: bool) -> list[Record]:
+        if is_tabular(X):
+            if self.image_shape is None:
+                X = np.asarray(X)
+            else:
+                finite = self.on_error == "raise"
+                X = validate_data(self, X, reset=reset, ensure_all_finite=finite)
+        return as_records(X, self.image_shape)
+
+    def _run(
+        self, backbone: Backbone, layers: list[ResolvedLayer], records: list[Record]
+    ) -> Iterator[Batch[Record]]:
+        device = find_device(self.device)
+        module = backbone.load(device)
+        steps = backbone.preprocessing
+        reduce = functools.partial(pool, pooling=self.pooling)
+        return run_in_batches(
+            module,
+            lambda batch: read_layers(module, layers, steps.normalize(batch), reduce),
+            records,
+            lambda record: steps.prepare(record.open()),
+            device=device,
+            precision=self.precision,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+        )
+
+    def _scale(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        if self.norm is None or not np.isfinite(rows).all():
+            return rows
+        scaled: NDArray[np.float32] = normalize(rows, norm=self.norm, copy=False)
+        return scaled
+
+    def _note(self, record: Record, error: Exception) -> None:
+        """Raise the error of an image, or keep its reason."""
+        if not isinstance(error, ImageError):
+            error = ImageError(f"{record}: {error}")
+        if self.on_error == "raise":
+            raise error
+        self.errors_[record.index] = str(error)
+
+    def _note_non_finite(self, records: list[Record], features: NDArray[np.float32]) -> None:
+        """Find fault with images for which the network gave NaN or infinity."""
+        places = [record.index for record in records]
+        for record, finite in zip(records, np.isfinite(features[places]).all(axis=1), strict=True):
+            if not finite:
+                features[record.index] = np.nan
+                hint = "; float16 ends at 65,504, try bfloat16" * (self.precision == "float16")
+                reason = f"the network gave NaN or infinity at layer {self.layer!r}{hint}"
+                self._note(record, ValueError(reason))
+
+    def _check_parameters(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {choices}.")
+        for name, low, others in _COUNTS:
+            value = getattr(self, name)
+            is_count = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            if not ((is_count and value >= low) or value in others):
+                words = "".join(f" or {other!r}" for other in others)
+                raise ValueError(f"{name}={value!r}: a whole number from {low}{words} is expected.")
+        if isinstance(self.layer, (list, tuple)) and not self.layer:
+            raise ValueError("layer is an empty list: at least one layer is needed.")
+
+    def _check_input_features(self, input_features: Any) -> None:
+        if input_features is None:
+            return
+        seen = getattr(self, "feature_names_in_", None)
+        if seen is not None and list(seen) != list(input_features):
+            raise ValueError("input_features is not equal to feature_names_in_")
+        count = getattr(self, "n_features_in_", None)
+        if count is not None and count != len(input_features):
+            raise ValueError(
+                "input_features should have length equal to number of features "
+                f"({count}), got {len(input_features)}"
+            )
+
+
+class _Section(NamedTuple):
+    """The columns of one layer."""
+
+    layer: ResolvedLayer
+    columns: slice
+
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "pooling": ("avg", "max", "gem", "cls", "flatten"),
+    "norm": ("l2", "l1", "max", None),
+    "resize": ("weights", "squash", "pad"),
+    "precision": ("float32", "bfloat16", "float16"),
+    "on_error": ("raise", "warn", "nan"),
+}
+_COUNTS: tuple[tuple[str, int, tuple[str | None, ...]], ...] = (
+    ("batch_size", 1, ()),
+    ("num_workers", 0, ("auto",)),
+    ("image_size", 1, (None,)),
+    ("random_state", 0, (None,)),
+)
+
+
+def _index(backbone: Backbone) -> LayerIndex:
+    """Index the layers of a backbone; those of a module of the user anew each time."""
+    make = _index_shared if backbone.shared else LayerIndex
+    return make(backbone.skeleton, backbone.preprocessing.input_shape)
+
+
+@functools.lru_cache(maxsize=16)
+def _index_shared(skeleton: nn.Module, input_shape: tuple[int, ...]) -> LayerIndex:
+    return LayerIndex(skeleton, input_shape)

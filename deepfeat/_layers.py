@@ -1,0 +1,395 @@
+"""Knows what the layers of a network are called, what they give, and how to read them."""
+
+import copy
+import difflib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import VGG, AlexNet
+
+# Containers that hand their input from child to child; the layers of a network lie inside them.
+_CHAINS = ("Sequential", "ModuleList", "AnyStage", "Encoder", "MaxVitBlock")
+# In eval mode these give what they got, at most in another arrangement.
+_NO_OPS = ("Dropout", "Identity", "StochasticDepth", "Permute", "Flatten")
+_HEADS = ("classifier", "fc", "head", "heads")
+_reading: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
+
+
+class LayerNotFoundError(ValueError):
+    """The network has no layer of that name; the message lists close matches."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a network.
+
+    Attributes
+    ----------
+    name : str
+        The canonical name: Caffe's for AlexNet and VGG, else the module path.
+    aliases : tuple of str
+        Other names of the same output.
+    kind : str
+        The class of the module.
+    output_shape : tuple of int
+        Of one image: (C, H, W) of maps, (N, D) of tokens, (D,) of a vector.
+    n_features : int
+        Number of features after pooling.
+    parameters : int
+        Number of weights and biases.
+    multiply_adds : int
+        Multiply-adds for one image.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    kind: str
+    output_shape: tuple[int, ...]
+    n_features: int
+    parameters: int
+    multiply_adds: int
+
+
+class LayerTable(list[Layer]):
+    """The layers of a network in the order of computation; `pandas.DataFrame` takes it as it is."""
+
+    def __repr__(self) -> str:
+        head = ("", "name", "aliases", "kind", "output", "features", "parameters", "multiply-adds")
+        rows = [head, *(_cells(index, layer) for index, layer in enumerate(self))]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if 0 < column < 5 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+
+@dataclass(frozen=True)
+class ResolvedLayer:
+    """Where a layer is read, and how its output is laid out."""
+
+    name: str
+    path: str
+    output_shape: tuple[int, ...]
+    channels_last: bool = False  # maps come as (H, W, C)
+    class_token: bool = False  # the first token stands for the image
+    rectified: bool = False  # ReLU is applied to what is read
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The first call of a module in a forward pass."""
+
+    kind: str
+    shape: tuple[int, ...]  # of one image, (C, H, W) for maps
+    channels_last: bool
+    parameters: int
+    multiply_adds: int
+
+
+class LayerIndex:
+    """The layers of one network at one input size: list them, resolve their names.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The network, on any device; it is left as it was. On the meta device nothing is computed.
+    input_shape : tuple of int
+        (C, H, W) of an image as the network takes it.
+    """
+
+    def __init__(self, module: nn.Module, input_shape: tuple[int, ...]):
+        self.network = type(module).__name__
+        self._class_token = _has_class_token(module)
+        self._calls = _trace(module, input_shape)
+        layers = {path: path for path in _units(module) if path in self._calls}
+        paths = [path for path in self._calls if path in layers]  # in the order of computation
+        paths = [p for p in paths if not self._calls[p].kind.startswith(_NO_OPS)]
+        caffe = _caffe_names(module, paths)
+        aliases = _container_aliases(module, paths, self._calls)
+        for number, path in enumerate(_stages(paths, self._calls), start=1):
+            if f"stage{number}" not in self._calls:  # ShuffleNet has modules of this name
+                aliases[path].append(f"stage{number}")
+        self._resolved: dict[str, ResolvedLayer] = {}
+        self.table = LayerTable()
+        for path in paths:
+            names = [caffe[path], path] if path in caffe else [path]
+            self._add(path, self._calls[path], (*names, *aliases[path]))
+        if "fc8" in self._resolved:
+            self._add_relu8()
+        for path, call in self._calls.items():
+            self._resolved.setdefault(path, self._resolve_call(path, path, call))
+
+    def resolve(self, layer: str | int) -> ResolvedLayer:
+        """Return the layer of a name, an alias, a module path or a place in the table."""
+        if isinstance(layer, str):
+            if layer in self._resolved:
+                return self._resolved[layer]
+            close = difflib.get_close_matches(layer, self._resolved)
+            listed = ", ".join(map(repr, close or [entry.name for entry in self.table[-3:]]))
+            raise LayerNotFoundError(
+                f"{self.network} has no layer {layer!r}. "
+                + (f"Close matches: {listed}." if close else f"Its last ones are {listed}.")
+            )
+        if not -len(self.table) <= layer < len(self.table):
+            raise LayerNotFoundError(
+                f"{self.network} has {len(self.table)} layers, from {-len(self.table)} to "
+                f"{len(self.table) - 1}; there is no layer {layer}."
+            )
+        return self._resolved[self.table[layer].name]
+
+    def _add(self, path: str, call: _Call, names: tuple[str, ...]) -> None:
+        resolved = self._resolve_call(names[0], path, call)
+        self._resolved.update((name, replace(resolved, name=name)) for name in names)
+        self.table.append(
+            Layer(
+                names[0],
+                names[1:],
+                call.kind,
+                call.shape,
+                call.shape[-1] if len(call.shape) == 2 else call.shape[0],
+                call.parameters,
+                call.multiply_adds,
+            )
+        )
+
+    def _add_relu8(self) -> None:
+        """Add the ReLU of `fc8`, which is no module of these networks."""
+        fc8 = self._resolved["fc8"]
+        self._add(fc8.path, _Call("ReLU", fc8.output_shape, False, 0, 0), ("relu8",))
+        self._resolved["relu8"] = replace(fc8, name="relu8", rectified=True)
+
+    def _resolve_call(self, name: str, path: str, call: _Call) -> ResolvedLayer:
+        tokens = len(call.shape) == 2
+        return ResolvedLayer(
+            name, path, call.shape, call.channels_last, tokens and self._class_token
+        )
+
+
+def read_layers(
+    module: nn.Module,
+    layers: Sequence[ResolvedLayer],
+    batch: Tensor,
+    reduce: Callable[[ResolvedLayer, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Run a batch as far as the deepest layer; return by name what `reduce` makes of each output.
+
+    Of a module that is called more than once the first call is read. Of a tuple the first entry
+    is. Hooks are gone afterwards, and one thread at a time reads a module.
+
+    Raises
+    ------
+    ValueError
+        If a layer is not called in the forward pass.
+    """
+    outputs: dict[str, Tensor] = {}
+    unread: dict[str, list[ResolvedLayer]] = {}
+    for layer in layers:
+        unread.setdefault(layer.path, []).append(layer)
+
+    def keep(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            for layer in unread.pop(path, ()):
+                outputs[layer.name] = _detached(reduce(layer, _tensor(output)), _tensor(output))
+            if not unread:
+                raise _AllRead  # nothing after the deepest layer is needed
+
+        return hook
+
+    with _reading.setdefault(module, threading.Lock()), ExitStack() as hooks:
+        for path in list(unread):
+            handle = module.get_submodule(path).register_forward_hook(keep(path))
+            hooks.callback(handle.remove)
+        with suppress(_AllRead):
+            module(batch)
+    if unread:
+        raise ValueError(f"not called in the forward pass: {', '.join(sorted(unread))}.")
+    return outputs
+
+
+class _AllRead(Exception):
+    """Leaves a forward pass once every layer asked for has been read."""
+
+
+def _tensor(output: Any) -> Tensor:
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(first, Tensor):
+        raise TypeError(f"a layer gave {type(output).__name__}, not a tensor")
+    return first
+
+
+def _detached(kept: Tensor, output: Tensor) -> Tensor:
+    """Copy what still shares memory with the output: an in-place ReLU may overwrite that next."""
+    shared = kept.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
+    return kept.clone() if shared else kept
+
+
+# Tracing ----------------------------------------------------------------------------------------
+
+
+def _trace(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, _Call]:
+    """Run one image through a copy; note the first call of every module, in order of return."""
+    module = copy.deepcopy(module).eval()
+    calls: dict[str, _Call] = {}
+    channels_last = False
+
+    def note(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(called: nn.Module, _inputs: Any, output: Any) -> None:
+            nonlocal channels_last
+            try:
+                first = _tensor(output)
+            except TypeError:
+                return
+            channels_last = _layout_after(called, first, channels_last)
+            is_map = first.ndim == 4
+            shape = tuple(first.shape[1:])
+            if is_map and channels_last:
+                shape = (shape[2], *shape[:2])
+            parameters = sum(parameter.numel() for parameter in called.parameters())
+            call = _Call(type(called).__name__, shape, is_map and channels_last, parameters, 0)
+            calls.setdefault(path, call)
+
+        return hook
+
+    for path, child in module.named_modules():
+        if path:
+            child.register_forward_hook(note(path))
+    anywhere = next(module.parameters(), torch.empty(0))
+    image = torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        try:
+            module(image)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{type(module).__name__} does not take an image of shape {input_shape}: {error}"
+            ) from error
+    flops = counter.get_flop_counts()
+    prefix = type(module).__name__
+    return {
+        path: replace(call, multiply_adds=sum(flops.get(f"{prefix}.{path}", {}).values()) // 2)
+        for path, call in calls.items()
+    }
+
+
+def _layout_after(called: nn.Module, output: Tensor, channels_last: bool) -> bool:
+    """Follow whether 4-D tensors run with their channels last (inside Swin and ConvNeXt)."""
+    kind = type(called).__name__
+    if kind == "Permute":
+        return list(getattr(called, "dims", ()))[1:] == [2, 3, 1]
+    if isinstance(called, nn.Linear) or type(called) is nn.LayerNorm:
+        return channels_last or output.ndim == 4
+    if isinstance(called, (nn.Conv2d, nn.BatchNorm2d)) or kind == "WindowDepartition":
+        return False
+    return channels_last
+
+
+def _has_class_token(module: nn.Module) -> bool:
+    names = (name.rpartition(".")[2] for name, _ in module.named_parameters())
+    return any(name in ("class_token", "cls_token") for name in names)
+
+
+# Names ------------------------------------------------------------------------------------------
+
+
+def _units(module: nn.Module, path: str = "") -> Iterator[str]:
+    """Yield the paths of a network's layers: whole blocks, but never containers of blocks."""
+    if path and type(module).__name__ not in _CHAINS:
+        yield path
+        return
+    for name, child in module.named_children():
+        yield from _units(child, f"{path}.{name}" if path else name)
+
+
+def _caffe_names(module: nn.Module, paths: list[str]) -> dict[str, str]:
+    """Name the layers of AlexNet and VGG as Caffe does: conv5_3, relu5_3, pool5, fc6, relu6."""
+    if not isinstance(module, (AlexNet, VGG)):
+        return {}
+    names = {}
+    block, conv, fc = 1, 0, 5
+    for path in paths:
+        layer = module.get_submodule(path)
+        kind = type(layer).__name__
+        if isinstance(layer, nn.Conv2d):
+            conv += 1
+        if isinstance(layer, nn.Linear):
+            fc += 1
+        place = f"{block}_{conv}" if isinstance(module, VGG) else f"{conv}"
+        short = {"Conv2d": "conv", "BatchNorm2d": "bn", "ReLU": "relu"}.get(kind)
+        if path.startswith("classifier"):
+            names[path] = f"{'fc' if isinstance(layer, nn.Linear) else short}{fc}"
+        elif short:
+            names[path] = f"{short}{place}"
+        elif isinstance(layer, nn.MaxPool2d):
+            names[path] = f"pool{block if isinstance(module, VGG) else conv}"
+            block, conv = block + 1, conv if isinstance(module, AlexNet) else 0
+    return names
+
+
+def _container_aliases(
+    module: nn.Module, paths: list[str], calls: dict[str, _Call]
+) -> dict[str, list[str]]:
+    """Give a container's path to its last layer, where both put out the same."""
+    aliases: dict[str, list[str]] = {path: [] for path in paths}
+    for path in paths:
+        container = path.rpartition(".")[0]
+        while container:
+            last = [other for other in paths if other.startswith(f"{container}.")][-1] == path
+            if last and container in calls and calls[container].shape == calls[path].shape:
+                aliases[path].append(container)
+            container = container.rpartition(".")[0]
+    return aliases
+
+
+def _stages(paths: list[str], calls: dict[str, _Call]) -> list[str]:
+    """Return the last layer before each down-sampling of the network's trunk."""
+    stages: list[str] = []
+    group: list[str] = []
+    for path in paths:
+        call = calls[path]
+        if path.split(".")[0] in _HEADS or len(call.shape) == 1:
+            break
+        if group and _resolution(call) * 2 < _resolution(calls[group[-1]]):
+            if _opens_down_sampler(group, path, calls):
+                group.pop()
+            stages += _last_learned(group, calls)
+            group = []
+        group.append(path)
+    return stages + _last_learned(group, calls)
+
+
+def _last_learned(group: list[str], calls: dict[str, _Call]) -> list[str]:
+    """Return the end of a group of one resolution; nothing if it only pools."""
+    return group[-1:] if any("Pool" not in calls[path].kind for path in group) else []
+
+
+def _opens_down_sampler(group: list[str], path: str, calls: dict[str, _Call]) -> bool:
+    """Tell whether a group ends on the norm of the block that down-samples next (ConvNeXt)."""
+    block = path.rpartition(".")[0]
+    inside = [other for other in group if other.rpartition(".")[0] == block]
+    return inside == group[-1:] != group and "Norm" in calls[group[-1]].kind
+
+
+def _resolution(call: _Call) -> int:
+    return call.shape[0] if len(call.shape) == 2 else call.shape[-1] * call.shape[-2]
+
+
+def _cells(index: int, layer: Layer) -> tuple[str, ...]:
+    return (
+        str(index),
+        layer.name,
+        ", ".join(layer.aliases),
+        layer.kind,
+        " x ".join(map(str, layer.output_shape)),
+        f"{layer.n_features:,}",
+        f"{layer.parameters:,}",
+        f"{layer.multiply_adds:,}",
+    )

@@ -1,0 +1,34 @@
+"""Knows how Sphinx builds these pages: offline, from the installed package."""
+
+from importlib.metadata import version as installed_version
+
+project = "deepfeat"
+author = "the deepfeat developers"
+copyright = "2026, the deepfeat developers"
+release = version = installed_version("deepfeat")
+
+extensions = [
+    "myst_parser",
+    "numpydoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.doctest",
+]
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+
+html_theme = "pydata_sphinx_theme"
+html_title = "deepfeat"
+
+# numpydoc writes the types; signatures that repeat them are hard to read.
+autodoc_typehints = "none"
+# The page of a class lists the members that are its own; get_params, set_output and the like are
+# scikit-learn's to document.
+numpydoc_show_class_members = False
+numpydoc_validation_checks = {
+    "all",  # but for these:
+    "ES01",  # a summary of one line may say it all
+    "EX01",  # the example of a class shows its methods
+    "RT02",  # what is returned has a name, as in scikit-learn
+    "SA01",  # the API fits on a page
+}

@@ -1,0 +1,148 @@
+"""Knows every check that deepfeat promises to pass, and how to run it."""
+
+import functools
+import os
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_venv = "yes"
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+OLDEST_PYTHON = nox.project.python_versions(PYPROJECT)[0]
+
+# A proxy that does not exist: what claims to need no download fails when it tries one.
+OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+
+# An environment with torch takes gigabytes, so the sessions below `dev` share that of `dev`.
+in_dev = functools.partial(nox.session, venv_backend="none", requires=["dev"])
+on_request = functools.partial(in_dev, default=False)
+
+
+@nox.session
+def lint(session):
+    """Check the rules of ruff and its layout."""
+    session.install(*requirements("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session(default=False)
+def dev(session):
+    """Install deepfeat, editable, with everything its developers need, into .nox/dev."""
+    session.install("--editable", ".[safetensors]", *requirements("dev"))
+
+
+@in_dev()
+def types(session):
+    """Check the types of the package."""
+    run_python(session, "-m", "mypy", *session.posargs)
+
+
+@in_dev()
+def tests(session):
+    """Run the tests and doctests that need no network, no GPU, no real data and little time."""
+    run_python(session, "-m", "pytest", *session.posargs)
+
+
+@on_request()
+def slow(session):
+    """Run the tests that take long."""
+    run_python(session, "-m", "pytest", "-m", "slow", *session.posargs)
+
+
+@on_request(name="property")
+def property_(session):
+    """Run the property tests on many more examples."""
+    profile = "--hypothesis-profile=thorough"
+    run_python(session, "-m", "pytest", "-m", "hypothesis", profile, *session.posargs)
+
+
+@on_request()
+def gpu(session):
+    """Run the tests that need a GPU."""
+    # Where there is none the session must fail: tests that skip would leave it green.
+    run_python(session, "-c", "import torch; torch.empty(0, device='cuda')")
+    run_python(session, "-m", "pytest", "-m", "gpu", *session.posargs)
+
+
+@on_request()
+def real(session):
+    """Run the tests on the real images and weights under DEEPFEAT_DATA."""
+    if "DEEPFEAT_DATA" not in os.environ:
+        session.error("DEEPFEAT_DATA is not set: name the folder of the real images and weights.")
+    run_python(session, "-m", "pytest", "-m", "real", *session.posargs)
+
+
+@on_request()
+def quickstart(session):
+    """Run the first example of the README."""
+    run_python(session, "examples/quickstart.py", env=OFFLINE)
+
+
+@on_request()
+def examples(session):
+    """Run every example, without a download."""
+    for script in scripts_in(session, "examples"):
+        run_python(session, script, env=OFFLINE | {"MPLBACKEND": "Agg"})
+
+
+@on_request()
+def bench(session):
+    """Run the benchmarks, which print what they measure."""
+    for script in scripts_in(session, "tests/benchmarks"):
+        run_python(session, script, *session.posargs)
+
+
+@on_request()
+def docs(session):
+    """Build the documentation without a warning and run its examples."""
+    # A page taken from an earlier build would not repeat its warnings.
+    sphinx = ("-m", "sphinx", "--fresh-env", "--nitpicky", "--fail-on-warning")
+    run_python(session, *sphinx, "-b", "html", "docs", "docs/_build/html")
+    run_python(session, *sphinx, "-b", "doctest", "docs", "docs/_build/doctest", env=OFFLINE)
+
+
+@nox.session(python=OLDEST_PYTHON, venv_backend="uv", reuse_venv=False, default=False)
+def minimums(session):
+    """Run the tests on the oldest Python and the oldest release of each dependency."""
+    session.install(
+        *("--resolution", "lowest-direct"), "--editable", ".[safetensors]", *requirements("test")
+    )
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(reuse_venv=False, default=False)
+def build(session):
+    """Build both distributions, and run the quickstart on the wheel alone."""
+    dist = Path(session.create_tmp(), "dist").resolve()
+    session.install(*requirements("build"))
+    session.run("python", "-m", "build", "--outdir", dist)
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        if "deepfeat/py.typed" not in archive.namelist():
+            session.error(f"{wheel.name} holds no deepfeat/py.typed.")
+    session.install(wheel)
+    session.run("python", "examples/quickstart.py", env=OFFLINE)
+
+
+def requirements(group):
+    """Return what a dependency group of pyproject.toml lists."""
+    return nox.project.dependency_groups(PYPROJECT, group)
+
+
+def run_python(session, *args, env=None):
+    """Run the Python of the shared environment."""
+    python = "Scripts/python.exe" if os.name == "nt" else "bin/python"
+    session.run(session.cache_dir.parent / "dev" / python, *args, env=env)
+
+
+def scripts_in(session, folder):
+    """Return the scripts of a folder, which may not be without any."""
+    scripts = sorted(Path(folder).glob("[!_]*.py"))
+    if not scripts:
+        session.error(f"{folder} holds no script.")
+    return scripts

@@ -1,0 +1,140 @@
+"""Knows which room of the package may import what, and that the door loads nothing heavy."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import deepfeat
+
+PACKAGE = Path(__file__).parents[1] / "deepfeat"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+FLOORS = {
+    6: {"plotting", "distributed", "__main__"},
+    5: {"__init__"},
+    4: {"_extractor", "_classifier"},
+    3: {"_training", "_features"},
+    2: {"_engine"},
+    1: {"_images", "_cache", "_backbones", "_layers", "datasets"},
+    0: {"_fingerprint", "_optional", "_preprocessing", "_store"},
+}
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+DOOR, GUESTS = "__init__", FLOORS[6]
+
+PUBLIC = {
+    "DeepFeatureExtractor",
+    "FeatureCache",
+    "LayerNotFoundError",
+    "__version__",
+    "list_backbones",
+    "list_layers",
+}
+
+# What a room knows nothing of, as the packages that it would have to import.
+STRANGERS = {
+    "_images": {"torch", "torchvision"},
+    "_cache": {"torch", "torchvision", "PIL"},
+    "_store": {"torch", "torchvision", "PIL"},
+    "_engine": {"sklearn"},
+    "_training": {"sklearn", "PIL"},
+}
+
+
+class ArchitectureError(Exception):
+    """A room imports what its floor does not allow."""
+
+
+def check_room(room: str, source: str) -> None:
+    """Raise if the source of a room imports upwards, sideways or from a stranger."""
+    if room not in FLOOR_OF:
+        raise ArchitectureError(f"{room} stands on no floor")
+    for package, target in imports_of(source):
+        if package in STRANGERS.get(room, ()):
+            raise ArchitectureError(f"{room} knows nothing of {package}, but imports it")
+        if package != "deepfeat":
+            continue
+        if room in GUESTS and target != DOOR:
+            raise ArchitectureError(f"{room} is a guest: it imports deepfeat, not {target}")
+        if FLOOR_OF[target] >= FLOOR_OF[room]:
+            raise ArchitectureError(
+                f"{room}, on floor {FLOOR_OF[room]}, imports {target}, on floor {FLOOR_OF[target]}"
+            )
+
+
+def imports_of(source: str) -> Iterator[tuple[str, str]]:
+    """Yield the package of each import, at any depth, and the room if the package is deepfeat."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                paths = [alias.name for alias in names]
+            case ast.ImportFrom(module=module, names=names, level=level):
+                # `from . import _layers` may name a room, so the names belong to the path.
+                start = ".".join(filter(None, ["deepfeat" if level else "", module]))
+                paths = [f"{start}.{alias.name}" for alias in names]
+            case _:
+                continue
+        for path in paths:
+            package, *rest = path.split(".")
+            yield package, rest[0] if rest and rest[0] in FLOOR_OF else DOOR
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_go_strictly_down(path: Path) -> None:
+    """Each room imports only rooms on the floors below its own, and no stranger."""
+    assert path.parent == PACKAGE, "the package has rooms, not wings"
+    check_room(path.stem, path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("room", "planted"),
+    [
+        pytest.param("_layers", "from ._engine import read", id="up"),
+        pytest.param("_layers", "from ._images import Record", id="sideways"),
+        pytest.param("_extractor", "from . import _classifier", id="sideways-from-package"),
+        pytest.param("_engine", "import deepfeat._extractor", id="up-absolute"),
+        pytest.param("_engine", "from deepfeat import list_layers", id="through-the-door"),
+        pytest.param("_backbones", "def f():\n    from ._engine import g", id="inside-a-function"),
+        pytest.param("plotting", "from deepfeat._layers import resolve", id="guest-in-a-room"),
+        pytest.param("_images", "def f():\n    import torch.nn", id="images-know-no-torch"),
+        pytest.param("_cache", "from torch import Tensor", id="cache-knows-no-torch"),
+        pytest.param("_cache", "from PIL import Image", id="cache-knows-no-images"),
+        pytest.param("_utils", "", id="on-no-floor"),
+    ],
+)
+def test_a_planted_import_is_caught(room: str, planted: str) -> None:
+    """A room with one wrong import added fails the check that its own text passes."""
+    path = PACKAGE / f"{room}.py"
+    source = path.read_text(encoding="utf-8") if path.exists() else ""
+    with pytest.raises(ArchitectureError, match=room):
+        check_room(room, f"{source}\n{planted}\n")
+
+
+def test_a_guest_may_come_through_the_door() -> None:
+    """Plotting and its like use what any user can import."""
+    check_room("plotting", "import deepfeat\nfrom deepfeat import list_layers")
+
+
+def test_the_door_loads_nothing_heavy(tmp_path: Path) -> None:
+    """`import deepfeat` shows the public names without loading torch, torchvision or sklearn."""
+    code = "import json, sys, deepfeat; print(json.dumps([dir(deepfeat), sorted(sys.modules)]))"
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    names, loaded = json.loads(run.stdout)
+    assert set(names) == PUBLIC
+    assert not {"torch", "torchvision", "sklearn"} & set(loaded)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_name_at_the_door_opens(name: str) -> None:
+    """What `dir(deepfeat)` shows can be had."""
+    assert getattr(deepfeat, name) is not None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._backbones import list_backbones as list_backbones
+    from ._cache import FeatureCache as FeatureCache
     from ._extractor import DeepFeatureExtractor as DeepFeatureExtractor
     from ._extractor import list_layers as list_layers
     from ._layers import LayerNotFoundError as LayerNotFoundError
@@ -20,12 +21,19 @@ __version__ = "0.1.0.dev0"
 # Each name is imported when it is first asked for: torch and torchvision take seconds to load.
 _ROOM_OF = {
     "DeepFeatureExtractor": "_extractor",
+    "FeatureCache": "_cache",
     "LayerNotFoundError": "_layers",
     "list_backbones": "_backbones",
     "list_layers": "_extractor",
 }
 
-__all__ = ["DeepFeatureExtractor", "LayerNotFoundError", "list_backbones", "list_layers"]
+__all__ = [
+    "DeepFeatureExtractor",
+    "FeatureCache",
+    "LayerNotFoundError",
+    "list_backbones",
+    "list_layers",
+]
 
 
 def __getattr__(name: str) -> Any:

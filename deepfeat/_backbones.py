@@ -3,49 +3,41 @@
 import copy
 import difflib
 import functools
+import hashlib
 import os
-import pickle
 import re
 import threading
-import urllib.error
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 from torchvision import models
 from torchvision.models import WeightsEnum
-from torchvision.transforms import functional as F
-from torchvision.transforms._presets import ImageClassification
 
+from ._fingerprint import fingerprint
 from ._optional import import_optional
+from ._preprocessing import Preprocessing, Resize, preprocess_like, preprocess_with
 
-Resize: TypeAlias = Literal["weights", "squash", "pad"]
 Weights: TypeAlias = str | os.PathLike[str] | WeightsEnum | None
 State: TypeAlias = dict[str, Tensor]
 
 _FILE_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
 _SIZED = ("vit", "maxvit")  # built for one input size
+_FILLS = (
+    Tensor.normal_,
+    Tensor.uniform_,
+    nn.init.normal_,
+    nn.init.uniform_,
+    nn.init.kaiming_uniform_,
+)
 _loading = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What is done to an image before it enters a network.
-
-    `prepare` turns an RGB image into a tensor, image by image, in a worker thread; `normalize`
-    finishes a batch of them, on the device, as float32 of shape (n, C, H, W).
-    """
-
-    prepare: Callable[[Image.Image], Tensor]
-    normalize: Callable[[Tensor], Tensor]
-    input_shape: tuple[int, ...]  # (C, H, W)
 
 
 @dataclass(frozen=True)
@@ -54,6 +46,7 @@ class Backbone:
 
     `skeleton` has the network's structure, without its weights; `load` gives the network itself
     in eval mode on a device. Where both are `shared` by the process they must not be changed.
+    `fingerprint` digests the weights and the preprocessing; None where they cannot be known.
     """
 
     name: str
@@ -61,6 +54,7 @@ class Backbone:
     preprocessing: Preprocessing
     load: Callable[[torch.device], nn.Module]
     shared: bool
+    fingerprint: Callable[[], bytes | None]
 
 
 def list_backbones() -> list[str]:
@@ -95,7 +89,8 @@ def find_backbone(
     Raises
     ------
     ValueError
-        If there is no backbone or no weights of that name, or the choices exclude each other.
+        If there is no backbone or no weights of that name, a file does not fit, or the choices
+        exclude each other.
     FileNotFoundError
         If `weights` is the path of a file that is not there.
     """
@@ -113,12 +108,15 @@ def find_backbone(
     entry = _find_weights(backbone, weights)
     if preprocessing is None:
         source = entry if isinstance(entry, WeightsEnum) else _known_weights(backbone)["DEFAULT"]
-        steps = _from_preset(source.transforms(), resize, image_size)
+        steps = preprocess_like(source.transforms(), resize, image_size)
     else:
-        steps = _from_callable(preprocessing)
+        steps = preprocess_with(preprocessing)
     size = steps.input_shape[-1]
-    load = functools.partial(_load_shared, backbone, _weights_key(entry), seed, size)
-    return Backbone(backbone, _skeleton(backbone, size), steps, load, True)
+    key = _weights_key(entry)
+    load = functools.partial(_load_shared, backbone, key, seed, size)
+    digest = functools.partial(_fingerprint_named, backbone, key, seed, steps)
+    skeleton = _skeleton(backbone, size, key if isinstance(key, tuple) else None)
+    return Backbone(backbone, skeleton, steps, load, True, digest)
 
 
 # Modules of the user ----------------------------------------------------------------------------
@@ -137,84 +135,11 @@ def _from_module(
 
     def load(device: torch.device) -> nn.Module:
         # A copy: the user's module keeps its mode, its device and its hooks.
-        return _for_reading(copy.deepcopy(module), device)
+        return _for_reading(copy.deepcopy(module).float(), device)
 
-    return Backbone(type(module).__name__, module, _from_callable(preprocessing), load, False)
-
-
-def _from_callable(prepare: Callable[[Image.Image], Tensor]) -> Preprocessing:
-    sample = prepare(Image.new("RGB", (256, 256), "grey"))
-    if not isinstance(sample, Tensor) or sample.ndim != 3 or not sample.is_floating_point():
-        raise ValueError(
-            "preprocessing must turn an RGB PIL image into a float tensor of shape (C, H, W); "
-            f"it gave {_shape_words(sample)}."
-        )
-    return Preprocessing(prepare, _as_float32, tuple(sample.shape))
-
-
-def _as_float32(batch: Tensor) -> Tensor:
-    return batch.to(torch.float32, memory_format=torch.channels_last)
-
-
-def _shape_words(sample: Any) -> str:
-    if isinstance(sample, Tensor):
-        return f"a tensor of {sample.dtype} and shape {tuple(sample.shape)}"
-    return f"a {type(sample).__name__}"
-
-
-# Preprocessing ----------------------------------------------------------------------------------
-
-
-def _from_preset(
-    preset: ImageClassification, resize: Resize, image_size: int | None
-) -> Preprocessing:
-    """Split the weights' own preprocessing into a part an image and a part a batch."""
-    (crop_size,), (resize_size,) = set(preset.crop_size), set(preset.resize_size)
-    size = image_size or crop_size
-    fits: dict[Resize, Callable[..., Image.Image]] = {
-        "weights": functools.partial(
-            _resize_and_crop, short_side=round(resize_size * size / crop_size)
-        ),
-        "squash": _squash,
-        "pad": functools.partial(_pad, fill=tuple(round(255 * mean) for mean in preset.mean)),
-    }
-    how = {"interpolation": preset.interpolation, "antialias": preset.antialias}
-    prepare = functools.partial(_prepare, fit=functools.partial(fits[resize], size=size, **how))
-    normalize = functools.partial(_normalize, mean=preset.mean, std=preset.std)
-    return Preprocessing(prepare, normalize, (3, size, size))
-
-
-def _prepare(image: Image.Image, fit: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """Fit an image to the input size, as 8-bit (H, W, C): a quarter of the bytes of floats."""
-    return torch.from_numpy(np.array(fit(image)))
-
-
-def _normalize(batch: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """Turn 8-bit (n, H, W, C) into normalised float32 (n, C, H, W), channels last in memory."""
-    floats = F.convert_image_dtype(batch.permute(0, 3, 1, 2), torch.float32)
-    normalized: Tensor = F.normalize(floats, mean, std, inplace=True)
-    return normalized
-
-
-def _resize_and_crop(image: Image.Image, size: int, short_side: int, **how: Any) -> Image.Image:
-    cropped: Image.Image = F.center_crop(F.resize(image, [short_side], **how), [size, size])
-    return cropped
-
-
-def _squash(image: Image.Image, size: int, **how: Any) -> Image.Image:
-    squashed: Image.Image = F.resize(image, [size, size], **how)
-    return squashed
-
-
-def _pad(image: Image.Image, size: int, fill: tuple[int, ...], **how: Any) -> Image.Image:
-    """Fit the whole image in, and pad with the mean colour, which is zero once normalised."""
-    scale = size / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    canvas = Image.new("RGB", (size, size), fill)
-    canvas.paste(
-        F.resize(image, [height, width], **how), ((size - width) // 2, (size - height) // 2)
-    )
-    return canvas
+    steps = preprocess_with(preprocessing)
+    digest = functools.partial(fingerprint, (module, preprocessing))
+    return Backbone(type(module).__name__, module, steps, load, False, digest)
 
 
 # Weights ----------------------------------------------------------------------------------------
@@ -263,9 +188,28 @@ def _weights_key(entry: WeightsEnum | Path | None) -> Any:
     return entry
 
 
+def _fingerprint_named(name: str, key: Any, seed: int, steps: Preprocessing) -> bytes | None:
+    if isinstance(key, tuple):
+        weights = _file_digest(*key)
+    elif isinstance(key, WeightsEnum):
+        weights = key.url  # torchvision writes a hash of the content into the name of the file
+    else:
+        weights = f"seed {seed}, torch {torch.__version__}"
+    return fingerprint((name, weights, steps.settings))
+
+
+@functools.lru_cache(maxsize=16)
+def _file_digest(path: Path, _mtime_ns: int, _size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @functools.lru_cache(maxsize=8)
-def _skeleton(name: str, size: int) -> nn.Module:
-    return _build(name, size, meta=True).to("meta")
+def _skeleton(name: str, size: int, file_key: Any) -> nn.Module:
+    if file_key is None:
+        return _build(name, size, meta=True).to("meta")
+    # The file decides on the number of classes.
+    return _with_state(name, size, _read_file(file_key[0], lazily=True)).to("meta")
 
 
 def _load_shared(name: str, key: Any, seed: int, size: int, device: torch.device) -> nn.Module:
@@ -280,9 +224,7 @@ def _load_shared(name: str, key: Any, seed: int, size: int, device: torch.device
 @functools.lru_cache(maxsize=4)
 def _load_cached(name: str, key: Any, seed: int, size: int, device: torch.device) -> nn.Module:
     if key is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return _for_reading(_build(name, size), device)
+        return _for_reading(_build(name, size, seed=seed), device)
     state = _read_file(key[0]) if isinstance(key, tuple) else _download(name, key)
     return _for_reading(_with_state(name, size, state), device)
 
@@ -292,57 +234,63 @@ def _for_reading(module: nn.Module, device: torch.device) -> nn.Module:
     return module.to(memory_format=torch.channels_last).to(device)
 
 
-def _build(name: str, size: int, *, meta: bool = False, **options: Any) -> nn.Module:
-    """Build a torchvision model with random weights, or with none at all (`meta`)."""
+def _build(name: str, size: int, *, seed: int = 0, meta: bool = False, **options: Any) -> nn.Module:
+    """Build a torchvision model with random weights, or with almost none (`meta`)."""
     if name.startswith("vit"):
         options["image_size"] = size
     if name.startswith("maxvit"):
         options["input_size"] = (size, size)
     if name in ("googlenet", "inception_v3"):
         options.setdefault("init_weights", not meta)
-    with _parameters_on_meta() if meta else nullcontext():
-        module: nn.Module = models.get_model(name, weights=None, **options)
+    try:
+        with _Building(seed, meta):
+            module: nn.Module = models.get_model(name, weights=None, **options)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"{name} cannot be built for images of side {size}: {error}") from error
     return module
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Keep new parameters of this thread off memory: filling VGG16's at random takes seconds.
+class _Building(TorchFunctionMode):
+    """Draw random weights from a generator of their own, or keep them on the meta device.
 
-    Not `torch.device("meta")`, under which RegNet cannot compute its widths.
+    In this thread alone: `torch.manual_seed` would seed the others and all devices too. Meta,
+    because filling VGG16 takes seconds; not `torch.device("meta")`, under which RegNet cannot
+    compute its widths.
     """
-    here = threading.get_ident()
 
-    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
-        if threading.get_ident() != here:
-            return parameter
-        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    def __init__(self, seed: int, meta: bool):
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
+        self._meta = meta
 
-    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        handle.remove()
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and self._meta:
+            kwargs["device"] = "meta"
+        if func in _FILLS and not (args[0] if args else kwargs["tensor"]).is_meta:
+            kwargs["generator"] = self._generator
+        return func(*args, **kwargs)
 
 
 def _download(name: str, weights: WeightsEnum) -> State:
     """Fetch a state dict with torchvision's own downloader, or from its cache."""
     try:
         state: State = weights.get_state_dict(progress=True, check_hash=True)
-    except (urllib.error.URLError, OSError) as error:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
+    except Exception as error:  # the network, the disk and a damaged file may raise anything
+        file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+        fault = f"read from {file}" if file.exists() else "downloaded"
         raise OSError(
-            f"the weights {weights} of {name} could not be downloaded ({error}). Put "
-            f"{weights.url} at {folder / weights.url.rpartition('/')[2]}, or give the path of "
-            "such a file as weights=."
+            f"the weights {weights} of {name} could not be {fault} ({error}). Put {weights.url} "
+            f"at {file}, or give the path of such a file as weights=."
         ) from error
-    except RuntimeError as error:
-        raise OSError(f"the download of {weights} of {name} is damaged: {error}") from error
     return state
 
 
-def _read_file(path: Path) -> State:
-    """Read a state dict from a .safetensors file, or from a torch file without unpickling code."""
+def _read_file(path: Path, *, lazily: bool = False) -> State:
+    """Read a state dict from a .safetensors file, or from a torch file without unpickling code.
+
+    `lazily` leaves the weights on disk where that is possible.
+    """
     if path.suffix == ".safetensors":
         load_file = import_optional("safetensors.torch", extra="safetensors").load_file
         try:
@@ -350,8 +298,11 @@ def _read_file(path: Path) -> State:
         except Exception as error:  # the package raises an error type of its own
             raise ValueError(f"{path} is no safetensors file: {error}") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        mmap = lazily and zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except PermissionError:
+        raise
+    except Exception as error:  # what is damaged may raise anything
         raise ValueError(
             f"{path} is damaged or holds more than tensors, which is not loaded for safety: save "
             "module.state_dict() with torch.save."
@@ -360,7 +311,7 @@ def _read_file(path: Path) -> State:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(
-        isinstance(value, Tensor) for value in content.values()
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise ValueError(f"{path} holds no state dict (names of parameters to tensors).")
     return dict(content)
@@ -379,17 +330,21 @@ def _with_state(name: str, size: int, state: State) -> nn.Module:
         options["num_classes"] = len(state[head])
     module = _build(name, size, meta=True, **options)
     _check_keys(name, module.state_dict(), state)
-    floats = {
-        key: value.float() if value.is_floating_point() else value for key, value in state.items()
-    }
+    floats: Any = OrderedDict(
+        (key, value.float() if value.is_floating_point() else value) for key, value in state.items()
+    )
+    floats._metadata = {"": {"version": module._version}}  # MNASNet insists on one
     module.load_state_dict(floats, strict=True, assign=True)
     return module
 
 
 def _current_key(name: str, key: str) -> str:
-    key = key.removeprefix("module.")
-    if name.startswith("densenet"):  # files of old: norm.1 for what is norm1 today
+    """Undo wrappers of modules, and what was renamed since torchvision published its files."""
+    key = re.sub(r"\b(?:module|_orig_mod)\.", "", key)
+    if name.startswith("densenet"):  # norm.1 for what is norm1 today
         key = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)", r"\1\2", key)
+    if name.startswith("vit"):
+        key = key.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
     return key
 
 

@@ -2,8 +2,10 @@
 
 import functools
 import numbers
+import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,18 +19,13 @@ from sklearn.utils.validation import validate_data
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ._backbones import Backbone, Resize, Weights, find_backbone
-from ._engine import (
-    Batch,
-    Pooling,
-    Precision,
-    count_features,
-    find_device,
-    pool,
-    run_in_batches,
-)
+from ._backbones import Backbone, Weights, find_backbone
+from ._cache import FeatureCache
+from ._engine import Batch, Pooling, Precision, Workers, count_features
+from ._features import Reading, read_rows
 from ._images import ImageError, Record, as_records, is_tabular
-from ._layers import LayerIndex, LayerTable, ResolvedLayer, read_layers
+from ._layers import LayerIndex, LayerTable, ResolvedLayer
+from ._preprocessing import Resize
 
 
 def list_layers(
@@ -114,6 +111,15 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         Type in which the network computes (autocast). Features are float32 in any case.
     num_workers : int or "auto", default="auto"
         Threads that read and prepare images meanwhile; 0 for none.
+    cache : "memory", path, FeatureCache or None, default="memory"
+        Where rows are kept, before `norm`, so that an image goes through the network once however
+        often it comes: in this process, up to 1 GiB; in a directory, for all processes and later
+        runs; in a `FeatureCache` of your own; or nowhere.
+    prefetch : "stages", list of layers or None, default="stages"
+        Layers that the pass over a new image keeps besides those asked for, so that a search over
+        layers needs no second one. "stages": the end of each stage and the last vectors, pooled.
+        None stops each pass at the deepest layer asked for. Of no effect without a cache, and
+        maps that `pooling` would flatten are never prefetched.
     on_error : {"raise", "warn", "nan"}, default="raise"
         What an image does that cannot be read: raise an error; or leave a row of NaN, with or
         without a warning, and its reason in `errors_`.
@@ -178,7 +184,9 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         batch_size: int = 32,
         device: str | torch.device = "auto",
         precision: Precision = "float32",
-        num_workers: int | Literal["auto"] = "auto",
+        num_workers: Workers = "auto",
+        cache: str | os.PathLike[str] | FeatureCache | None = "memory",
+        prefetch: list[str | int] | str | None = "stages",
         on_error: Literal["raise", "warn", "nan"] = "raise",
         random_state: int | None = None,
         verbose: int = 0,
@@ -196,6 +204,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         self.device = device
         self.precision = precision
         self.num_workers = num_workers
+        self.cache = cache
+        self.prefetch = prefetch
         self.on_error = on_error
         self.random_state = random_state
         self.verbose = verbose
@@ -209,11 +219,13 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         ----------
         X : sequence or array of n images
             See the notes of the class.
-        y : ignored
+        y : object, optional
+            Ignored.
 
         Returns
         -------
         self : DeepFeatureExtractor
+            The extractor itself.
 
         Raises
         ------
@@ -223,7 +235,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         LayerNotFoundError
             If the backbone has no such layer.
         """
-        self._find_sections(self._find_backbone())
+        self._find_sections(_index(self._find_backbone()))
         self._find_records(X, reset=True)
         self.errors_: dict[int, str] = {}
         return self
@@ -249,31 +261,69 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             If the weights cannot be downloaded.
         """
         backbone = self._find_backbone()
-        sections = self._find_sections(backbone)
+        index = _index(backbone)
+        sections = self._find_sections(index)
         records = self._find_records(X, reset=False)
         features = np.full((len(records), sections[-1].columns.stop), np.nan, dtype=np.float32)
         self.errors_ = {}
-        with tqdm(
-            total=len(records), desc=backbone.name, unit="image", disable=not self.verbose
-        ) as bar:
-            for batch in self._run(backbone, [section.layer for section in sections], records):
-                for record, error in batch.failures:
-                    self._note(record, error)
-                places = [record.index for record in batch.samples]
-                for section in sections:
-                    if places:
-                        rows = self._scale(batch.rows[section.layer.name])
-                        features[places, section.columns] = rows
-                self._note_non_finite(batch.samples, features)
-                bar.update(len(batch.samples) + len(batch.failures))
-        if self.errors_ and self.on_error == "warn":
-            warnings.warn(
-                f"{len(self.errors_)} of {len(records)} images could not be read; their rows are "
-                f"NaN and errors_ tells why. The first: {next(iter(self.errors_.values()))}",
-                UserWarning,
-                stacklevel=2,
-            )
+        reading = self._plan(backbone, index, [section.layer for section in sections])
+        for batch in self._read(reading, records):
+            places = [record.index for record in batch.samples]
+            for section in sections:
+                if places:
+                    rows = self._scale(batch.rows[section.layer.name])
+                    features[places, section.columns] = rows
+            self._note_non_finite(batch.samples, features)
+        self._warn_of_errors(len(records))
         return features
+
+    def precompute(
+        self,
+        X: Any,
+        layers: list[str | int] | None = None,
+        *,
+        shard: tuple[int, int] = (0, 1),
+    ) -> "DeepFeatureExtractor":
+        """Fill the cache ahead of time, if need be on several machines or GPUs at once.
+
+        What is there already is not computed again, so that an interrupted run can be resumed.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of the class.
+        layers : list of str or int, optional
+            Layers to keep. By default `layer` and what `prefetch` adds.
+        shard : tuple of int, default=(0, 1)
+            (i, n): take every n-th image, from the i-th on.
+
+        Returns
+        -------
+        self : DeepFeatureExtractor
+            `errors_` tells which images could not be read.
+
+        Raises
+        ------
+        ValueError
+            If there is no cache, or no such shard; else as `transform`.
+        """
+        if self.cache is None:
+            raise ValueError("precompute fills the cache, and there is none: set cache=.")
+        start, step = shard
+        if not 0 <= start < step:
+            raise ValueError(f"shard={shard!r}: (i, n) with 0 <= i < n is expected.")
+        backbone = self._find_backbone()
+        index = _index(backbone)
+        names = self._names() if layers is None else layers
+        reading = self._plan(backbone, index, [index.resolve(name) for name in names])
+        if layers is None:
+            reading = replace(reading, layers=reading.layers + reading.prefetched)
+        records = self._find_records(X, reset=False)[start::step]
+        self.errors_ = {}
+        for _ in self._read(reading, records):
+            pass
+        self._warn_of_errors(len(records))
+        return self
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
         """Name the features: layer and number, such as "relu7_0017".
@@ -286,10 +336,11 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         Returns
         -------
         names : ndarray of shape (d,), object
+            One name a column of `transform`.
         """
         self._check_input_features(input_features)
         names = []
-        for layer, columns in self._find_sections(self._find_backbone()):
+        for layer, columns in self._find_sections(_index(self._find_backbone())):
             count = columns.stop - columns.start
             width = max(4, len(str(count - 1)))
             names += [f"{layer.name}_{number:0{width}d}" for number in range(count)]
@@ -318,19 +369,20 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             seed=self.random_state or 0,
         )
 
-    def _find_sections(self, backbone: Backbone) -> list["_Section"]:
+    def _find_sections(self, index: LayerIndex) -> list["_Section"]:
         """Resolve the layers, and share out the columns among them."""
-        names = self.layer if isinstance(self.layer, (list, tuple)) else [self.layer]
-        index = _index(backbone)
         sections: list[_Section] = []
         start = 0
-        for layer in map(index.resolve, names):
+        for layer in map(index.resolve, self._names()):
             if layer.name in (section.layer.name for section in sections):
                 raise ValueError(f"layer {layer.name!r} is asked for twice.")
             stop = start + count_features(layer, self.pooling)
             sections.append(_Section(layer, slice(start, stop)))
             start = stop
         return sections
+
+    def _names(self) -> list[str | int]:
+        return list(self.layer) if isinstance(self.layer, (list, tuple)) else [self.layer]
 
     def _find_records(self, X: Any, *, reset: bool) -> list[Record]:
         if is_tabular(X):
@@ -341,34 +393,66 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
                 X = validate_data(self, X, reset=reset, ensure_all_finite=finite)
         return as_records(X, self.image_shape)
 
-    def _run(
-        self, backbone: Backbone, layers: list[ResolvedLayer], records: list[Record]
-    ) -> Iterator[Batch[Record]]:
-        device = find_device(self.device)
-        module = backbone.load(device)
-        steps = backbone.preprocessing
-        reduce = functools.partial(pool, pooling=self.pooling)
-        return run_in_batches(
-            module,
-            lambda batch: read_layers(module, layers, steps.normalize(batch), reduce),
-            records,
-            lambda record: steps.prepare(record.open()),
-            device=device,
-            precision=self.precision,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
+    def _plan(self, backbone: Backbone, index: LayerIndex, layers: list[ResolvedLayer]) -> Reading:
+        return Reading(
+            backbone,
+            tuple(layers),
+            tuple(self._find_prefetched(index)),
+            self.pooling,
+            self.device,
+            self.precision,
+            self.batch_size,
+            self.num_workers,
         )
 
+    def _find_prefetched(self, index: LayerIndex) -> Iterator[ResolvedLayer]:
+        if self.prefetch is None or self.cache is None:
+            return
+        given = isinstance(self.prefetch, (list, tuple))
+        for layer in map(index.resolve, self.prefetch) if given else index.stages():
+            is_map = len(layer.output_shape) > 1
+            if (self.pooling == "flatten" and is_map) or (
+                self.pooling == "cls" and is_map and not layer.class_token
+            ):
+                continue
+            yield layer
+
+    def _read(self, reading: Reading, records: list[Record]) -> Iterator[Batch[Record]]:
+        """Read the rows of records, with a progress bar, and see to those that failed."""
+        with tqdm(
+            total=len(records), desc=reading.backbone.name, unit="image", disable=not self.verbose
+        ) as bar:
+            for batch in read_rows(reading, records, self._find_cache()):
+                for record, error in batch.failures:
+                    self._note(record, error)
+                yield batch
+                bar.update(len(batch.samples) + len(batch.failures))
+
+    def _find_cache(self) -> FeatureCache | None:
+        if self.cache is None or isinstance(self.cache, FeatureCache):
+            return self.cache
+        return _cache_at(None if self.cache == "memory" else os.path.abspath(self.cache))
+
+    def _warn_of_errors(self, count: int) -> None:
+        self.errors_ = dict(sorted(self.errors_.items()))
+        if self.errors_ and self.on_error == "warn":
+            warnings.warn(
+                f"{len(self.errors_)} of {count} images could not be read; their rows are NaN "
+                f"and errors_ tells why. The first: {next(iter(self.errors_.values()))}",
+                UserWarning,
+                stacklevel=3,
+            )
+
     def _scale(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        if self.norm is None or not np.isfinite(rows).all():
-            return rows
-        scaled: NDArray[np.float32] = normalize(rows, norm=self.norm, copy=False)
-        return scaled
+        finite = np.isfinite(rows).all(axis=1)
+        if self.norm is not None and finite.any():
+            rows[finite] = normalize(rows[finite], norm=self.norm, copy=False)
+        return rows
 
     def _note(self, record: Record, error: Exception) -> None:
         """Raise the error of an image, or keep its reason."""
         if not isinstance(error, ImageError):
-            error = ImageError(f"{record}: {error}")
+            error = ImageError(str(record), error)
         if self.on_error == "raise":
             raise error
         self.errors_[record.index] = str(error)
@@ -376,12 +460,12 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     def _note_non_finite(self, records: list[Record], features: NDArray[np.float32]) -> None:
         """Find fault with images for which the network gave NaN or infinity."""
         places = [record.index for record in records]
-        for record, finite in zip(records, np.isfinite(features[places]).all(axis=1), strict=True):
-            if not finite:
-                features[record.index] = np.nan
-                hint = "; float16 ends at 65,504, try bfloat16" * (self.precision == "float16")
-                reason = f"the network gave NaN or infinity at layer {self.layer!r}{hint}"
-                self._note(record, ValueError(reason))
+        broken = ~np.isfinite(features[places]).all(axis=1)
+        for place in np.flatnonzero(broken):
+            hint = "; float16 ends at 65,504: try bfloat16" * (self.precision == "float16")
+            reason = f"the network gave NaN or infinity at layer {self.layer!r}{hint}"
+            features[records[place].index] = np.nan
+            self._note(records[place], ValueError(reason))
 
     def _check_parameters(self) -> None:
         for name, choices in _CHOICES.items():
@@ -395,6 +479,14 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
                 raise ValueError(f"{name}={value!r}: a whole number from {low}{words} is expected.")
         if isinstance(self.layer, (list, tuple)) and not self.layer:
             raise ValueError("layer is an empty list: at least one layer is needed.")
+        if not (self.prefetch in ("stages", None) or isinstance(self.prefetch, (list, tuple))):
+            raise ValueError(
+                f"prefetch={self.prefetch!r}: 'stages', a list of layers or None is expected."
+            )
+        if not (self.cache is None or isinstance(self.cache, (str, os.PathLike, FeatureCache))):
+            raise ValueError(
+                f"cache={self.cache!r}: 'memory', a directory, a FeatureCache or None is expected."
+            )
 
     def _check_input_features(self, input_features: Any) -> None:
         if input_features is None:
@@ -430,6 +522,11 @@ _COUNTS: tuple[tuple[str, int, tuple[str | None, ...]], ...] = (
     ("image_size", 1, (None,)),
     ("random_state", 0, (None,)),
 )
+
+
+@functools.lru_cache(maxsize=16)
+def _cache_at(path: str | None) -> FeatureCache:
+    return FeatureCache(path)
 
 
 def _index(backbone: Backbone) -> LayerIndex:

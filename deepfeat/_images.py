@@ -1,16 +1,21 @@
 """Knows how any X becomes a list of records, and how a record opens as an upright RGB image."""
 
+import hashlib
 import io
+import math
+import numbers
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, TiffImageFile
 
 Pixels: TypeAlias = NDArray[Any]
 Source: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | Pixels
@@ -18,11 +23,15 @@ ImageShape: TypeAlias = tuple[int, ...] | None
 
 _CHANNELS = (1, 2, 3, 4)  # grey, grey + alpha, RGB, RGBA
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_SINGLE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
 _loading = threading.Lock()
 
 
 class ImageError(ValueError):
-    """An image cannot be read; the message names its place in X and the reason."""
+    """An image cannot be read. The arguments are its place in X, in words, and the reason."""
+
+    def __str__(self) -> str:
+        return ": ".join(map(str, self.args))
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +40,7 @@ class Record:
 
     index: int
     source: Any
+    channels_last: bool = False
 
     def __str__(self) -> str:
         return f"X[{self.index}] ({_describe(self.source)})"
@@ -44,11 +54,40 @@ class Record:
             If it cannot be read, naming the index, the path or kind, and the reason.
         """
         try:
-            return open_image(self.source)
+            return open_image(self.source, self.channels_last)
         except MemoryError:
             raise
         except Exception as error:
-            raise ImageError(f"{self}: {_reason(error, self.source)}") from error
+            raise ImageError(str(self), _reason(error, self.source)) from error
+
+    def digest(self) -> bytes:
+        """Digest what the image is opened from: equal digests, equal pixels.
+
+        Raises
+        ------
+        ImageError
+            If a file cannot be read.
+        """
+        digest = hashlib.blake2b(b"%d" % self.channels_last, digest_size=32)
+        try:
+            for part in _content(self.source):
+                digest.update(part)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ImageError(str(self), _reason(error, self.source)) from error
+        return digest.digest()
+
+    def stat(self) -> tuple[str, int, int, int] | None:
+        """Return path, size, mtime in ns and inode of a file; None for other sources."""
+        if not isinstance(self.source, (str, os.PathLike)):
+            return None
+        try:
+            status = os.stat(self.source)
+        except OSError:
+            return None
+        path = os.path.abspath(os.fspath(self.source))
+        return path, status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def as_records(X: Any, image_shape: ImageShape = None) -> list[Record]:
@@ -64,13 +103,12 @@ def as_records(X: Any, image_shape: ImageShape = None) -> list[Record]:
         (H, W) or (H, W, C) of a flattened row; one entry may be -1.
     """
     X = _unwrap_columns(X)
-    if isinstance(X, np.ndarray) and X.dtype.kind not in "OSU":
-        sources: Sequence[Any] = _split_array(X, image_shape)
-    else:
-        sources = [_as_source(item) for item in X]
-    if not len(sources):
+    if not len(X):
         raise ValueError("X is empty: at least one image is needed.")
-    return [Record(index, source) for index, source in enumerate(sources)]
+    if isinstance(X, np.ndarray):
+        images = _split_array(X, image_shape)
+        return [Record(index, image, channels_last=True) for index, image in enumerate(images)]
+    return [Record(index, _as_source(item)) for index, item in enumerate(X)]
 
 
 def is_tabular(X: Any) -> bool:
@@ -88,28 +126,45 @@ def is_tabular(X: Any) -> bool:
     return kind not in ("U", "S", "T") and getattr(X, "ndim", 0) in ((1, 2) if kind else (2,))
 
 
-def open_image(source: Source) -> Image.Image:
-    """Open a path, encoded bytes, a PIL image or an (H, W[, C]) array as upright 8-bit RGB.
+def open_image(source: Source, channels_last: bool = False) -> Image.Image:
+    """Open a path, encoded bytes, a PIL image or an array as upright 8-bit RGB.
+
+    An array is (H, W), (H, W, C) or (C, H, W); with `channels_last` it is not the last.
 
     Alpha is composited on white, grey is copied to the three channels, the first frame of an
     animation is taken and the EXIF orientation is applied. Floats are read on the scale [0, 1],
     integers on [0, the maximum of their dtype].
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _from_array(source, channels_last)
     if isinstance(source, Image.Image):
-        with _loading:  # Pillow loads lazily; two threads must not load one image at once
-            source.load()
-        return _to_rgb(ImageOps.exif_transpose(source))
-    if not isinstance(source, (str, bytes, os.PathLike)):
-        raise TypeError(
-            "expected a path, a PIL image, an array, a tensor or encoded bytes, "
-            f"got {type(source).__name__}"
-        )
+        _load(source)
+        return _to_rgb(ImageOps.exif_transpose(source), _stored_dtype(source))
+    _check_encoded(source)
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return _to_rgb(image, _stored_dtype(image))
+
+
+def _content(source: Any) -> Iterator[bytes]:
+    """Yield all that decides on the pixels of a source."""
+    if isinstance(source, np.ndarray):
+        yield f"array {source.shape} {source.dtype.str}".encode()
+        yield source.tobytes()
+    elif isinstance(source, Image.Image):
+        _load(source)
+        orientation = source.getexif().get(ExifTags.Base.Orientation)
+        transparency = source.info.get("transparency")
+        palette = source.getpalette("RGBA") if source.palette else None
+        dtype = _stored_dtype(source)
+        told = (source.mode, source.size, dtype, orientation, transparency, palette)
+        yield f"image {told}".encode()
+        yield source.tobytes()
+    else:
+        _check_encoded(source)
+        yield b"encoded"
+        yield source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
 # X, taken apart ---------------------------------------------------------------------------------
@@ -117,12 +172,12 @@ def open_image(source: Source) -> Image.Image:
 
 def _unwrap_columns(X: Any) -> Any:
     """Refuse a single image; turn tensors, Series and one-column tables into arrays or lists."""
-    if isinstance(X, (str, bytes, os.PathLike, Image.Image)):
+    if isinstance(X, _SINGLE):
         raise ValueError(
             f"X is a single {_describe(X)}; a sequence of images is expected: pass [X]."
         )
-    if hasattr(X, "detach"):
-        return _from_tensor(X)
+    if _is_tensor(X):
+        X = _from_tensor(X)
     if hasattr(X, "columns") and hasattr(X, "dtypes"):  # a pandas or polars DataFrame
         X = X.to_numpy()
     if hasattr(X, "to_numpy"):  # a Series
@@ -134,14 +189,16 @@ def _unwrap_columns(X: Any) -> Any:
                 + (": pass list(X)." if isinstance(X, Iterable) else ".")
             )
         X = np.asarray(X)
-    if isinstance(X, np.ndarray) and X.dtype.kind in "OSU":
-        if X.ndim == 0 or (X.ndim > 1 and X.size != len(X)):
-            raise ValueError(
-                f"X of shape {X.shape} and dtype {X.dtype} is no sequence of images: "
-                "one column (of paths, say) is expected."
-            )
-        return X.ravel()
-    return X
+    if not isinstance(X, np.ndarray):
+        return X
+    is_numeric = X.dtype.kind not in "OSTU"
+    if X.ndim == 0 or not (is_numeric or X.size == len(X)):
+        raise ValueError(
+            f"X of shape {X.shape} and dtype {X.dtype} is no sequence of images: "
+            "one column (of paths, say) is expected."
+        )
+    # A memory map is taken apart ten times as fast as the plain array that it is.
+    return np.asarray(X) if is_numeric else X.ravel().tolist()
 
 
 def _split_array(X: Pixels, image_shape: ImageShape) -> Sequence[Pixels]:
@@ -169,13 +226,24 @@ def _row_shape(X: Pixels, image_shape: ImageShape) -> tuple[int, ...]:
             f"X of shape {X.shape} holds one row an image: give image_shape=(H, W) or (H, W, C), "
             "the shape of the image that a row was flattened from."
         )
-    known = int(np.prod([side for side in image_shape if side != -1]))
-    if X.shape[1] == 0 or X.shape[1] % known or (-1 not in image_shape and X.shape[1] != known):
+    sides = list(image_shape) if isinstance(image_shape, Iterable) else []
+    known = [side for side in sides if side != -1]
+    if (
+        len(sides) not in (2, 3)
+        or len(known) < len(sides) - 1
+        or not all(isinstance(side, numbers.Integral) and side > 0 for side in known)
+    ):
+        raise ValueError(
+            f"image_shape={image_shape!r} is no shape of an image: (H, W) or (H, W, C) is "
+            "expected; one entry may be -1."
+        )
+    inferred, rest = divmod(X.shape[1], math.prod(known))
+    if rest or not inferred or (inferred > 1 and -1 not in sides):
         raise ValueError(
             f"image_shape={image_shape} does not fit X of shape {X.shape}: "
             f"a row has {X.shape[1]} values."
         )
-    shape = tuple(side if side != -1 else X.shape[1] // known for side in image_shape)
+    shape = tuple(side if side != -1 else inferred for side in sides)
     if len(shape) == 3 and shape[-1] not in _CHANNELS:
         raise ValueError(
             f"image_shape={image_shape} gives {shape[-1]} channels: 1, 2, 3 or 4 are expected, "
@@ -186,11 +254,15 @@ def _row_shape(X: Pixels, image_shape: ImageShape) -> tuple[int, ...]:
 
 def _as_source(item: Any) -> Any:
     """Turn what a sequence holds into something that `open_image` takes, where that is cheap."""
-    if hasattr(item, "detach"):
+    if _is_tensor(item):
         return _from_tensor(item)
     if isinstance(item, (bytearray, memoryview)):
         return bytes(item)
     return np.asarray(item) if isinstance(item, (list, tuple)) else item
+
+
+def _is_tensor(item: Any) -> bool:
+    return hasattr(item, "requires_grad")  # `detach` would take a file object for one
 
 
 def _from_tensor(tensor: Any) -> Pixels:
@@ -219,38 +291,68 @@ def _channels_to_end(array: Pixels, first_axis: int) -> Pixels:
 
 def _is_image(item: Any) -> bool:
     """Tell whether an item of X is an image, or should be one, rather than a row or a number."""
-    if isinstance(item, (str, bytes, bytearray, os.PathLike, Image.Image)) or item is None:
-        return True
-    return np.ndim(item) >= 2
+    return isinstance(item, _SINGLE) or item is None or np.ndim(item) >= 2
 
 
 # One image, opened ------------------------------------------------------------------------------
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _check_encoded(source: Any) -> None:
+    if not isinstance(source, (str, bytes, os.PathLike)):
+        raise TypeError(
+            "expected a path, a PIL image, an array, a tensor or encoded bytes, "
+            f"got {type(source).__name__}"
+        )
+
+
+def _load(image: Image.Image) -> None:
+    """Load what Pillow has put off, in one thread at a time."""
+    with _loading:
+        tile = getattr(image, "tile", None)
+        try:
+            image.load()
+        except Exception:
+            # Else Pillow takes it for loaded, and the next attempt gets what was decoded so far.
+            image.tile = tile  # type: ignore[attr-defined]
+            raise
+        image.getexif()  # put off as well, and seen half done by other threads
+
+
+def _to_rgb(image: Image.Image, stored_dtype: np.dtype[Any] | None = None) -> Image.Image:
+    if image.mode in _DEEP_MODES:
+        return _from_array(_deep_pixels(image, stored_dtype))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    if image.mode in _DEEP_MODES:
-        return _from_array(_deep_pixels(image))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _deep_pixels(image: Image.Image) -> Pixels:
+def _deep_pixels(image: Image.Image, stored_dtype: np.dtype[Any] | None) -> Pixels:
     pixels = np.asarray(image)
-    # Pillow holds 16-bit PNG and PNM files in 32 bits; their scale is that of the file.
-    if image.mode == "I" and image.format in ("PNG", "PPM"):
-        return pixels.astype(np.uint16)
+    if stored_dtype is not None:
+        pixels = pixels.astype(stored_dtype)
+    if image.mode == "I;16" and "transparency" in image.info:  # one grey that is transparent
+        pixels = np.where(pixels == image.info["transparency"], 65535, pixels).astype(np.uint16)
     return pixels
 
 
-def _from_array(array: Pixels) -> Image.Image:
+def _stored_dtype(image: Image.Image) -> np.dtype[Any] | None:
+    """Tell what a file holds that Pillow reads into signed 32 bits; its scale is the file's."""
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        return np.dtype(np.uint16)
+    if image.mode == "I" and isinstance(image, TiffImageFile):
+        bits, kind = image.tag_v2[BITSPERSAMPLE][0], image.tag_v2.get(SAMPLEFORMAT, (1,))[0]
+        return np.dtype(f"{'ui'[kind - 1]}{bits // 8}")
+    return None
+
+
+def _from_array(array: Pixels, channels_last: bool = False) -> Image.Image:
     if array.ndim not in (2, 3):
         raise ValueError(f"an array of shape {array.shape} is no image: (H, W) or (H, W, C)")
     if 0 in array.shape:
         raise ValueError(f"an array of shape {array.shape} has no pixels")
-    if array.ndim == 3:
+    if array.ndim == 3 and not channels_last:
         array = _channels_to_end(array, first_axis=0)
     pixels = np.ascontiguousarray(_to_uint8(array))
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
@@ -296,7 +398,7 @@ def _check_integer_scale(array: Pixels) -> int:
 
 
 def _scale(array: Pixels, top: int) -> NDArray[np.uint8]:
-    scaled = array.astype(np.float64 if array.dtype.itemsize > 2 else np.float32) * (255 / top)
+    scaled = array.astype("f8" if array.dtype.itemsize > 2 else "f4") * (255 / top)
     if scaled.min() < 0 or scaled.max() > 255:
         # No figures in the text: Python shows a repeated warning once.
         warnings.warn(
@@ -313,7 +415,7 @@ def _scale(array: Pixels, top: int) -> NDArray[np.uint8]:
 
 def _describe(source: Any) -> str:
     if isinstance(source, (str, os.PathLike)):
-        return repr(os.fspath(source))
+        return repr(str(os.fspath(source)))
     if isinstance(source, bytes):
         return f"{len(source)} encoded bytes"
     if isinstance(source, Image.Image):
@@ -331,6 +433,8 @@ def _reason(error: Exception, source: Any) -> str:
     if isinstance(error, UnidentifiedImageError):
         start = _first_bytes(source)
         return f"not an image that Pillow can read; it starts with {start!r}" if start else "empty"
+    if isinstance(source, Image.Image) and isinstance(error, (AssertionError, AttributeError)):
+        return "its file is closed and was not read to the end"
     return str(error) or type(error).__name__
 
 

@@ -2,6 +2,10 @@
 
 import copy
 import difflib
+import functools
+import itertools
+import numbers
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +20,8 @@ from torchvision.models import VGG, AlexNet
 
 # Containers that hand their input from child to child; the layers of a network lie inside them.
 _CHAINS = ("Sequential", "ModuleList", "AnyStage", "Encoder", "MaxVitBlock")
+# These take maps with their channels first.
+_CHANNELS_FIRST = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 # In eval mode these give what they got, at most in another arrangement.
 _NO_OPS = ("Dropout", "Identity", "StochasticDepth", "Permute", "Flatten")
 _HEADS = ("classifier", "fc", "head", "heads")
@@ -94,6 +100,7 @@ class _Call:
     channels_last: bool
     parameters: int
     multiply_adds: int
+    output: int  # the same number where modules put out the same tensor
 
 
 class LayerIndex:
@@ -111,41 +118,63 @@ class LayerIndex:
         self.network = type(module).__name__
         self._class_token = _has_class_token(module)
         self._calls = _trace(module, input_shape)
+        self._silent = {path for path, _ in module.named_modules()} - self._calls.keys() - {""}
         layers = {path: path for path in _units(module) if path in self._calls}
         paths = [path for path in self._calls if path in layers]  # in the order of computation
         paths = [p for p in paths if not self._calls[p].kind.startswith(_NO_OPS)]
         caffe = _caffe_names(module, paths)
-        aliases = _container_aliases(module, paths, self._calls)
+        aliases = _container_aliases(paths, self._calls)
         for number, path in enumerate(_stages(paths, self._calls), start=1):
             if f"stage{number}" not in self._calls:  # ShuffleNet has modules of this name
                 aliases[path].append(f"stage{number}")
         self._resolved: dict[str, ResolvedLayer] = {}
+        self._kept = _kept_layers(caffe, paths, aliases)
         self.table = LayerTable()
         for path in paths:
             names = [caffe[path], path] if path in caffe else [path]
             self._add(path, self._calls[path], (*names, *aliases[path]))
-        if "fc8" in self._resolved:
+        if "fc8" in caffe.values():
             self._add_relu8()
         for path, call in self._calls.items():
             self._resolved.setdefault(path, self._resolve_call(path, path, call))
+        if not self._resolved:
+            raise ValueError(
+                f"{self.network} has no layers: it calls no module that gives a tensor."
+            )
 
     def resolve(self, layer: str | int) -> ResolvedLayer:
         """Return the layer of a name, an alias, a module path or a place in the table."""
         if isinstance(layer, str):
+            if layer in self._silent:
+                raise LayerNotFoundError(
+                    f"{self.network} does not call {layer!r} on its way forward, or gets no "
+                    "tensor from it."
+                )
             if layer in self._resolved:
                 return self._resolved[layer]
             close = difflib.get_close_matches(layer, self._resolved)
-            listed = ", ".join(map(repr, close or [entry.name for entry in self.table[-3:]]))
+            names = [entry.name for entry in self.table] or list(self._resolved)
+            listed = ", ".join(map(repr, close or names[-3:]))
             raise LayerNotFoundError(
                 f"{self.network} has no layer {layer!r}. "
                 + (f"Close matches: {listed}." if close else f"Its last ones are {listed}.")
             )
+        if not isinstance(layer, numbers.Integral) or isinstance(layer, bool):
+            raise TypeError(f"layer is {layer!r}; a name or a whole number is expected.")
         if not -len(self.table) <= layer < len(self.table):
             raise LayerNotFoundError(
                 f"{self.network} has {len(self.table)} layers, from {-len(self.table)} to "
                 f"{len(self.table) - 1}; there is no layer {layer}."
             )
         return self._resolved[self.table[layer].name]
+
+    def stages(self) -> tuple[ResolvedLayer, ...]:
+        """Return the layers worth keeping of one pass: few, small once pooled, and well known.
+
+        These are AlexNet's and VGG's poolings, relu6, relu7 and fc8; of other networks the stages
+        and the global pooling.
+        """
+        return tuple(self._resolved[path] for path in self._kept)
 
     def _add(self, path: str, call: _Call, names: tuple[str, ...]) -> None:
         resolved = self._resolve_call(names[0], path, call)
@@ -165,7 +194,7 @@ class LayerIndex:
     def _add_relu8(self) -> None:
         """Add the ReLU of `fc8`, which is no module of these networks."""
         fc8 = self._resolved["fc8"]
-        self._add(fc8.path, _Call("ReLU", fc8.output_shape, False, 0, 0), ("relu8",))
+        self._add(fc8.path, _Call("ReLU", fc8.output_shape, False, 0, 0, -1), ("relu8",))
         self._resolved["relu8"] = replace(fc8, name="relu8", rectified=True)
 
     def _resolve_call(self, name: str, path: str, call: _Call) -> ResolvedLayer:
@@ -189,7 +218,7 @@ def read_layers(
     Raises
     ------
     ValueError
-        If a layer is not called in the forward pass.
+        If a layer is not called in the forward pass, or not for each image.
     """
     outputs: dict[str, Tensor] = {}
     unread: dict[str, list[ResolvedLayer]] = {}
@@ -200,6 +229,8 @@ def read_layers(
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             for layer in unread.pop(path, ()):
                 outputs[layer.name] = _detached(reduce(layer, _tensor(output)), _tensor(output))
+                if len(outputs[layer.name]) != len(batch):
+                    raise ValueError(f"layer {layer.name!r} does not give one output an image.")
             if not unread:
                 raise _AllRead  # nothing after the deepest layer is needed
 
@@ -238,57 +269,90 @@ def _detached(kept: Tensor, output: Tensor) -> Tensor:
 
 def _trace(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, _Call]:
     """Run one image through a copy; note the first call of every module, in order of return."""
-    module = copy.deepcopy(module).eval()
-    calls: dict[str, _Call] = {}
-    channels_last = False
-
-    def note(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(called: nn.Module, _inputs: Any, output: Any) -> None:
-            nonlocal channels_last
-            try:
-                first = _tensor(output)
-            except TypeError:
-                return
-            channels_last = _layout_after(called, first, channels_last)
-            is_map = first.ndim == 4
-            shape = tuple(first.shape[1:])
-            if is_map and channels_last:
-                shape = (shape[2], *shape[:2])
-            parameters = sum(parameter.numel() for parameter in called.parameters())
-            call = _Call(type(called).__name__, shape, is_map and channels_last, parameters, 0)
-            calls.setdefault(path, call)
-
-        return hook
-
-    for path, child in module.named_modules():
-        if path:
-            child.register_forward_hook(note(path))
-    anywhere = next(module.parameters(), torch.empty(0))
-    image = torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # Versions of tensors, which tell what was changed in place, are not kept in inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        module = copy.deepcopy(module).eval()
+        tracer = _Tracer(module)
+        anywhere = next(module.parameters(), torch.empty(0))
+        image = torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
         try:
-            module(image)
-        except (AssertionError, RuntimeError, ValueError) as error:
+            with tracer.counter:
+                module(image)
+        except Exception as error:  # a module of the user may raise anything
             raise ValueError(
                 f"{type(module).__name__} does not take an image of shape {input_shape}: {error}"
             ) from error
-    flops = counter.get_flop_counts()
-    prefix = type(module).__name__
-    return {
-        path: replace(call, multiply_adds=sum(flops.get(f"{prefix}.{path}", {}).values()) // 2)
-        for path, call in calls.items()
-    }
+    return tracer.calls
 
 
-def _layout_after(called: nn.Module, output: Tensor, channels_last: bool) -> bool:
+class _Tracer:
+    """Hooks that note the calls of a network's modules while an image runs through it."""
+
+    def __init__(self, module: nn.Module):
+        self.calls: dict[str, _Call] = {}
+        # Of its counts only the total is one thread's own: modules are told apart by hooks of all.
+        self.counter = FlopCounterMode(display=False)
+        self._entered: dict[nn.Module, tuple[int, bool]] = {}
+        self._channels_last = False
+        self._numbers = itertools.count()
+        self._latest: tuple[Tensor | None, int, int] = (None, 0, 0)
+        for path, child in module.named_modules():
+            if path:
+                child.register_forward_pre_hook(self._enter)
+                child.register_forward_hook(functools.partial(self._leave, path))
+
+    def _enter(self, called: nn.Module, _inputs: Any) -> None:
+        self._entered[called] = self.counter.get_total_flops(), self._channels_last
+
+    def _leave(self, path: str, called: nn.Module, inputs: Any, output: Any) -> None:
+        flops, came_last = self._entered[called]
+        spent = (self.counter.get_total_flops() - flops) // 2
+        if path in self.calls:
+            call = self.calls[path]
+            self.calls[path] = replace(call, multiply_adds=call.multiply_adds + spent)
+        try:
+            first = _tensor(output)
+        except TypeError:
+            return
+        self._channels_last = _layout_after(called, inputs, first, came_last, self._channels_last)
+        number = self._number(first)
+        if path in self.calls or first.ndim < 2:
+            return
+        is_last = first.ndim == 4 and self._channels_last
+        shape = tuple(first.shape[1:])
+        self.calls[path] = _Call(
+            type(called).__name__,
+            (shape[2], *shape[:2]) if is_last else shape,
+            is_last,
+            sum(parameter.numel() for parameter in called.parameters()),
+            spent,
+            number,
+        )
+
+    def _number(self, output: Tensor) -> int:
+        """Give an output its number: the last one's if it is that very tensor, unchanged since."""
+        latest, version, number = self._latest
+        if output is not latest or output._version != version:
+            number = next(self._numbers)
+        self._latest = output, output._version, number
+        return number
+
+
+def _layout_after(
+    called: nn.Module, inputs: Any, output: Tensor, came_last: bool, channels_last: bool
+) -> bool:
     """Follow whether 4-D tensors run with their channels last (inside Swin and ConvNeXt)."""
     kind = type(called).__name__
     if kind == "Permute":
         return list(getattr(called, "dims", ()))[1:] == [2, 3, 1]
+    if kind == "WindowPartition":
+        return True
     if isinstance(called, nn.Linear) or type(called) is nn.LayerNorm:
         return channels_last or output.ndim == 4
-    if isinstance(called, (nn.Conv2d, nn.BatchNorm2d)) or kind == "WindowDepartition":
+    if isinstance(called, _CHANNELS_FIRST) or kind == "WindowDepartition":
         return False
+    if inputs and getattr(inputs[0], "shape", None) == output.shape:
+        return came_last  # a block may permute by functions, which are not seen here, and back
     return channels_last
 
 
@@ -323,27 +387,35 @@ def _caffe_names(module: nn.Module, paths: list[str]) -> dict[str, str]:
         if isinstance(layer, nn.Linear):
             fc += 1
         place = f"{block}_{conv}" if isinstance(module, VGG) else f"{conv}"
-        short = {"Conv2d": "conv", "BatchNorm2d": "bn", "ReLU": "relu"}.get(kind)
-        if path.startswith("classifier"):
-            names[path] = f"{'fc' if isinstance(layer, nn.Linear) else short}{fc}"
-        elif short:
-            names[path] = f"{short}{place}"
+        short = {"Conv2d": "conv", "BatchNorm2d": "bn", "ReLU": "relu", "Linear": "fc"}.get(kind)
+        if short:
+            names[path] = f"{short}{fc if path.startswith('classifier') else place}"
         elif isinstance(layer, nn.MaxPool2d):
             names[path] = f"pool{block if isinstance(module, VGG) else conv}"
             block, conv = block + 1, conv if isinstance(module, AlexNet) else 0
     return names
 
 
-def _container_aliases(
-    module: nn.Module, paths: list[str], calls: dict[str, _Call]
-) -> dict[str, list[str]]:
+def _kept_layers(
+    caffe: dict[str, str], paths: list[str], aliases: dict[str, list[str]]
+) -> list[str]:
+    if caffe:
+        kept = ("pool", "relu6", "relu7", "fc8")
+        return [path for path in paths if caffe.get(path, "").startswith(kept)]
+    return [
+        path
+        for path in paths
+        if path == "avgpool" or any(re.fullmatch(r"stage\d+", name) for name in aliases[path])
+    ]
+
+
+def _container_aliases(paths: list[str], calls: dict[str, _Call]) -> dict[str, list[str]]:
     """Give a container's path to its last layer, where both put out the same."""
     aliases: dict[str, list[str]] = {path: [] for path in paths}
     for path in paths:
         container = path.rpartition(".")[0]
         while container:
-            last = [other for other in paths if other.startswith(f"{container}.")][-1] == path
-            if last and container in calls and calls[container].shape == calls[path].shape:
+            if container in calls and calls[container].output == calls[path].output:
                 aliases[path].append(container)
             container = container.rpartition(".")[0]
     return aliases

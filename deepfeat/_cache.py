@@ -1,0 +1,516 @@
+"""Which store a cache names, whatever process, copy or thread it is used in, and who is alive."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import platform
+import threading
+import time
+import uuid
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._store import LEASE_SECONDS, DiskStore, Found, Owner, check_width
+
+MEMORY_BYTES = 2**30  # bound of a store in memory when none is given
+RACY_NS = 2 * 10**9  # the coarsest time stamp of a file system in use (FAT)
+
+FileStat = tuple[str, int, int, int]
+"""Path, size, mtime_ns and inode of a file, taken before its content was read."""
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What a cache holds, and how it served this process.
+
+    Attributes
+    ----------
+    rows : int
+        Rows held, over all contexts.
+    bytes : int
+        Bytes of their values; keys and file structure come on top.
+    contexts : int
+        Contexts with at least one row.
+    hits, misses : int
+        Images found and not found by this process.
+    """
+
+    rows: int
+    bytes: int
+    contexts: int
+    hits: int
+    misses: int
+
+
+class FeatureCache:
+    """Rows of float32 features under (context, image), shared by all that name the same store.
+
+    A context says how a row is made (weights, preprocessing, layer, ...), an image what it is made
+    of; both are digests, any bytes. Copies, clones and unpickled objects are the same store; in
+    another process, a store in memory begins empty. Nothing is opened before the first use.
+
+    Parameters
+    ----------
+    path : str or path-like, optional
+        Directory of the store, made when first written to. It must be on a local file system.
+        By default the rows live in the memory of this process.
+    max_bytes : int, optional
+        Bound on the bytes of the rows; above it, the rows used longest ago are dropped after a
+        write. By default 1 GiB in memory and no bound on disk.
+
+    Notes
+    -----
+    On disk this is an SQLite database in WAL mode, a checksum with each row. A disk that is full
+    or read-only gives one warning; the cache is then read, and written no more by this process.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from deepfeat import FeatureCache
+    >>> cache = FeatureCache()
+    >>> cache.put_many([b"cat", b"dog"], {b"relu7": np.ones((2, 3), np.float32)})
+    >>> found, rows = cache.get_many(b"relu7", [b"dog", b"owl"])
+    >>> found
+    array([ True, False])
+    >>> rows
+    array([[ 1.,  1.,  1.],
+           [nan, nan, nan]], dtype=float32)
+    >>> cache.info()
+    CacheInfo(rows=2, bytes=24, contexts=1, hits=1, misses=1)
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, *, max_bytes: int | None = None
+    ) -> None:
+        if max_bytes is not None and max_bytes < 0:
+            raise ValueError(f"max_bytes must be 0 or more, not {max_bytes}.")
+        # An absolute path: a worker may run in another directory.
+        self.path = None if path is None else os.path.realpath(Path(path).expanduser())
+        self.max_bytes = MEMORY_BYTES if path is None and max_bytes is None else max_bytes
+        self._token = self.path or f"memory:{uuid.uuid4().hex}"
+        self._store = _open_store(self.path, self._token)
+
+    def get_many(
+        self, context: bytes, images: Sequence[bytes]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float32] | None]:
+        """Look up the rows of `images` in one context.
+
+        A row that fails its checksum is dropped with a `RuntimeWarning` and counts as not found.
+
+        Parameters
+        ----------
+        context : bytes
+            Digest of how the rows were made.
+        images : sequence of bytes, length n
+            Digests of the images; repeats are welcome.
+
+        Returns
+        -------
+        found : bool array of shape (n,)
+            Which images have a row.
+        rows : float32 array of shape (n, d), or None
+            Their rows in the order of `images`, NaN where not found; None if none is found.
+        """
+        place = {image: i for i, image in enumerate(dict.fromkeys(images))}
+        found, rows = self._store.get_many(context, list(place), touch=self.max_bytes is not None)
+        if len(place) < len(images):
+            take = [place[image] for image in images]
+            found, rows = found[take], None if rows is None else rows[take]
+        with self._store.lock:
+            self._store.hits += int(found.sum())
+            self._store.misses += int((~found).sum())
+        return found, rows
+
+    def has(self, context: bytes, images: Sequence[bytes]) -> NDArray[np.bool_]:
+        """Tell which of `images` have a row in one context, without reading or counting it.
+
+        Parameters
+        ----------
+        context, images
+            As given to `get_many`.
+
+        Returns
+        -------
+        stored : bool array of shape (n,)
+            Which images have a row.
+        """
+        stored = self._store.find(context, list(images))
+        return np.array([image in stored for image in images], dtype=bool)
+
+    def put_many(
+        self,
+        images: Sequence[bytes],
+        rows: Mapping[bytes, NDArray[np.float32]],
+        work: bytes | None = None,
+    ) -> None:
+        """Store the rows of `images` in one or more contexts: all of them, or after a crash none.
+
+        A row that is there already is kept as it is.
+
+        Parameters
+        ----------
+        images : sequence of bytes, length n
+            Digests of the images.
+        rows : mapping of bytes to float32 array of shape (n, d)
+            For each context, one row per image; d is the same for all rows of a context.
+        work : bytes, optional
+            The work under which this thread claimed the images. Its claims on them end in the same
+            transaction, and its lease on the others begins anew.
+
+        Raises
+        ------
+        ValueError
+            If a matrix does not have one row per image, or a width other than its context has.
+        """
+        matrices = {context: _as_matrix(matrix, len(images)) for context, matrix in rows.items()}
+        self._store.put_many(list(images), matrices, self.max_bytes, work, _this_owner())
+
+    def claim(self, work: bytes, images: Sequence[bytes]) -> NDArray[np.bool_]:
+        """Ask which images this thread may compute now, so that no other does them too.
+
+        An image is granted unless another live thread, here or in any process, holds it. A claim
+        ends with `put_many`, `release`, the death of its owner, or 120 s without a sign of life
+        (`claim` and `put_many` are signs). Where nothing can be written, all is granted.
+
+        Look again with `get_many` after a grant: the row may have come between your look and your
+        claim. Where refused, wait and look again.
+
+        Parameters
+        ----------
+        work : bytes
+            Digest of what is done with the images; claims of different works never meet.
+        images : sequence of bytes, length n
+            Digests of the images.
+
+        Returns
+        -------
+        granted : bool array of shape (n,)
+            Which images are this thread's to compute.
+        """
+        return self._store.claim(work, list(images), _this_owner(), _is_alive)
+
+    def release(self, work: bytes, images: Sequence[bytes]) -> None:
+        """Give back claims of this thread without a row, as when an image cannot be read.
+
+        Parameters
+        ----------
+        work, images
+            As given to `claim`.
+        """
+        self._store.release(work, list(images), _this_owner())
+
+    def known_digests(self, stats: Sequence[FileStat]) -> list[bytes | None]:
+        """Return the content digests of files that have not changed since they were remembered.
+
+        Parameters
+        ----------
+        stats : sequence of (path, size, mtime_ns, inode)
+            The files as they are now.
+
+        Returns
+        -------
+        digests : list of bytes or None
+            None for a file that is unknown or has changed.
+        """
+        seen = self._store.known_digests([os.fsencode(path) for path, *_ in stats])
+        known = [seen.get(os.fsencode(path), ("", b"")) for path, *_ in stats]
+        return [
+            digest if stamp == _as_stamp(stat) else None
+            for stat, (stamp, digest) in zip(stats, known, strict=True)
+        ]
+
+    def remember_digests(
+        self,
+        stats: Sequence[FileStat],
+        digests: Sequence[bytes],
+        *,
+        stat_time_ns: int | None = None,
+    ) -> None:
+        """Remember the content digests of files under their path, size, mtime and inode.
+
+        A file modified less than 2 s before its stat is not remembered: it could change once more
+        within the same time stamp. (Git calls this racily clean.)
+
+        Parameters
+        ----------
+        stats : sequence of (path, size, mtime_ns, inode)
+            The files as they were before their content was read.
+        digests : sequence of bytes
+            Digests of their content.
+        stat_time_ns : int, optional
+            When `stats` were taken (`time.time_ns`), by default now. Give it where reading the
+            content takes seconds.
+        """
+        newest = (time.time_ns() if stat_time_ns is None else stat_time_ns) - RACY_NS
+        settled = [
+            (os.fsencode(stat[0]), _as_stamp(stat), digest)
+            for stat, digest in zip(stats, digests, strict=True)
+            if stat[2] < newest
+        ]
+        if settled:
+            self._store.remember_digests(settled)
+
+    def info(self) -> CacheInfo:
+        """Count what the store holds, and how often this process found what it asked for.
+
+        Returns
+        -------
+        info : CacheInfo
+            Rows, bytes, contexts, hits and misses.
+        """
+        rows, size, contexts = self._store.count()
+        return CacheInfo(rows, size, contexts, self._store.hits, self._store.misses)
+
+    def prune(self, max_bytes: int) -> int:
+        """Drop the rows used longest ago until at most `max_bytes` are left.
+
+        On disk, a use is a write, and with `max_bytes` given to the constructor also a read.
+
+        Parameters
+        ----------
+        max_bytes : int
+            Bound on the bytes of the rows.
+
+        Returns
+        -------
+        dropped : int
+            How many rows were dropped.
+        """
+        return self._store.prune(max_bytes)
+
+    def clear(self) -> None:
+        """Forget all rows, claims and file digests, for everyone who shares the store."""
+        self._store.clear()
+
+    def __repr__(self) -> str:
+        where = "" if self.path is None else f"{self.path!r}, "
+        return f"FeatureCache({where}max_bytes={self.max_bytes})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FeatureCache) and self._token == other._token
+
+    def __hash__(self) -> int:
+        return hash(self._token)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_store"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._store = _open_store(self.path, self._token, adopt=True)
+
+
+class _MemoryStore:
+    """Rows in this process, the one used longest ago first."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.hits = self.misses = self.bytes = 0
+        self.rows: OrderedDict[tuple[bytes, bytes], NDArray[np.float32]] = OrderedDict()
+        self.widths: dict[bytes, int] = {}
+        self.held: Counter[bytes] = Counter()  # rows per context
+        self.leases: dict[Owner, float] = {}
+        self.claims: dict[tuple[bytes, bytes], Owner] = {}
+        self.files: dict[bytes, tuple[str, bytes]] = {}
+
+    def get_many(self, context: bytes, images: list[bytes], *, touch: bool) -> Found:
+        with self.lock:
+            stored = [self.rows.get((context, image)) for image in images]
+            found = np.array([row is not None for row in stored], dtype=bool)
+            if not found.any():
+                return found, None
+            rows = np.full((len(images), self.widths[context]), np.nan, np.float32)
+            for i, (image, row) in enumerate(zip(images, stored, strict=True)):
+                if row is not None:
+                    rows[i] = row
+                    self.rows.move_to_end((context, image))
+            return found, rows
+
+    def find(self, context: bytes, images: list[bytes]) -> set[bytes]:
+        with self.lock:
+            return {image for image in images if (context, image) in self.rows}
+
+    def put_many(
+        self,
+        images: list[bytes],
+        rows: Mapping[bytes, NDArray[np.float32]],
+        bound: int | None,
+        work: bytes | None,
+        owner: Owner,
+    ) -> None:
+        with self.lock:
+            for context, matrix in rows.items():
+                check_width(context, self.widths.get(context) or matrix.shape[1], matrix)
+            for context, matrix in rows.items():
+                for image, row in zip(images, matrix, strict=True):
+                    self._put(context, image, row)
+            if work is not None:
+                self.release(work, images, owner)
+            if bound is not None:
+                self.prune(bound)
+
+    def _put(self, context: bytes, image: bytes, row: NDArray[np.float32]) -> None:
+        if (context, image) not in self.rows:
+            # A copy: a view would keep the whole matrix, and show what its owner writes to it.
+            self.rows[context, image] = row.copy()
+            self.widths[context] = len(row)
+            self.held[context] += 1
+            self.bytes += row.nbytes
+
+    def prune(self, bound: int) -> int:
+        with self.lock:
+            before = len(self.rows)
+            while self.bytes > bound:
+                (context, _), row = self.rows.popitem(last=False)
+                self.bytes -= row.nbytes
+                self.held[context] -= 1
+                if not self.held[context]:
+                    del self.held[context], self.widths[context]
+            return before - len(self.rows)
+
+    def claim(
+        self, work: bytes, images: list[bytes], owner: Owner, is_alive: Callable[[Owner], bool]
+    ) -> NDArray[np.bool_]:
+        now = time.time()
+        with self.lock:
+            self.leases[owner] = now + LEASE_SECONDS
+            live = {
+                other
+                for other, until in self.leases.items()
+                # What a fork copied into this process is none of its business.
+                if until > now and other.pid == owner.pid and other != owner and is_alive(other)
+            }
+            granted = [self.claims.get((work, image)) not in live for image in images]
+            self.claims |= {(work, image): owner for image in itertools.compress(images, granted)}
+        return np.array(granted, dtype=bool)
+
+    def release(self, work: bytes, images: list[bytes], owner: Owner) -> None:
+        with self.lock:
+            self.leases[owner] = time.time() + LEASE_SECONDS
+            for image in images:
+                if self.claims.get((work, image)) == owner:
+                    del self.claims[work, image]
+
+    def known_digests(self, paths: list[bytes]) -> dict[bytes, tuple[str, bytes]]:
+        with self.lock:
+            return {path: self.files[path] for path in paths if path in self.files}
+
+    def remember_digests(self, files: list[tuple[bytes, str, bytes]]) -> None:
+        with self.lock:
+            self.files |= {path: (stat, digest) for path, stat, digest in files}
+
+    def count(self) -> tuple[int, int, int]:
+        with self.lock:
+            return len(self.rows), self.bytes, len(self.held)
+
+    def clear(self) -> None:
+        with self.lock:
+            self.bytes = 0
+            for kept in self.rows, self.widths, self.held, self.leases, self.claims, self.files:
+                kept.clear()
+
+    def close(self) -> None:
+        """Do nothing: there is no file."""
+
+
+Store = _MemoryStore | DiskStore
+_stores: weakref.WeakValueDictionary[str, Store] = weakref.WeakValueDictionary()
+_stores_lock = threading.Lock()
+_adopted: list[Store] = []
+_forking: list[Store] = []
+
+
+def _open_store(path: str | None, token: str, *, adopt: bool = False) -> Store:
+    """Return this process's one store of that token."""
+    with _stores_lock:
+        store = _stores.get(token)
+        if store is None:
+            store = _stores[token] = _MemoryStore() if path is None else DiskStore(path)
+            if adopt:
+                # A worker drops what it unpickled when its task is done; the next task will want
+                # the rows again.
+                _adopted[:] = [store]
+        return store
+
+
+def _before_fork() -> None:
+    """Let all transactions end and close all files: SQLite's locks do not survive a fork."""
+    _stores_lock.acquire()
+    _forking[:] = _stores.values()
+    for store in _forking:
+        store.lock.acquire()
+        store.close()
+
+
+def _after_fork() -> None:
+    for store in _forking:
+        store.lock.release()
+    _forking.clear()
+    _stores_lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork
+    )
+
+
+def _this_owner() -> Owner:
+    pid, thread = os.getpid(), threading.get_native_id()
+    return Owner(_this_host(), pid, thread, _start_of(pid, thread))
+
+
+@functools.cache
+def _this_host() -> str:
+    """Name what process numbers belong to: containers may share a host name and not its numbers."""
+    try:
+        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return platform.node()
+
+
+def _start_of(pid: int, thread: int) -> str:
+    """Return when a thread started, in the kernel's ticks; "" if it is dead or that is unknown."""
+    try:
+        line = Path(f"/proc/{pid}/task/{thread}/stat").read_bytes()
+    except OSError:
+        return ""
+    # The name, in parentheses, may itself hold spaces and parentheses.
+    state, *fields = line.rpartition(b")")[2].split()
+    return "" if state in b"ZX" else fields[18].decode()
+
+
+def _is_alive(owner: Owner) -> bool:
+    """Whether the thread may still run: all that can be known from here."""
+    if owner.host != _this_host():
+        return True
+    if owner.started:
+        return _start_of(owner.pid, owner.thread) == owner.started
+    if os.name == "posix":  # elsewhere this would end the process
+        try:
+            os.kill(owner.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+    return True
+
+
+def _as_matrix(matrix: NDArray[Any], n_images: int) -> NDArray[np.float32]:
+    matrix = np.ascontiguousarray(matrix, dtype=np.float32)
+    if matrix.ndim != 2 or len(matrix) != n_images or not matrix.shape[1]:
+        raise ValueError(f"Expected rows of shape ({n_images}, d), got {matrix.shape}.")
+    return matrix
+
+
+def _as_stamp(stat: FileStat) -> str:
+    return " ".join(map(str, stat[1:]))  # text: an inode can exceed SQLite's integers

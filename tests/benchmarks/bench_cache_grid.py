@@ -1,0 +1,119 @@
+"""Measures a search over layers and C: with the cache, with Pipeline(memory=...), with neither.
+
+The images are 300 of the real ones under DEEPFEAT_DATA with the MobileNetV2 weights that lie there,
+or else 300 generated ones and random weights. Every figure is of one run on this machine.
+"""
+
+import csv
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
+from torchvision.models import MobileNetV2
+
+from deepfeat import DeepFeatureExtractor, FeatureCache
+
+IMAGES = int(sys.argv[1]) if len(sys.argv) > 1 else 300
+LAYERS = ["stage4", "features.16", "features"]
+CS = [0.01, 0.1, 1, 10]
+FOLDS = 3
+REPEATS = 5
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        paths, y, weights = find_images(Path(folder))
+        extractor = DeepFeatureExtractor("mobilenet_v2", weights=weights, prefetch=LAYERS)
+        kind = "real images, given weights" if weights else "generated images, random weights"
+        print(f"{len(LAYERS)} layers x {len(CS)} C x {FOLDS} folds, {len(paths)} {kind}:")
+        count_forwards()
+        cache = FeatureCache(Path(folder, "cache"))
+        with_cache = extractor.set_params(cache=cache)
+        report("FeatureCache on disk, empty", search(with_cache), paths, y)
+        report("FeatureCache on disk, warm", search(with_cache), paths, y)
+        without = DeepFeatureExtractor("mobilenet_v2", weights=weights, cache=None)
+        report(
+            "Pipeline(memory=...)", search(without, memory=str(Path(folder, "memory"))), paths, y
+        )
+        report("no cache", search(without), paths, y)
+        compare_with_matrices(extractor.set_params(cache="memory"), paths, y)
+
+
+def search(extractor, memory=None):
+    return GridSearchCV(
+        make_pipeline(extractor, LinearSVC(random_state=0), memory=memory),
+        {"deepfeatureextractor__layer": LAYERS, "linearsvc__C": CS},
+        cv=FOLDS,
+    )
+
+
+def report(words, grid, paths, y):
+    forwards.clear()
+    start = time.perf_counter()
+    grid.fit(paths, y)
+    seconds = time.perf_counter() - start
+    print(
+        f"  {words:30} {seconds:7.1f} s, {sum(forwards):6} images through the network", flush=True
+    )
+
+
+def compare_with_matrices(extractor, paths, y):
+    """Compare a warm grid with the same fits on feature matrices that lie ready."""
+    matrices = [extractor.set_params(layer=layer).transform(paths) for layer in LAYERS]
+    warm, ready = [], []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        search(extractor).fit(paths, y)
+        warm.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for matrix in matrices:
+            GridSearchCV(LinearSVC(random_state=0), {"C": CS}, cv=FOLDS).fit(matrix, y)
+        ready.append(time.perf_counter() - start)
+    ratios = np.divide(warm, ready)
+    print(
+        f"  warm grid in memory {np.median(warm):.2f} s, the same fits on ready matrices "
+        f"{np.median(ready):.2f} s: ratio {np.median(ratios):.2f} "
+        f"({ratios.min():.2f} to {ratios.max():.2f} in {REPEATS} runs; aim 1.15)"
+    )
+
+
+forwards = []
+
+
+def count_forwards():
+    forward = MobileNetV2.forward
+
+    def counted(self, x):
+        if x.device.type != "meta":
+            forwards.append(len(x))
+        return forward(self, x)
+
+    MobileNetV2.forward = counted
+
+
+def find_images(folder):
+    data = os.environ.get("DEEPFEAT_DATA")
+    if data:
+        with open(Path(data, "scene15_split.csv"), newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
+        rows = rows[:: max(1, len(rows) // IMAGES)][:IMAGES]
+        paths = [str(Path(data, "scene15", row["class"], row["file"])) for row in rows]
+        return paths, [row["class"] for row in rows], str(Path(data, "weights/mobilenet_v2.pth"))
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(IMAGES):
+        pixels = rng.integers(0, 256, (25, 30), dtype=np.uint8)
+        paths.append(str(folder / f"{number}.jpg"))
+        Image.fromarray(pixels).resize((300, 250)).save(paths[-1])
+    return paths, [number % 5 for number in range(IMAGES)], None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Knows how every test runs: on how many examples, and cut off from the network."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+# Benchmarks are scripts; collecting doctests would import them.
+collect_ignore = ["benchmarks"]
+
+settings.register_profile("quick", derandomize=True, deadline=None, max_examples=25)
+settings.register_profile("thorough", deadline=None, max_examples=1000, print_blob=True)
+settings.load_profile("quick")
+
+
+@pytest.fixture(autouse=True)
+def no_network(request, monkeypatch):
+    """Lead downloads nowhere, unless the test is marked `network`."""
+    if request.node.get_closest_marker("network") is None:
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+        monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+
+
+@pytest.fixture(scope="session")
+def scene_labels():
+    """The classes of `scene_paths`."""
+    return np.array(["flat", "striped"] * 6)
+
+
+@pytest.fixture(scope="session")
+def scene_paths(tmp_path_factory, scene_labels):
+    """Files of twelve small pictures, no two alike: grey and colour, JPEG and PNG, of any sides."""
+    folder = tmp_path_factory.mktemp("scenes")
+    rng = np.random.default_rng(0)
+    paths = []
+    for number, label in enumerate(scene_labels):
+        height, width = rng.integers(40, 80, 2)
+        pixels = rng.integers(0, 60, (height, width, 3)) + rng.integers(50, 145, 3)
+        if label == "striped":
+            pixels[:, np.arange(width) // 8 % 2 == 0] = rng.integers(0, 20, 3)
+        image = Image.fromarray(pixels.astype(np.uint8))
+        paths.append(str(folder / f"{number:02}.{'jpg' if number % 3 else 'png'}"))
+        (image.convert("L") if number % 4 == 3 else image).save(paths[-1])
+    return paths

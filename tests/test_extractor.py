@@ -1,0 +1,725 @@
+"""Tests of extraction end to end: rows against a plain torchvision loop, and every way to fail."""
+
+import contextlib
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
+from sklearn.base import clone
+from sklearn.preprocessing import normalize
+from torch import nn
+from torchvision import models, transforms
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from deepfeat import DeepFeatureExtractor, FeatureCache, LayerNotFoundError
+
+TO_8_PIXELS = transforms.Compose([transforms.Resize((8, 8)), transforms.ToTensor()])
+
+
+def make(backbone="squeezenet1_1", layer="stage2", **params):
+    """Make a fast extractor, which computes every row anew unless it is given a cache."""
+    if isinstance(backbone, str):
+        params = {"weights": None, "image_size": 32} | params
+    return DeepFeatureExtractor(backbone, layer, **{"cache": None} | params)
+
+
+def extract(X, *args, **params):
+    return make(*args, **params).fit_transform(X)
+
+
+def make_net():
+    """Make a network of one's own, in train mode, with a BatchNorm that would notice that."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU()).train()
+
+
+def make_bright(weight):
+    """Make a network that sums up the channels and multiplies them by `weight`."""
+    net = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False))
+    nn.init.constant_(net[0].weight, weight)
+    return net
+
+
+class Relative(nn.Module):
+    """Divide each channel by its brightest value: NaN for a black one."""
+
+    def forward(self, batch):
+        return batch / batch.amax((2, 3), keepdim=True)
+
+
+@pytest.fixture
+def bad_file(tmp_path):
+    path = tmp_path / "bad.jpg"
+    path.write_text("no image")
+    return str(path)
+
+
+# Against a plain loop ---------------------------------------------------------------------------
+
+
+def rows_by_hand(paths, name, node, pooling, norm):
+    """Do with torchvision, NumPy and scikit-learn what the extractor promises."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = models.get_model(name, weights=None).eval()
+    read = create_feature_extractor(net, {node: "output"})
+    preprocess = models.get_model_weights(name)["DEFAULT"].transforms()
+    rows = []
+    for path in paths:
+        with Image.open(path) as image, torch.no_grad():
+            output = read(preprocess(image.convert("RGB"))[None])["output"][0].double().numpy()
+        if output.ndim == 3 and pooling != "flatten":
+            places = output.reshape(len(output), -1)
+            if pooling == "gem":
+                output = (np.maximum(places, 1e-6) ** 3).mean(axis=1) ** (1 / 3)
+            else:
+                output = {"avg": np.mean, "max": np.max}[pooling](places, axis=1)
+        rows.append(output.ravel())
+    return np.array(rows) if norm is None else normalize(rows, norm)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "node", "pooling", "norm"),
+    [
+        ("squeezenet1_1", "stage2", "features.4", "avg", "l2"),
+        ("squeezenet1_1", "features.12", "features.12", "max", "l1"),
+        ("squeezenet1_1", -1, "classifier.3", "avg", None),
+        ("mobilenet_v3_small", "features.3", "features.3", "gem", "l2"),
+        ("mobilenet_v3_small", "features.2.block.1", "features.2.block.1", "flatten", "l2"),
+        ("resnet18", "layer3.0", "layer3.0", "avg", "l2"),
+        ("resnet18", "avgpool", "avgpool", "flatten", "max"),
+        ("alexnet", "relu7", "classifier.5", "avg", "l2"),
+    ],
+)
+def test_rows_are_those_of_a_plain_loop(scene_paths, name, layer, node, pooling, norm):
+    """Same pixels, same network, same pooling and norm: the rows are the same to rounding."""
+    paths = scene_paths[:4]
+    expected = rows_by_hand(paths, name, node, pooling, norm)
+    rows = extract(paths, name, layer, image_size=None, pooling=pooling, norm=norm)
+    assert rows.dtype == np.float32
+    scale = np.abs(expected).max()
+    assert_allclose(rows / scale, expected / scale, rtol=1e-4, atol=1e-5)
+    # Were all images alike to this network, rows of the wrong image would pass.
+    assert np.ptp(expected / scale, axis=0).max() > 1e-3
+
+
+def test_tokens_are_read_by_their_class_token(scene_paths):
+    """A transformer of one's own gives its class token, and its tokens without that."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = models.VisionTransformer(32, 8, 2, 2, hidden_dim=16, mlp_dim=32).eval()
+    to_tensor = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()])
+    batch = torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in scene_paths[:3]])
+    with torch.no_grad():
+        tokens = create_feature_extractor(net, ["encoder.ln"])(batch)["encoder.ln"].numpy()
+    for pooling, expected in {
+        "cls": tokens[:, 0],
+        "avg": tokens[:, 1:].mean(axis=1),
+        "max": tokens[:, 1:].max(axis=1),
+        "flatten": tokens.reshape(3, -1),
+    }.items():
+        extractor = make(net, "encoder.ln", preprocessing=to_tensor, pooling=pooling, norm=None)
+        rows = extractor.fit_transform(scene_paths[:3])
+        assert_allclose(rows, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1", "max", None])
+def test_a_list_of_layers_gives_their_columns_in_that_order(scene_paths, norm):
+    """Each layer is scaled by itself, whatever its depth and its company."""
+    layers = ["features.12", "stage1", -7]
+    together = extract(scene_paths, layer=layers, norm=norm)
+    alone = [extract(scene_paths, layer=layer, norm=norm) for layer in layers]
+    assert [rows.shape[1] for rows in alone] == [512, 64, 384]
+    assert_allclose(together, np.hstack(alone), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1", "max"])
+def test_norm_scales_each_row(scene_paths, norm):
+    """It does so as scikit-learn's `normalize` does, and to nothing else."""
+    expected = normalize(extract(scene_paths, norm=None), norm)
+    assert_allclose(extract(scene_paths, norm=norm), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1", "max", None])
+def test_rows_of_zeros_stay_zero(scene_paths, norm):
+    """Nothing is divided by zero; a warning would fail this test."""
+    rows = extract(scene_paths, make_bright(0.0), "0", preprocessing=TO_8_PIXELS, norm=norm)
+    assert_array_equal(rows, np.zeros((12, 2)))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1e9, 1e25])
+@pytest.mark.parametrize("norm", ["l2", "l1", "max"])
+def test_rows_of_any_size_have_their_norm(scene_paths, norm, size):
+    """No square of a value ends at zero or infinity."""
+    expected = extract(scene_paths, make_bright(1.0), "0", preprocessing=TO_8_PIXELS, norm=norm)
+    rows = extract(scene_paths, make_bright(size), "0", preprocessing=TO_8_PIXELS, norm=norm)
+    assert_allclose(rows, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("resize", ["weights", "squash", "pad"])
+def test_every_resize_gives_rows_of_its_own(scene_paths, resize):
+    """The choice reaches the network."""
+    rows = extract(scene_paths, resize=resize)
+    others = {"weights", "squash", "pad"} - {resize}
+    for other in others:
+        assert np.abs(rows - extract(scene_paths, resize=other)).max() > 1e-3
+
+
+# Input ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (4, 20, 24, 3), dtype=np.uint8)
+
+
+KINDS = {
+    "path": lambda array, path: (Image.fromarray(array).save(path), str(path))[1],
+    "PathLike": lambda array, path: (Image.fromarray(array).save(path), path)[1],
+    "bytes": lambda array, path: (Image.fromarray(array).save(path), path.read_bytes())[1],
+    "PIL": lambda array, path: Image.fromarray(array),
+    "array": lambda array, path: array,
+    "array, channels first": lambda array, path: np.moveaxis(array, -1, 0),
+    "floats": lambda array, path: array / 255,
+    "tensor": lambda array, path: torch.from_numpy(array).permute(2, 0, 1),
+    "RGBA": lambda array, path: Image.fromarray(array).convert("RGBA"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_gives_the_same_rows(pixels, tmp_path, kind):
+    """Pixels decide, not how they arrive; kinds may be mixed."""
+    expected = extract(list(pixels))
+    images = [KINDS[kind](array, tmp_path / f"{i}.png") for i, array in enumerate(pixels)]
+    assert_array_equal(extract(images), expected)
+    assert_array_equal(extract([images[0], *pixels[1:]]), expected)
+
+
+CONTAINERS = {
+    "tuple": tuple,
+    "array of str": np.array,
+    "array of objects": lambda paths: np.array(paths, dtype=object),
+    "column of objects": lambda paths: np.array(paths, dtype=object)[:, None],
+    "Series": pd.Series,
+    "Series with an index": lambda paths: pd.Series(paths, index=range(12, 0, -1)),
+    "DataFrame": lambda paths: pd.DataFrame({"path": paths}),
+    "polars Series": pl.Series,
+    "polars DataFrame": lambda paths: pl.DataFrame({"path": paths}),
+    "paths": lambda paths: [Path(path) for path in paths],
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_container_gives_the_same_rows(scene_paths, container):
+    """Rows come in the order of the items."""
+    X = CONTAINERS[container](scene_paths)
+    assert_array_equal(extract(X), extract(scene_paths))
+
+
+ARRAYS = {
+    "channels last": (lambda pixels: pixels, None),
+    "channels first": (lambda pixels: np.moveaxis(pixels, -1, 1), None),
+    "tensor": (lambda pixels: torch.from_numpy(pixels).permute(0, 3, 1, 2), None),
+    "float64": (lambda pixels: pixels / 255, None),
+    "float32": (lambda pixels: (pixels / 255).astype(np.float32), None),
+    "16 bits": (lambda pixels: pixels.astype(np.uint16) * 257, None),
+    "rows": (lambda pixels: pixels.reshape(4, -1), (20, 24, 3)),
+    "rows of inferred height": (lambda pixels: pixels.reshape(4, -1), (-1, 24, 3)),
+    "table": (lambda pixels: pd.DataFrame(pixels.reshape(4, -1)), (20, 24, 3)),
+    "polars table": (lambda pixels: pl.DataFrame(pixels.reshape(4, -1)), (20, 24, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_every_array_gives_the_same_rows(pixels, kind):
+    """The layout and the type of an array do not change its pixels."""
+    make_array, image_shape = ARRAYS[kind]
+    rows = extract(make_array(pixels), image_shape=image_shape)
+    assert_array_equal(rows, extract(list(pixels)))
+
+
+def test_images_of_different_sizes_come_in_one_call(pixels):
+    """Each is resized for itself."""
+    images = [pixels[0], pixels[1][:11], pixels[2][:, :9], pixels[3][..., 0]]
+    alone = [extract([image]) for image in images]
+    assert_allclose(extract(images), np.vstack(alone), rtol=1e-5, atol=1e-7)
+
+
+def test_X_is_not_changed(pixels):
+    """Read-only arrays will do, and PIL images keep mode, size and pixels."""
+    array, image = pixels.copy(), Image.fromarray(pixels[0]).convert("P")
+    array.flags.writeable = False
+    floats = torch.rand(4, 3, 20, 24)
+    before = image.tobytes(), image.mode, image.size, floats.clone()
+    X = [image]
+    extract(array)
+    extract(X)
+    extract(floats)
+    assert_array_equal(array, pixels)
+    assert X[0] is image
+    assert (image.tobytes(), image.mode, image.size) == before[:3]
+    assert_array_equal(floats, before[3])
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        ([], "X is empty"),
+        ("a.jpg", r"X is a single 'a.jpg'; .* pass \[X\]"),
+        (np.zeros((2, 8)), r"X of shape \(2, 8\) holds one row an image: give image_shape"),
+        (np.zeros((2, 3, 8, 3)), "channels first and as channels last"),
+    ],
+    ids=["empty", "single path", "rows without image_shape", "ambiguous"],
+)
+@pytest.mark.parametrize("method", ["fit", "transform"])
+def test_what_is_no_sequence_of_images_is_refused(X, message, method):
+    """Already `fit` does so, and says what to do."""
+    with pytest.raises(ValueError, match=message):
+        getattr(make(), method)(X)
+
+
+# Images that cannot be read ---------------------------------------------------------------------
+
+PLACES = [{0}, {2}, {5}, {0, 1, 5}]
+
+
+@pytest.mark.parametrize("num_workers", [0, 4])
+@pytest.mark.parametrize("places", PLACES, ids=str)
+@pytest.mark.parametrize("on_error", ["warn", "nan"])
+def test_a_bad_image_leaves_nan_in_its_own_row(
+    scene_paths, bad_file, places, on_error, num_workers
+):
+    """No row is shifted, and the neighbours' rows are what they are without it."""
+    X = [bad_file if place in places else scene_paths[place] for place in range(6)]
+    expected = extract(scene_paths[:6])
+    expected[list(places)] = np.nan
+    extractor = make(on_error=on_error, batch_size=4, num_workers=num_workers)
+    expecting = (
+        pytest.warns(UserWarning, match=rf"^{len(places)} of 6 images could not be read.*bad\.jpg")
+        if on_error == "warn"
+        else contextlib.nullcontext()
+    )
+    with expecting:
+        rows = extractor.fit_transform(X)
+    assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
+    assert set(extractor.errors_) == places
+    for place, reason in extractor.errors_.items():
+        assert f"X[{place}]" in reason
+        assert "bad.jpg" in reason
+
+
+@pytest.mark.parametrize("place", [0, 2, 5])
+def test_by_default_a_bad_image_is_an_error_that_names_it(scene_paths, bad_file, place):
+    """Index and path are told, and what the file starts with."""
+    X = [*scene_paths[:place], bad_file, *scene_paths[place:5]]
+    with pytest.raises(ValueError, match=rf"X\[{place}\] \('.*bad\.jpg'\): .*b'no image'"):
+        extract(X, batch_size=2)
+
+
+def test_a_call_of_nothing_but_bad_images_gives_nothing_but_nan(bad_file):
+    """The number of columns is known all the same."""
+    extractor = make(on_error="nan", batch_size=2)
+    assert_array_equal(extractor.fit_transform([bad_file] * 5), np.full((5, 128), np.nan))
+    assert list(extractor.errors_) == list(range(5))
+
+
+def test_several_layers_are_nan_together(scene_paths, bad_file):
+    """A row is whole or NaN."""
+    rows = extract([scene_paths[0], bad_file], layer=["stage1", "stage2"], on_error="nan")
+    assert_array_equal(np.isnan(rows), [[False] * 192, [True] * 192])
+
+
+def test_errors_are_those_of_the_last_transform(scene_paths, bad_file):
+    """They do not pile up."""
+    extractor = make(on_error="nan").fit(scene_paths)
+    assert extractor.errors_ == {}
+    extractor.transform([scene_paths[0], bad_file])
+    assert list(extractor.errors_) == [1]
+    extractor.transform(scene_paths[:2])
+    assert extractor.errors_ == {}
+
+
+BAD = {
+    "missing file": lambda folder: folder / "missing.jpg",
+    "folder": lambda folder: folder,
+    "empty bytes": lambda folder: b"",
+    "array with NaN": lambda folder: np.full((4, 4), np.nan),
+    "array without pixels": lambda folder: np.zeros((0, 4)),
+    "None": lambda folder: None,
+    "number": lambda folder: 7,
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_every_kind_of_bad_image_is_confined_to_its_row(scene_paths, tmp_path, kind):
+    """Whatever comes in a list of images, the others are read."""
+    X = [scene_paths[0], BAD[kind](tmp_path), scene_paths[1]]
+    extractor = make(on_error="nan")
+    rows = extractor.transform(X)
+    assert_allclose(rows[::2], extract(scene_paths[:2]), rtol=1e-5, atol=1e-7)
+    assert np.isnan(rows[1]).all()
+    assert list(extractor.errors_) == [1]
+
+
+# Networks that give what is no number -----------------------------------------------------------
+
+
+def test_weights_of_nan_are_reported(scene_paths):
+    """NaN is never handed out as if it were a feature."""
+    net = make_bright(np.nan)
+    with pytest.raises(ValueError, match=r"X\[0\] .* NaN or infinity at layer '0'"):
+        extract(scene_paths, net, "0", preprocessing=TO_8_PIXELS)
+    extractor = make(net, "0", preprocessing=TO_8_PIXELS, on_error="nan")
+    assert np.isnan(extractor.fit_transform(scene_paths)).all()
+    assert list(extractor.errors_) == list(range(12))
+
+
+def test_what_overflows_in_float16_is_reported(scene_paths):
+    """The error says where float16 ends, and that bfloat16 goes further."""
+    net = make_bright(60_000.0)
+    kwargs = {"preprocessing": TO_8_PIXELS, "norm": None}
+    with pytest.raises(ValueError, match=r"float16 ends at 65,504, try bfloat16"):
+        extract(scene_paths, net, "0", precision="float16", **kwargs)
+    rows = extract(scene_paths, net, "0", precision="bfloat16", **kwargs)
+    assert_allclose(rows, extract(scene_paths, net, "0", **kwargs), rtol=2e-2)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1", "max", None])
+def test_an_image_that_gives_nan_does_not_change_its_neighbours(pixels, norm):
+    """Their rows have their norm as ever; its own is NaN throughout, though one feature was."""
+    net = nn.Sequential(Relative())
+    make_one = {"preprocessing": TO_8_PIXELS, "norm": norm, "on_error": "nan"}
+    without_blue = pixels[1] * np.array([1, 1, 0], dtype=np.uint8)
+    rows = extract([pixels[0], without_blue, pixels[2]], net, "0", **make_one)
+    assert np.isnan(rows[1]).all()
+    assert_allclose(rows[::2], extract(list(pixels[[0, 2]]), net, "0", **make_one), rtol=1e-5)
+
+
+# The user's own preprocessing and network -------------------------------------------------------
+
+
+def test_preprocessing_of_the_user_takes_the_place_of_the_weights_own(scene_paths):
+    """The tensor it makes is what the network sees."""
+    own = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()])
+    net = models.squeezenet1_1(weights=None)
+    by_name = extract(scene_paths, image_size=None, preprocessing=own)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = models.squeezenet1_1(weights=None)
+    assert_allclose(extract(scene_paths, net, "stage2", preprocessing=own), by_name, rtol=1e-5)
+    batch = torch.stack([own(Image.open(path).convert("RGB")) for path in scene_paths])
+    with torch.no_grad():
+        maps = net.features[:5](batch)
+    assert_allclose(by_name, normalize(maps.mean((2, 3)).numpy()), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "came"),
+    [
+        (np.asarray, "a ndarray"),
+        (transforms.PILToTensor(), r"a tensor of torch.uint8 and shape \(3, 256, 256\)"),
+        (lambda image: torch.zeros(3), r"a tensor of torch.float32 and shape \(3,\)"),
+        (lambda image: None, "a NoneType"),
+    ],
+    ids=["array", "uint8", "vector", "None"],
+)
+def test_preprocessing_that_makes_no_image_is_refused(scene_paths, preprocessing, came):
+    """`fit` tries it on a grey image, and says what came of it."""
+    with pytest.raises(ValueError, match=rf"float tensor of shape \(C, H, W\); it gave {came}"):
+        make(make_net(), "2", preprocessing=preprocessing).fit(scene_paths)
+
+
+def test_preprocessing_that_makes_images_of_many_sizes_is_refused(scene_paths):
+    """The error names two that differ."""
+    keep_proportions = transforms.Compose([transforms.Resize(8), transforms.ToTensor()])
+    with pytest.raises(ValueError, match=r"X\[1\] .* \(3, 8, 8\), and X\[0\] .* \(3, 9, 8\)"):
+        extract(scene_paths, make_net(), "2", preprocessing=keep_proportions)
+
+
+def test_preprocessing_that_fails_names_the_image_and_its_own_error(scene_paths):
+    """The error of the user's function is the cause, for its traceback."""
+
+    def fail(image):
+        if image.size != (256, 256):  # the grey image that `fit` tries
+            raise KeyError("planted")
+        return TO_8_PIXELS(image)
+
+    with pytest.raises(ValueError, match=r"X\[0\] .*KeyError.*planted") as caught:
+        extract(scene_paths, make_net(), "2", preprocessing=fail)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_network_needs_preprocessing(scene_paths):
+    """Nobody knows what it was trained on."""
+    with pytest.raises(ValueError, match="a module needs preprocessing="):
+        make(make_net(), "2").fit(scene_paths)
+
+
+def test_a_network_of_the_user_is_left_as_it_was(scene_paths):
+    """It is read in eval mode, and keeps its own mode, statistics, gradients and hooks."""
+    net = make_net()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    extractor = make(net, "1", preprocessing=TO_8_PIXELS, norm=None)
+    rows = extractor.fit_transform(scene_paths)
+
+    assert all(module.training for module in net.modules())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert not any(module._forward_hooks for module in net.modules())
+    assert extractor.backbone is net
+    for name, value in net.state_dict().items():
+        assert_array_equal(value, before[name])
+    again = pickle.loads(pickle.dumps(extractor))
+    assert_array_equal(again.transform(scene_paths), rows)
+
+    batch = torch.stack([TO_8_PIXELS(Image.open(path).convert("RGB")) for path in scene_paths])
+    with torch.no_grad():
+        expected = net.eval()[:2](batch).mean((2, 3))
+    assert_allclose(rows, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_that_was_trained_further_gives_other_rows(scene_paths):
+    """The extractor sees the user's module as it is at the time of each call."""
+    net = make_net()
+    extractor = make(net, "0", preprocessing=TO_8_PIXELS, norm=None, cache="memory")
+    before = extractor.fit_transform(scene_paths)
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+        net[0].bias.mul_(2)
+    assert_allclose(extractor.transform(scene_paths), 2 * before, rtol=1e-5)
+
+
+# Names ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layer", "pooling", "count", "name_17"),
+    [
+        ("alexnet", "relu7", "avg", 4096, "relu7_0017"),
+        ("alexnet", "conv5", "flatten", 256 * 13 * 13, "conv5_00017"),
+        ("squeezenet1_1", "stage2", "avg", 128, "stage2_0017"),
+        ("squeezenet1_1", -1, "avg", 1000, "classifier.3_0017"),
+        ("squeezenet1_1", 4, "avg", 128, "features.4_0017"),
+    ],
+)
+def test_a_feature_is_named_by_its_layer_and_number(backbone, layer, pooling, count, name_17):
+    """A layer is named as it was asked for; numbers have as many digits as the last one needs."""
+    params = {"pooling": pooling, "weights": None}
+    names = DeepFeatureExtractor(backbone, layer, **params).get_feature_names_out()
+    assert names.dtype == object
+    assert names.shape == (count,)
+    assert names[17] == name_17
+    assert len(set(names)) == count
+
+
+def test_the_names_of_several_layers_follow_their_columns(scene_paths):
+    """There is one name a column."""
+    extractor = make(layer=["stage2", "stage1"])
+    names = extractor.get_feature_names_out()
+    assert_array_equal(
+        names[[0, 127, 128, 191]], [f"stage{n}" for n in ("2_0000", "2_0127", "1_0000", "1_0063")]
+    )
+    assert extractor.transform(scene_paths).shape == (12, len(names))
+
+
+# Parameters -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"pooling": "mean"}, r"pooling='mean' is none of \('avg', 'max', 'gem', 'cls', 'flatten'"),
+        ({"pooling": "cls"}, r"pooling='cls' takes the class token, which layer 'stage2'"),
+        ({"norm": "l3"}, r"norm='l3' is none of \('l2', 'l1', 'max', None\)"),
+        ({"resize": "crop"}, r"resize='crop' is none of \('weights', 'squash', 'pad'\)"),
+        ({"precision": "float64"}, r"precision='float64' is none of"),
+        ({"on_error": "ignore"}, r"on_error='ignore' is none of \('raise', 'warn', 'nan'\)"),
+        ({"batch_size": 0}, r"batch_size=0: a whole number from 1 is expected"),
+        ({"batch_size": 2.5}, r"batch_size=2.5: a whole number"),
+        ({"batch_size": True}, r"batch_size=True: a whole number"),
+        ({"num_workers": -1}, r"num_workers=-1: a whole number from 0 or 'auto' is expected"),
+        ({"num_workers": None}, r"num_workers=None: a whole number from 0 or 'auto'"),
+        ({"image_size": 0}, r"image_size=0: a whole number from 1 or None is expected"),
+        ({"random_state": -1}, r"random_state=-1: a whole number from 0 or None is expected"),
+        ({"layer": []}, r"layer is an empty list"),
+        ({"layer": ["stage1", "stage1"]}, r"layer 'stage1' is asked for twice"),
+        ({"layer": "stagge2"}, r"SqueezeNet has no layer 'stagge2'. Close matches: 'stage2'"),
+        ({"layer": 99}, r"SqueezeNet has 16 layers, from -16 to 15; there is no layer 99"),
+        ({"backbone": "squeezenet"}, r"no backbone 'squeezenet'. Close matches: 'squeezenet1_1'"),
+        ({"weights": "IMAGENET"}, r"squeezenet1_1 has no weights 'IMAGENET'. It has 'IMAGENET1K_V"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["fit", "transform"])
+def test_a_wrong_parameter_is_refused(scene_paths, params, message, method):
+    """The error says what came, what was expected, or what is close to it."""
+    with pytest.raises(ValueError, match=message):
+        getattr(make().set_params(**params), method)(scene_paths)
+
+
+def test_a_layer_that_is_not_there_has_an_error_of_its_own(scene_paths):
+    """It can be caught by name."""
+    with pytest.raises(LayerNotFoundError):
+        make(layer="relu7").fit(scene_paths)
+
+
+@pytest.mark.parametrize("backbone", [None, 3, models.alexnet], ids=["None", "3", "function"])
+def test_a_backbone_is_a_name_or_a_module(scene_paths, backbone):
+    """A constructor is neither."""
+    with pytest.raises(TypeError, match=r"a name or a torch\.nn\.Module is expected"):
+        make().set_params(backbone=backbone).fit(scene_paths)
+
+
+def test_whole_numbers_of_numpy_will_do(scene_paths):
+    """A grid of parameters is often an array."""
+    params = {"batch_size": np.int64(2), "image_size": np.int32(32), "random_state": np.int64(0)}
+    assert_array_equal(extract(scene_paths, **params), extract(scene_paths))
+
+
+def test_a_device_that_cannot_be_had_is_refused(scene_paths):
+    """The error names it."""
+    with pytest.raises(ValueError, match="device 'cuda:99' cannot be used here"):
+        extract(scene_paths, device="cuda:99")
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"batch_size": 1},
+        {"batch_size": 5},
+        {"batch_size": 100},
+        {"num_workers": 0},
+        {"num_workers": 4},
+        {"num_workers": 0, "batch_size": 5},
+        {"device": "cpu"},
+        {"device": torch.device("cpu")},
+        {"cache": "memory"},
+    ],
+    ids=str,
+)
+def test_how_it_is_computed_does_not_change_rows(scene_paths, params):
+    """Batch, threads, device and cache are means, not ends."""
+    assert_allclose(extract(scene_paths, **params), extract(scene_paths), rtol=1e-5, atol=1e-7)
+
+
+def test_norm_and_concatenation_are_no_matter_of_the_cache(scene_paths):
+    """Rows are kept as they are, and what is done to them afterwards does not reach the cache."""
+    cache = FeatureCache()
+    for params in (
+        {"norm": "l2"},
+        {"norm": None},
+        {"norm": "max", "layer": ["stage1", "stage2"]},
+        {"norm": "l1", "layer": "stage1"},
+        {"norm": None},
+    ):
+        rows = extract(scene_paths, cache=cache, **params)
+        rows_of_today = rows.copy()
+        assert_allclose(rows, extract(scene_paths, **params), rtol=1e-5, atol=1e-7)
+        rows *= 0  # as a caller may
+        assert_array_equal(extract(scene_paths, cache=cache, **params), rows_of_today)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_lower_precision_gives_float32_rows_near_the_same(scene_paths, precision):
+    """The unit rows point the same way to within a degree, and are not the very same."""
+    rows, expected = extract(scene_paths, precision=precision), extract(scene_paths)
+    assert rows.dtype == np.float32
+    assert_allclose((rows * expected).sum(axis=1), 1, rtol=1e-4)
+    assert np.abs(rows - expected).max() > 1e-6
+
+
+def test_random_weights_follow_random_state(scene_paths):
+    """The same seed gives the same network, None is 0, and torch's own state is left alone."""
+    state = torch.get_rng_state()
+    rows = {seed: extract(scene_paths, random_state=seed) for seed in (None, 0, 1)}
+    assert_array_equal(torch.get_rng_state(), state)
+    assert_array_equal(rows[None], rows[0])
+    assert np.abs(rows[1] - rows[0]).max() > 1e-3
+
+
+def test_verbose_shows_a_progress_bar(scene_paths, bad_file, capsys):
+    """It counts images, the bad ones as well, and goes to stderr."""
+    extract([*scene_paths, bad_file], verbose=1, on_error="nan", batch_size=4)
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "squeezenet1_1: 100%" in output.err
+    assert "13/13" in output.err
+
+
+def test_by_default_nothing_is_printed(scene_paths, capfd):
+    """Neither by Python nor by what it calls."""
+    extract(scene_paths)
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+# fit, transform, threads ------------------------------------------------------------------------
+
+
+def test_fit_loads_no_weights_and_reads_no_image(tmp_path):
+    """It passes where both are damaged; `transform` does not."""
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"damaged")
+    X = [str(tmp_path / "missing.jpg")]
+    extractor = make(weights=weights).fit(X)
+    with pytest.raises(ValueError, match="damaged"):
+        extractor.transform(X)
+
+
+def test_fit_learns_nothing(scene_paths):
+    """It returns the extractor, and what it was shown has no effect."""
+    extractor = make()
+    assert extractor.fit(scene_paths[:1]) is extractor
+    assert_array_equal(extractor.transform(scene_paths), extract(scene_paths))
+
+
+def test_transform_needs_no_fit(scene_paths):
+    """There is nothing to learn."""
+    assert_array_equal(make().transform(scene_paths), extract(scene_paths))
+    assert_array_equal(clone(make().fit(scene_paths)).transform(scene_paths), extract(scene_paths))
+
+
+def test_parameters_take_effect_when_they_are_set(scene_paths):
+    """Nothing of an earlier fit lingers."""
+    extractor = make().fit(scene_paths)
+    extractor.set_params(layer="stage1", norm=None)
+    expected = extract(scene_paths, layer="stage1", norm=None)
+    assert_array_equal(extractor.transform(scene_paths), expected)
+    assert extractor.get_feature_names_out()[0] == "stage1_0000"
+
+
+def test_images_may_follow_a_table(scene_paths, pixels):
+    """What an earlier fit saw of a table's columns says nothing about images."""
+    extractor = make(image_shape=(20, 24, 3)).fit(pixels.reshape(4, -1))
+    extractor.fit(pd.DataFrame({"path": scene_paths}))
+    assert len(extractor.get_feature_names_out(["path"])) == 128
+
+
+@pytest.mark.parametrize("cache", [None, "memory"])
+def test_threads_share_one_network(scene_paths, cache):
+    """Calls at the same time, of other layers as well, give the rows that each gives alone."""
+    tasks = [(layer, scene_paths[start:]) for layer in ("stage1", "stage3") for start in range(4)]
+    # Of a seed of its own: threads that ask first also load the network.
+    expected = [extract(X, layer=layer, random_state=7) for layer, X in tasks]
+    with ThreadPoolExecutor(8) as threads:
+        seeds = {"random_state": 7, "cache": cache, "batch_size": 3}
+        futures = [threads.submit(extract, X, layer=layer, **seeds) for layer, X in tasks]
+        rows = [future.result() for future in futures]
+    for here, there in zip(rows, expected, strict=True):
+        assert_allclose(here, there, rtol=1e-5, atol=1e-7)
+
+
+def test_threads_may_share_one_extractor(scene_paths):
+    """A server keeps one, for all its requests."""
+    extractor = make(batch_size=3).fit(scene_paths)
+    expected = extractor.transform(scene_paths)
+    with ThreadPoolExecutor(4) as threads:
+        rows = list(threads.map(extractor.transform, [scene_paths[i:] for i in range(8)]))
+    for start, here in enumerate(rows):
+        assert_allclose(here, expected[start:], rtol=1e-5, atol=1e-7)

@@ -1,0 +1,430 @@
+"""Laws of the cached path: each image through the network once, whoever asks and however often."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
+from torch import nn
+from torchvision.transforms import functional as F
+
+from deepfeat import DeepFeatureExtractor, FeatureCache
+
+SMALL = {"weights": None, "image_size": 32, "num_workers": 0}
+
+
+def extractor(cache, layer="stage2", backbone="squeezenet1_1", **parameters):
+    return DeepFeatureExtractor(backbone, layer, cache=cache, **{**SMALL, **parameters})
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Count the images that enter SqueezeNet in this process."""
+    from torchvision.models import SqueezeNet
+
+    seen = []
+    forward = SqueezeNet.forward
+
+    def counted(self, x):
+        if x.device.type != "meta":
+            seen.append(len(x))
+        return forward(self, x)
+
+    monkeypatch.setattr(SqueezeNet, "forward", counted)
+    return seen
+
+
+@pytest.fixture
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (24, 20, 20, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def paths(pictures, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    names = [folder / f"{number:02}.png" for number in range(len(pictures))]
+    for name, pixels in zip(names, pictures, strict=True):
+        Image.fromarray(pixels).save(name)
+        os.utime(name, (1, 1))  # long ago: a file changed just now is not trusted by its date
+    return [str(name) for name in names]
+
+
+@pytest.fixture(params=["memory", "disk"])
+def cache(request, tmp_path):
+    return FeatureCache(tmp_path / "cache" if request.param == "disk" else None)
+
+
+def search(cache, n_jobs):
+    return GridSearchCV(
+        make_pipeline(extractor(cache), LinearSVC(random_state=0)),
+        {
+            "deepfeatureextractor__layer": ["stage1", "stage2", "stage3"],
+            "linearsvc__C": [0.01, 0.1, 1, 10],
+        },
+        cv=3,
+        n_jobs=n_jobs,
+    )
+
+
+def assert_same_search(found, expected):
+    assert found.best_params_ == expected.best_params_
+    for column in ("mean_test_score", "std_test_score"):
+        np.testing.assert_allclose(
+            found.cv_results_[column], expected.cv_results_[column], rtol=1e-6
+        )
+
+
+LABELS = np.arange(24) % 2
+
+
+class TestOnce:
+    def test_a_grid_sends_every_image_through_the_network_once(self, paths, forwards):
+        """3 layers x 4 C x 3 folds and the refit: as many forwards as images."""
+        found = search(FeatureCache(), n_jobs=1).fit(paths, LABELS)
+        assert sum(forwards) == len(paths)
+        forwards.clear()
+        expected = search(None, n_jobs=1).fit(paths, LABELS)
+        assert sum(forwards) == 12 * 3 * 24 + 24  # the measure can tell: nothing kept
+        assert_same_search(found, expected)
+
+    def test_so_it_does_in_two_processes_on_one_path(self, paths, tmp_path):
+        """The passes that the workers note down add up to the images."""
+        notes = tmp_path / "notes"
+        notes.mkdir()
+        pipe = search(str(tmp_path / "cache"), n_jobs=2)
+        pipe.estimator.set_params(deepfeatureextractor__batch_size=2)
+        with _noting_workers(notes):
+            found = pipe.fit(paths, LABELS)
+        workers = sorted(notes.iterdir())
+        assert len(workers) >= 2  # both had a share
+        assert sum(int(n) for file in workers for n in file.read_text().split()) == len(paths)
+        assert_same_search(found, search(None, n_jobs=1).fit(paths, LABELS))
+
+    def test_equal_images_are_computed_once(self, cache, pictures, forwards):
+        X = pictures[[0, 1, 0, 2, 1, 0]]
+        rows = extractor(cache).transform(X)
+        assert sum(forwards) == 3
+        expected = extractor(None).transform(X)
+        np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
+
+    def test_a_stage_that_was_prefetched_needs_no_second_pass(self, cache, pictures, forwards):
+        extractor(cache, "stage2").transform(pictures)
+        rows = extractor(cache, ["stage4", "stage3"]).transform(pictures)
+        assert sum(forwards) == len(pictures)
+        expected = extractor(None, ["stage4", "stage3"]).transform(pictures)
+        np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
+
+    def test_without_prefetch_only_what_is_asked_is_kept(self, cache, pictures, forwards):
+        extractor(cache, "stage2", prefetch=None).transform(pictures)
+        assert cache.info().contexts == 1
+        extractor(cache, "stage3", prefetch=None).transform(pictures)
+        assert sum(forwards) == 2 * len(pictures)
+
+    def test_a_list_names_what_is_prefetched(self, cache, pictures, forwards):
+        extractor(cache, "stage2", prefetch=["features.3", -1]).transform(pictures)
+        assert cache.info().contexts == 3
+        extractor(cache, ["features.3", "classifier.3"]).transform(pictures)
+        assert sum(forwards) == len(pictures)
+
+    def test_flattened_maps_are_never_prefetched(self, cache, pictures):
+        extractor(cache, "stage4", pooling="flatten").transform(pictures)
+        assert cache.info().contexts == 1
+
+    def test_norm_and_order_of_layers_share_the_rows(self, cache, pictures, forwards):
+        for norm in ("l2", "l1", None):
+            rows = extractor(cache, ["stage3", "stage2"], norm=norm).transform(pictures)
+            expected = extractor(None, ["stage3", "stage2"], norm=norm).transform(pictures)
+            np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
+        assert sum(forwards) == 4 * len(pictures)  # once kept, three times without
+
+    def test_a_warm_cache_loads_no_weights(self, cache, pictures, monkeypatch):
+        expected = extractor(cache).transform(pictures)
+        import deepfeat._backbones as backbones
+
+        def refuse(*_arguments):
+            raise AssertionError("weights were loaded")
+
+        monkeypatch.setattr(backbones, "_load_cached", refuse)
+        np.testing.assert_array_equal(extractor(cache).transform(pictures), expected)
+        with pytest.raises(AssertionError, match="weights were loaded"):
+            extractor(cache).transform(pictures[:1] // 2)
+
+    def test_threads_share_one_pass(self, cache, pictures, forwards):
+        results = {}
+
+        def run(number):
+            results[number] = extractor(cache).transform(pictures)
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert sum(forwards) == len(pictures)
+        for rows in results.values():
+            np.testing.assert_array_equal(rows, results[0])
+
+
+def _noting_workers(folder):
+    """A loky context whose workers write down how many images each of their passes took."""
+    return joblib.parallel_config(
+        "loky", initializer=_note_passes, initargs=(str(folder),), inner_max_num_threads=1
+    )
+
+
+def _note_passes(folder):
+    from torchvision.models import SqueezeNet
+
+    forward = SqueezeNet.forward
+
+    def noted(self, x):
+        if x.device.type != "meta":
+            with open(os.path.join(folder, str(os.getpid())), "a") as file:
+                file.write(f"{len(x)}\n")
+            time.sleep(0.3)  # so that no worker is done before the other has begun
+        return forward(self, x)
+
+    SqueezeNet.forward = noted
+
+
+class TestNothingIsMixedUp:
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"random_state": 1},
+            {"image_size": 48},
+            {"resize": "squash"},
+            {"pooling": "max"},
+            {"precision": "bfloat16"},
+            {"layer": "stage3"},
+            {"backbone": "squeezenet1_0"},
+            {"preprocessing": lambda image: F.pil_to_tensor(image.resize((40, 40))) / 255},
+        ],
+        ids=lambda change: next(iter(change)),
+    )
+    def test_what_changes_the_rows_changes_the_key(self, cache, change):
+        """A cache that has seen one setting gives another the rows that it would have alone."""
+        X = np.random.default_rng(0).integers(0, 256, (3, 60, 40, 3), dtype=np.uint8)
+        extractor(cache).transform(X)
+        if "preprocessing" in change:
+            change = {**change, "image_size": None}
+        rows = extractor(cache, **change).transform(X)
+        expected = extractor(None, **change).transform(X)
+        np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-6)
+
+    def test_a_file_changed_under_its_name_is_read_again(self, cache, paths, pictures):
+        first = extractor(cache).transform(paths[:2])
+        Image.fromarray(pictures[5]).save(paths[0])
+        os.utime(paths[0], (2, 2))
+        second = extractor(cache).transform(paths[:2])
+        np.testing.assert_array_equal(second[1], first[1])
+        np.testing.assert_allclose(second[0], extractor(None).transform([paths[5]])[0], rtol=1e-5)
+
+    def test_a_file_is_known_by_its_content_not_its_name(self, cache, paths, forwards):
+        extractor(cache).transform(paths)
+        renamed = paths[3] + ".png"
+        os.rename(paths[3], renamed)
+        extractor(cache).transform([renamed])
+        assert sum(forwards) == len(paths)
+
+    def test_arrays_of_the_same_bytes_and_other_shapes_differ(self, cache):
+        pixels = np.arange(300, dtype=np.uint8) % 251
+        wide, high = pixels.reshape(10, 30), pixels.reshape(30, 10)
+        rows = extractor(cache, resize="squash").transform([wide, high])
+        expected = extractor(None, resize="squash").transform([wide, high])
+        np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
+
+    def test_a_changed_weights_file_changes_the_key(self, cache, pictures, tmp_path):
+        from torchvision.models import squeezenet1_1
+
+        file = tmp_path / "weights.pth"
+        results = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            torch.save(squeezenet1_1(weights=None).state_dict(), file)
+            os.utime(file, (seed, seed))
+            results.append(extractor(cache, weights=str(file)).transform(pictures[:2]))
+            expected = extractor(None, weights=str(file)).transform(pictures[:2])
+            np.testing.assert_allclose(results[-1], expected, rtol=1e-5, atol=1e-7)
+        assert np.abs(results[0] - results[1]).max() > 1e-3
+
+
+class Net(nn.Module):
+    """A network of the user, with an attribute that is no tensor."""
+
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.gain = gain
+        self.images = []
+
+    def forward(self, x):
+        self.images.append(len(x))
+        return self.conv(x) * self.gain
+
+
+class Prepare:
+    """Preprocessing as an object, which can be known by what it holds."""
+
+    def __call__(self, image):
+        return F.pil_to_tensor(image.resize((16, 16))) / 255
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    seen = []
+    forward = nn.Conv2d.forward
+    monkeypatch.setattr(
+        nn.Conv2d, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1]
+    )
+    return seen
+
+
+class TestModulesOfTheUser:
+    def of(self, net, cache, **parameters):
+        parameters = {"preprocessing": Prepare(), "norm": None, **parameters}
+        return DeepFeatureExtractor(net, "conv", cache=cache, num_workers=0, **parameters)
+
+    def test_a_clone_finds_the_rows_of_its_original(self, cache, pictures, passes):
+        one = self.of(Net(), cache)
+        rows = one.transform(pictures)
+        before = sum(passes)
+        np.testing.assert_array_equal(clone(one).transform(pictures), rows)
+        assert sum(passes) - before == 1  # the look at the layers' shapes
+
+    def test_trained_further_it_is_not_the_same(self, cache, pictures):
+        net = Net()
+        self.of(net, cache).transform(pictures)
+        with torch.no_grad():
+            net.conv.weight.mul_(-1)
+        rows = self.of(net, cache).transform(pictures)
+        expected = self.of(net, None).transform(pictures)
+        np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
+
+    def test_attributes_beside_the_weights_count(self, cache, pictures):
+        net = Net()
+        rows = self.of(net, cache).transform(pictures)
+        net.gain = 3.0
+        np.testing.assert_array_equal(self.of(net, cache).transform(pictures), rows)
+
+    def test_a_function_that_may_change_unseen_is_not_trusted(self, cache, pictures, passes):
+        side = 16
+
+        def prepare(image):
+            return F.pil_to_tensor(image.resize((side, side))) / 255
+
+        one = self.of(Net(), cache, preprocessing=prepare)
+        one.transform(pictures)
+        side = 8
+        np.testing.assert_allclose(
+            one.transform(pictures),
+            self.of(one.backbone, None, preprocessing=prepare).transform(pictures),
+            rtol=1e-5,
+        )
+        assert cache.info().rows == 0
+
+
+class TestFailures:
+    def test_an_image_that_cannot_be_read_is_tried_again_next_time(self, cache, paths):
+        with open(paths[1], "rb") as file:
+            good = file.read()
+        with open(paths[1], "wb") as file:
+            file.write(b"not an image")
+        one = extractor(cache, on_error="nan")
+        rows = one.transform([*paths[:3], paths[1]])
+        assert list(one.errors_) == [1, 3]
+        assert paths[1] in one.errors_[3] and "X[3]" in one.errors_[3]
+        np.testing.assert_array_equal(np.isnan(rows).all(axis=1), [False, True, False, True])
+        with open(paths[1], "wb") as file:
+            file.write(good)
+        assert np.isfinite(one.transform(paths[:3])).all()
+
+    def test_an_error_gives_back_what_was_claimed(self, cache, paths):
+        """After an error, another thread can compute the rest without waiting for a lease."""
+        with pytest.raises(ValueError, match=r"X\[2\]"):
+            extractor(cache).transform([paths[0], paths[1], b"nothing", *paths[2:]])
+        results = []
+        thread = threading.Thread(
+            target=lambda: results.append(extractor(cache).transform(paths)), daemon=True
+        )
+        thread.start()
+        thread.join(timeout=20)
+        assert len(results) == 1
+
+    def test_rows_that_a_killed_process_wrote_are_used(self, paths, tmp_path, forwards):
+        """kill -9 in the middle: what was committed counts, and only the rest is computed."""
+        script = textwrap.dedent(
+            """
+            import os, signal, sys
+            from deepfeat import DeepFeatureExtractor
+            import deepfeat._features as features
+            put, times = features.FeatureCache.put_many, []
+            def put_and_die(self, *arguments):
+                put(self, *arguments)
+                times.append(1)
+                if len(times) == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            features.FeatureCache.put_many = put_and_die
+            DeepFeatureExtractor("squeezenet1_1", "stage2", weights=None, image_size=32,
+                                 num_workers=0, batch_size=5, cache=sys.argv[1]).transform(sys.argv[2:])
+            """
+        )
+        folder = str(tmp_path / "cache")
+        done = subprocess.run([sys.executable, "-c", script, folder, *paths], check=False)
+        assert done.returncode == -9
+        rows = extractor(folder).transform(paths)
+        assert sum(forwards) == len(paths) - 10
+        np.testing.assert_allclose(rows, extractor(None).transform(paths), rtol=1e-5, atol=1e-7)
+
+
+class TestPrecompute:
+    def test_shards_together_fill_the_cache(self, cache, paths, forwards):
+        for shard in ((0, 3), (1, 3), (2, 3)):
+            extractor(cache).precompute(paths, shard=shard)
+        assert sum(forwards) == len(paths)
+        extractor(cache, ["stage2", "stage3", "stage4"]).transform(paths)
+        assert sum(forwards) == len(paths)
+
+    def test_it_goes_on_where_it_stopped(self, cache, paths, forwards):
+        extractor(cache).precompute(paths[:9])
+        forwards.clear()
+        extractor(cache).precompute(paths)
+        assert sum(forwards) == len(paths) - 9
+
+    def test_it_fills_the_stages_also_where_the_layer_is_there(self, cache, paths, forwards):
+        extractor(cache, "stage2", prefetch=None).transform(paths)
+        extractor(cache, "stage2").precompute(paths)
+        forwards.clear()
+        extractor(cache, "stage3").transform(paths)
+        assert sum(forwards) == 0
+
+    def test_layers_can_be_named(self, cache, paths):
+        extractor(cache, prefetch=None).precompute(paths, layers=["stage3"])
+        assert cache.info().contexts == 1
+
+    def test_it_tells_which_images_failed(self, cache, paths):
+        one = extractor(cache, on_error="nan").precompute([*paths, b"nothing"])
+        assert list(one.errors_) == [len(paths)]
+
+    @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
+    def test_a_shard_that_is_none_is_refused(self, cache, paths, shard):
+        with pytest.raises(ValueError, match="shard"):
+            extractor(cache).precompute(paths, shard=shard)
+
+    def test_it_needs_a_cache(self, paths):
+        with pytest.raises(ValueError, match="cache"):
+            extractor(None).precompute(paths)
+
+    def test_progress_is_shown(self, cache, paths, capsys):
+        extractor(cache, verbose=1).precompute(paths)
+        assert f"{len(paths)}/{len(paths)}" in capsys.readouterr().err

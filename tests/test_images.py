@@ -1,0 +1,979 @@
+"""Tests of the input room: every kind of X against numpy arithmetic, and every way to fail."""
+
+import contextlib
+import gc
+import io
+import os
+import re
+import struct
+import threading
+import time
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.dtypes import StringDType
+from numpy.testing import assert_allclose, assert_array_equal, assert_equal
+from PIL import ExifTags, Image, ImageFile
+from strategies import pil_images, pixels, sources
+
+from deepfeat._images import ImageError, as_records, is_tabular, open_image
+
+HEIGHT, WIDTH = 6, 7
+
+
+# Pictures, as every kind of X -------------------------------------------------------------------
+
+
+def read(X, image_shape=None):
+    """Open every image of X."""
+    return np.stack([np.asarray(record.open()) for record in as_records(X, image_shape)])
+
+
+def to_pil(picture):
+    return Image.fromarray(picture[..., 0] if picture.shape[2:] == (1,) else picture)
+
+
+def encode(image, format="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def save(pictures, folder):
+    paths = [folder / f"{number}.png" for number in range(len(pictures))]
+    for path, picture in zip(paths, pictures, strict=True):
+        to_pil(picture).save(path)
+    return paths
+
+
+def save_str(pictures, folder):
+    return [str(path) for path in save(pictures, folder)]
+
+
+def rescale(pictures, dtype):
+    """Bring uint8 pictures to the scale of another dtype."""
+    if np.dtype(dtype).kind == "f":
+        return (pictures / 255).astype(dtype)
+    return (pictures.astype(object) * int(np.iinfo(dtype).max) // 255).astype(dtype)
+
+
+def channels_first(pictures):
+    return np.moveaxis(pictures, -1, 1) if pictures.ndim == 4 else pictures[:, None]
+
+
+def in_objects(items):
+    array = np.empty(len(items), dtype=object)
+    array[:] = items
+    return array
+
+
+def mapped(pictures, folder):
+    np.save(folder / "pictures.npy", pictures)
+    return np.load(folder / "pictures.npy", mmap_mode="r")
+
+
+def frozen(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+def rows(pictures):
+    return pictures.reshape(len(pictures), -1)
+
+
+def tensor(pictures, dtype):
+    return torch.from_numpy(pictures / 255).to(dtype)
+
+
+KINDS = {
+    "list of str": save_str,
+    "tuple of Path": lambda x, folder: tuple(save(x, folder)),
+    "array of str": lambda x, folder: np.array(save_str(x, folder)),
+    "array of str objects": lambda x, folder: np.array(save_str(x, folder), dtype=object),
+    "array of StringDType": lambda x, folder: np.array(save_str(x, folder), StringDType()),
+    "array of Path": lambda x, folder: in_objects(save(x, folder)),
+    "column of str": lambda x, folder: np.array(save_str(x, folder))[:, None],
+    "Series of str": lambda x, folder: pd.Series(save_str(x, folder), dtype="str"),
+    "Series of str objects": lambda x, folder: pd.Series(save_str(x, folder), dtype=object),
+    "Series of categories": lambda x, folder: pd.Series(save_str(x, folder), dtype="category"),
+    "Series of any index": lambda x, folder: pd.Series(save(x, folder), index=[9, 0, 5]),
+    "Series of PIL images": lambda x, folder: pd.Series([to_pil(one) for one in x]),
+    "Series of arrays": lambda x, folder: pd.Series(list(x)),
+    "Index of str": lambda x, folder: pd.Index(save_str(x, folder)),
+    "DataFrame of str": lambda x, folder: pd.DataFrame({"path": save_str(x, folder)}),
+    "DataFrame of arrays": lambda x, folder: pd.DataFrame({"image": list(x)}),
+    "DataFrame of rows": lambda x, folder: pd.DataFrame(rows(x)),
+    "polars Series of str": lambda x, folder: pl.Series(save_str(x, folder)),
+    "polars Series of bytes": lambda x, folder: pl.Series([encode(to_pil(one)) for one in x]),
+    "polars DataFrame of str": lambda x, folder: pl.DataFrame({"path": save_str(x, folder)}),
+    "list of bytes": lambda x, folder: [encode(to_pil(one)) for one in x],
+    "list of bytearray": lambda x, folder: [bytearray(encode(to_pil(one))) for one in x],
+    "list of memoryview": lambda x, folder: [memoryview(encode(to_pil(one))) for one in x],
+    "list of PIL images": lambda x, folder: [to_pil(one) for one in x],
+    "list of lazy PIL images": lambda x, folder: [
+        Image.open(io.BytesIO(encode(to_pil(one)))) for one in x
+    ],
+    "array of PIL images": lambda x, folder: in_objects([to_pil(one) for one in x]),
+    "list of arrays": lambda x, folder: list(x),
+    "list of arrays, channels first": lambda x, folder: list(channels_first(x)),
+    "list of float lists": lambda x, folder: (x / 255).tolist(),
+    "array": lambda x, folder: x,
+    "array, channels first": lambda x, folder: channels_first(x),
+    "array, Fortran order": lambda x, folder: np.asfortranarray(x),
+    "array, read backwards": lambda x, folder: x[::-1, ::-1, ::-1].copy()[::-1, ::-1, ::-1],
+    "array, read-only": lambda x, folder: frozen(x),
+    "memory map": mapped,
+    **{
+        f"{dtype} array": lambda x, folder, dtype=dtype: rescale(x, dtype)
+        for dtype in ("f2", "f4", "f8", "g", ">f4", "i2", "i4", "i8", "u2", ">u2", "u4", "u8")
+    },
+    "tensor": lambda x, folder: torch.from_numpy(x),
+    "tensor, channels first": lambda x, folder: torch.from_numpy(channels_first(x).copy()),
+    "float16 tensor": lambda x, folder: tensor(x, torch.float16),
+    "bfloat16 tensor": lambda x, folder: tensor(x, torch.bfloat16),
+    "tensor that requires grad": lambda x, folder: tensor(x, torch.float32).requires_grad_(),
+    "list of tensors": lambda x, folder: list(tensor(x, torch.bfloat16).requires_grad_()),
+    "rows": lambda x, folder: rows(x),
+    "rows, Fortran order": lambda x, folder: np.asfortranarray(rows(x)),
+    "rows, every other column": lambda x, folder: np.repeat(rows(x), 2, axis=1)[:, ::2],
+    "float rows": lambda x, folder: rows(x) / 255,
+    "memory-mapped rows": lambda x, folder: mapped(rows(x), folder),
+    "tensor of rows": lambda x, folder: tensor(rows(x), torch.bfloat16).requires_grad_(),
+}
+COLOURS = {"grey": (), "one channel": (1,), "grey + alpha": (2,), "RGB": (3,), "RGBA": (4,)}
+
+
+@pytest.fixture(params=KINDS)
+def as_kind(request, tmp_path):
+    """Turn uint8 pictures (3, H, W[, C]) into one kind of X; a test runs once per kind."""
+    return lambda pictures: KINDS[request.param](pictures, tmp_path)
+
+
+@pytest.fixture(params=COLOURS)
+def pictures(request):
+    """Three uint8 pictures of each number of channels."""
+    shape = (3, HEIGHT, WIDTH, *COLOURS[request.param])
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture
+def colours():
+    """Three uint8 pictures in RGB."""
+    return np.random.default_rng(1).integers(0, 256, (3, HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def on_white(pictures):
+    """Lay the alpha of arrays (..., C) on white and copy grey to three channels, in floats."""
+    if pictures.shape[-1] in (2, 4):
+        alpha = pictures[..., -1:] / 255
+        pictures = pictures[..., :-1] * alpha + 255 * (1 - alpha)
+    return np.broadcast_to(pictures, (*pictures.shape[:-1], 3))
+
+
+def test_every_kind_of_input_reads_the_same(as_kind, pictures):
+    """The same picture gives the same pixels however it arrives."""
+    found = read(as_kind(pictures), pictures.shape[1:])
+    assert_array_equal(found, read([to_pil(picture) for picture in pictures]))
+    channels = pictures if pictures.ndim == 4 else pictures[..., None]
+    opaque = channels.shape[-1] in (1, 3)
+    assert_allclose(found, on_white(channels), rtol=0, atol=0 if opaque else 1)
+
+
+@pytest.mark.parametrize("pictures", ["grey", "RGBA"], indirect=True)
+def test_no_kind_of_input_is_changed(as_kind, pictures):
+    """Opening leaves X as it was to the last byte, and so does painting over what was opened."""
+    X = as_kind(pictures)
+    before = copy_content(X)
+    for record in as_records(X, pictures.shape[1:]):
+        image = record.open()
+        image.paste("red", (0, 0, *image.size))
+    assert_equal(copy_content(X), before)
+
+
+def copy_content(X):
+    """Copy what X consists of, without the library's help."""
+    if hasattr(X, "to_numpy"):
+        X = X.to_numpy()
+    if isinstance(X, torch.Tensor):
+        X = X.detach().double().numpy()
+    if isinstance(X, np.ndarray) and X.dtype != object:
+        return X.shape, X.dtype.str, X.tobytes()
+    if isinstance(X, (list, tuple, np.ndarray)):
+        return [copy_content(item) for item in X]
+    if isinstance(X, Image.Image):
+        return X.mode, X.size, X.tobytes()
+    return bytes(X) if isinstance(X, (bytearray, memoryview)) else X
+
+
+def test_only_rows_are_a_table(as_kind, colours, request):
+    """Numeric tables, one flattened image a row, are told from images of every kind."""
+    assert is_tabular(as_kind(colours)) == ("rows" in request.node.callspec.params["as_kind"])
+
+
+TABLES = {
+    "list of rows": [[0.0, 0.5], [1.0, 0.0]],
+    "list of 1-D arrays": [np.zeros(64), np.ones(64)],
+    "numbers": np.zeros(4),
+    "list of numbers": [1, 2, 3],
+    "table of objects": np.zeros((3, 64), dtype=object),
+    "empty table": np.zeros((0, 64)),
+    "Series of numbers": pd.Series([0.0, 1.0]),
+    "numeric column": pd.DataFrame({"a": [0.0, 1.0]}),
+    "whole-number column": pd.DataFrame({"a": [0, 1]}),
+    "two columns of str": pd.DataFrame({"a": ["x"], "b": ["y"]}),
+    "no columns": pd.DataFrame(),
+    "polars Series of numbers": pl.Series([0.0, 1.0]),
+    "polars numeric column": pl.DataFrame({"a": [0.0, 1.0]}),
+    "polars table": pl.DataFrame({"a": [0.0], "b": [1.0]}),
+    "tensor of rows": torch.zeros(3, 64),
+}
+NO_TABLES = {
+    "nothing": [],
+    "missing first": [None, "a.png"],
+    "objects, missing first": np.array([None, "a.png"], dtype=object),
+    "Series with a missing path": pd.Series(["a.png", None]),
+    "Series of objects": pd.Series([], dtype=object),
+    "one image": Image.new("L", (2, 2)),
+    "text": "a.png",
+    "dict": {"a": 1},
+    "number": 3,
+    "none": None,
+    "scalar": np.array(1.0),
+}
+
+
+@pytest.mark.parametrize("X", TABLES.values(), ids=TABLES)
+def test_numbers_in_one_or_two_dimensions_are_a_table(X):
+    """What scikit-learn would check as numbers is a table, whatever holds it."""
+    assert_equal(is_tabular(X), True)
+
+
+@pytest.mark.parametrize("X", NO_TABLES.values(), ids=NO_TABLES)
+def test_what_holds_no_numbers_is_no_table(X):
+    """Everything else is left for the input room to take apart or to refuse."""
+    assert_equal(is_tabular(X), False)
+
+
+@pytest.mark.parametrize(
+    "image_shape", [(6, 7), (-1, 7), (6, -1), [6, 7], np.array([6, 7])], ids=str
+)
+def test_grey_rows_take_the_given_shape(image_shape):
+    """A flattened row of grey becomes (H, W), with one side inferred if need be."""
+    grey = np.arange(84, dtype=np.uint8).reshape(2, 6, 7)
+    assert_array_equal(read(grey.reshape(2, 42), image_shape), read(grey))
+
+
+@pytest.mark.parametrize("image_shape", [(6, 7, 3), (-1, 7, 3), (6, -1, 3), (6, 7, -1)], ids=str)
+def test_colour_rows_take_the_given_shape(image_shape, colours):
+    """A flattened row of colour becomes (H, W, C), with one side or the channels inferred."""
+    assert_array_equal(read(rows(colours), image_shape), colours)
+
+
+def test_images_of_different_sizes_come_in_one_call():
+    """Each image keeps its own size, whatever the others are."""
+    shapes = [(9, 5), (5, 9, 3), (20, 6, 4), (30, 8)]
+    arrays = [np.zeros(shape, dtype=np.uint8) for shape in shapes]
+    mixed = [arrays[0], to_pil(arrays[1]), encode(to_pil(arrays[2])), torch.from_numpy(arrays[3])]
+    sizes = [record.open().size for record in as_records(mixed)]
+    assert_equal(sizes, [(shape[1], shape[0]) for shape in shapes])
+
+
+def in_series(items):
+    return pd.Series(in_objects(items), dtype=object)
+
+
+@given(st.lists(sources(), min_size=1), st.sampled_from([list, tuple, in_objects, in_series]))
+def test_records_keep_order_and_length(items, container):
+    """There is one record an item, at the place of the item, holding it."""
+    records = as_records(container(items))
+    assert_equal([record.index for record in records], list(range(len(items))))
+    for record, item in zip(records, items, strict=True):
+        assert record.source is item
+
+
+LOSSLESS = {
+    "PNG": lambda x: encode(to_pil(x), "PNG"),
+    "TIFF": lambda x: encode(to_pil(x), "TIFF"),
+    "WebP": lambda x: encode(to_pil(x), "WEBP", lossless=True),
+    "PPM": lambda x: encode(to_pil(x), "PPM"),
+    "PIL": to_pil,
+    "uint8": lambda x: x,
+    "uint16": lambda x: rescale(x, "u2"),
+    "float16": lambda x: rescale(x, "f2"),
+    "float32": lambda x: rescale(x, "f4"),
+    "float64": lambda x: rescale(x, "f8"),
+    "bfloat16": lambda x: tensor(x, torch.bfloat16),
+}
+
+
+@given(pixels([None, 1, 3]), st.sampled_from(list(LOSSLESS)))
+def test_lossless_kinds_give_back_every_pixel(picture, kind):
+    """Random pixels come back as they were through every lossless kind of input."""
+    (found,) = read([LOSSLESS[kind](picture)])
+    expected = picture if picture.ndim == 3 else picture[..., None]
+    assert_array_equal(found, np.broadcast_to(expected, found.shape))
+
+
+@given(pil_images())
+def test_any_mode_opens_as_upright_rgb(image):
+    """An image of any mode opens as RGB of its size, its sides swapped if it lies on its side."""
+    opened = open_image(image)
+    on_its_side = image.getexif()[ExifTags.Base.Orientation] > 4
+    assert_equal((opened.mode, opened.size), ("RGB", image.size[:: -1 if on_its_side else 1]))
+
+
+# From a file to RGB -----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["bytes", "path", "PIL image"])
+def arrive(request, tmp_path):
+    """Let an encoded image arrive in each of the ways that it can."""
+    path = tmp_path / "image"
+
+    def bring(data):
+        if request.param == "bytes":
+            return data
+        path.write_bytes(data)
+        return path if request.param == "path" else files.enter_context(Image.open(path))
+
+    with contextlib.ExitStack() as files:
+        yield bring
+
+
+INDICES = np.random.default_rng(2).integers(0, 4, (HEIGHT, WIDTH), dtype=np.uint8)
+PALETTE = np.array([(250, 10, 20), (30, 200, 40), (5, 60, 220), (90, 90, 90)], dtype=np.uint8)
+DEEP = np.linspace(0, 65535, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
+VERY_DEEP = np.linspace(0, 2**32 - 1, HEIGHT * WIDTH).astype(np.uint32).reshape(HEIGHT, WIDTH)
+INKS = np.random.default_rng(3).integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
+
+
+def grey(values):
+    return np.repeat(np.asarray(values)[..., None], 3, axis=-1)
+
+
+def in_palette(*alpha):
+    """Make a palette image of four colours, with an alpha for each if given."""
+    image = Image.fromarray(INDICES)
+    colours = np.column_stack([PALETTE, alpha]) if alpha else PALETTE
+    image.putpalette(colours.astype(np.uint8).tobytes(), "RGBA" if alpha else "RGB")
+    return image
+
+
+def palette_on_white(*alpha):
+    return on_white(np.dstack([PALETTE[INDICES], np.array(alpha)[INDICES]]))
+
+
+def in_cmyk():
+    return Image.frombytes("CMYK", (WIDTH, HEIGHT), INKS.tobytes())
+
+
+def mix(inks):
+    return (255.0 - inks[..., :3]) * (255.0 - inks[..., 3:]) / 255
+
+
+def make_tiff(values, sample_format):
+    """Write an uncompressed grey TIFF of any samples: 1 unsigned, 2 signed, 3 floating."""
+    data, (height, width) = values.tobytes(), values.shape
+    tags = {
+        **{256: width, 257: height, 258: values.itemsize * 8, 259: 1, 262: 1, 273: 8},
+        **{277: 1, 278: height, 279: len(data), 339: sample_format},
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    count = struct.pack("<H", len(tags))
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + count + entries + bytes(4)
+
+
+def make_pgm(values, top):
+    height, width = values.shape
+    return f"P5 {width} {height} {top}\n".encode() + values.astype(">u2").tobytes()
+
+
+DARK = INDICES * np.uint8(50)
+FILES = {
+    "1 bit": (encode(to_pil(INDICES > 1)), grey(255 * (INDICES > 1))),
+    "1-bit PBM": (encode(to_pil(INDICES > 1), "PPM"), grey(255 * (INDICES > 1))),
+    "palette": (encode(in_palette()), PALETTE[INDICES]),
+    "palette, alpha for each colour": (
+        encode(in_palette(), transparency=bytes([0, 100, 200])),
+        palette_on_white(0, 100, 200, 255),
+    ),
+    "palette, one colour clear": (
+        encode(in_palette(), transparency=2),
+        palette_on_white(255, 255, 0, 255),
+    ),
+    "GIF, one colour clear": (
+        encode(in_palette(), "GIF", transparency=1),
+        palette_on_white(255, 0, 255, 255),
+    ),
+    "RGB, one colour clear": (
+        encode(to_pil(PALETTE[INDICES]), transparency=tuple(PALETTE[3].tolist())),
+        palette_on_white(255, 255, 255, 0),
+    ),
+    "grey, one level clear": (
+        encode(to_pil(DARK), transparency=100),
+        grey(np.where(DARK == 100, 255, DARK)),
+    ),
+    "16-bit grey, one level clear": (
+        encode(to_pil(DEEP), transparency=int(DEEP[2, 3])),
+        grey(np.where(DEEP[2, 3] == DEEP, 255, DEEP / 257)),
+    ),
+    "RGBA WebP": (encode(to_pil(INKS), "WEBP", lossless=True, exact=True), on_white(INKS)),
+    "CMYK": (encode(in_cmyk(), "TIFF"), mix(INKS)),
+    "16-bit PNG": (encode(to_pil(DEEP)), grey(DEEP / 257)),
+    "16-bit TIFF": (encode(to_pil(DEEP), "TIFF"), grey(DEEP / 257)),
+    "16-bit PGM": (make_pgm(DEEP, 65535), grey(DEEP / 257)),
+    "12-bit PGM": (make_pgm(DEEP // 16, 4095), grey(DEEP / 257)),
+    "signed 16-bit TIFF": (make_tiff(DEEP // 2, 2), grey(DEEP / 257)),
+    "32-bit TIFF": (make_tiff(VERY_DEEP, 1), grey(VERY_DEEP / 16843009)),
+    "signed 32-bit TIFF": (make_tiff(VERY_DEEP // 2, 2), grey(VERY_DEEP / 16843009)),
+    "float TIFF": (make_tiff((DEEP / 65535).astype("f4"), 3), grey(DEEP / 257)),
+}
+
+
+@pytest.mark.parametrize(("data", "expected"), FILES.values(), ids=FILES)
+def test_every_colour_type_becomes_rgb(data, expected, arrive):
+    """Grey is copied, alpha laid on white, inks mixed and depth scaled, to within one level."""
+    assert_allclose(read([arrive(data)])[0], expected, rtol=0, atol=1)
+
+
+PREMULTIPLIED = np.minimum(INKS, INKS[..., 3:])
+MODES = {
+    "I;16": (Image.fromarray(DEEP), grey(DEEP / 257)),
+    "I;16B": (
+        Image.frombytes("I;16B", (WIDTH, HEIGHT), DEEP.astype(">u2").tobytes()),
+        grey(DEEP / 257),
+    ),
+    "I": (Image.fromarray((VERY_DEEP // 2).astype("i4")), grey(VERY_DEEP / 16843009)),
+    "F": (Image.fromarray((DEEP / 65535).astype("f4")), grey(DEEP / 257)),
+    "CMYK": (in_cmyk(), mix(INKS)),
+    "RGBX": (Image.frombytes("RGBX", (WIDTH, HEIGHT), INKS.tobytes()), INKS[..., :3]),
+    "RGBa": (
+        Image.frombytes("RGBa", (WIDTH, HEIGHT), PREMULTIPLIED.tobytes()),
+        PREMULTIPLIED[..., :3] + 255.0 - PREMULTIPLIED[..., 3:],
+    ),
+    "P": (in_palette(), PALETTE[INDICES]),
+    "P with alpha": (in_palette(0, 100, 200, 255), palette_on_white(0, 100, 200, 255)),
+}
+
+
+@pytest.mark.parametrize(("image", "expected"), MODES.values(), ids=MODES)
+def test_every_pil_mode_becomes_rgb(image, expected):
+    """PIL images that come from no file are read on the scale of their mode."""
+    atol = 2 if image.mode == "RGBa" else 1  # premultiplied: rounded once more
+    assert_allclose(np.asarray(open_image(image)), expected, rtol=0, atol=atol)
+
+
+# Where row 0 and column 0 of the stored image belong, by TIFF 6.0, page 36.
+SIDES = {
+    1: ("top", "left"),
+    2: ("top", "right"),
+    3: ("bottom", "right"),
+    4: ("bottom", "left"),
+    5: ("left", "top"),
+    6: ("right", "top"),
+    7: ("right", "bottom"),
+    8: ("left", "bottom"),
+}
+
+
+@pytest.mark.parametrize("orientation", SIDES)
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_exif_orientation_is_applied(format, orientation, arrive, colours):
+    """The first row and column of the stored image come to the sides that the tag names."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
+    stored = np.repeat(np.repeat(colours[0], 4, axis=0), 4, axis=1)
+    data = encode(to_pil(stored), format, exif=exif, **options.get(format, {}))
+
+    expected = stored
+    if SIDES[orientation][0] in ("left", "right"):
+        expected = expected.transpose(1, 0, 2)
+    if "right" in SIDES[orientation]:
+        expected = expected[:, ::-1]
+    if "bottom" in SIDES[orientation]:
+        expected = expected[::-1]
+    atol = 12 if format == "JPEG" else 0
+    assert_allclose(read([arrive(data)])[0].astype(int), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_is_read(format, arrive):
+    """Of an animated GIF, PNG or WebP the picture is the first frame."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    assert_equal(Image.open(io.BytesIO(data)).n_frames, 3)
+    assert_array_equal(read([arrive(data)])[0], np.full((8, 8, 3), (255, 0, 0)))
+
+
+# Scale ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "u1", "u2", "i2", "u4", "i8"])
+def test_the_pixels_of_an_image_do_not_depend_on_its_neighbours(dtype):
+    """A dark image stays dark and a bright one bright, alone or together, in any order."""
+    levels = np.linspace(0, 1, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
+    images = np.stack([levels * share for share in (1, 0.1, 0.6)])
+    top = 1 if dtype[0] == "f" else np.iinfo(dtype).max
+    X = (images * np.nextafter(float(top), 0)).astype(dtype)
+    alone = np.concatenate([read(X[[number]]) for number in range(3)])
+    assert_array_equal(read(X), alone)
+    assert_array_equal(read(X[::-1]), alone[::-1])
+    assert_allclose(alone, grey(images * 255), rtol=0, atol=1)
+
+
+def test_booleans_are_black_and_white():
+    """True is white and False is black."""
+    assert_array_equal(read(np.array([[[True, False]]])), [[[[255] * 3, [0] * 3]]])
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1.02), (-0.03, 1), (-0.2, 1.3)])
+def test_floats_just_off_the_scale_are_clipped_with_one_warning(low, high):
+    """An overshoot, as resampling leaves, is clipped and told once an image."""
+    levels = np.linspace(low, high, 42).reshape(6, 7)
+    with pytest.warns(UserWarning, match="outside the scale.* were clipped") as told:
+        found = read([levels])[0]
+    assert_equal(len(told), 1)
+    assert_allclose(found, grey(np.clip(levels, 0, 1) * 255), rtol=0, atol=0.5001)
+
+
+WRONG_SCALES = {
+    "digits 0 to 16": (np.arange(64.0).reshape(8, 8) % 17, "whole numbers up to 16: divide"),
+    "floats 0 to 255": (np.arange(256.0).reshape(16, 16), "up to 255.*astype.np.uint8"),
+    "float32 0 to 2": (np.arange(64).reshape(8, 8).astype("f4") % 3, "whole numbers up to 2"),
+    "int64 0 to 255": (np.arange(256).reshape(16, 16), "int64.*end at 255.*astype.np.uint8"),
+    "int32 0 to 65535": (np.arange(0, 65536, 256, dtype="i4").reshape(16, 16), "end at 65280"),
+    "uint32 0 to 255": (np.arange(256, dtype="u4").reshape(16, 16), r"\[0, 4294967295\]"),
+    "I image 0 to 255": (Image.new("I", (5, 5), 200), "end at 200"),
+    "F image 0 to 255": (Image.new("F", (5, 5), 200), "whole numbers up to 200"),
+}
+
+
+@pytest.mark.parametrize(("source", "message"), WRONG_SCALES.values(), ids=WRONG_SCALES)
+def test_a_scale_that_is_clearly_another_is_refused(source, message):
+    """Values that cannot be meant on the scale of their dtype raise and say how to fix it."""
+    with pytest.raises(ImageError, match=rf"(?s)^X\[1\] .*{message}"):
+        as_records([np.zeros((5, 5)), source])[1].open()
+
+
+@pytest.mark.parametrize("dtype", ["f8", "i8", "u4"])
+def test_black_is_on_every_scale(dtype):
+    """An image of zeros is black, not a wrong scale."""
+    assert_array_equal(read(np.zeros((2, 5, 5), dtype)), np.zeros((2, 5, 5, 3)))
+
+
+# Which axis is the channels ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 3), (2, 1, 8, 1), (2, 4, 9, 3)], ids=str)
+def test_channels_that_cannot_be_told_raise_and_the_ways_out_work(shape):
+    """Where both axes could be channels X is refused, and each way out that is named works."""
+    X = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    for refused in (lambda: as_records(X), lambda: as_records(list(X))[1].open()):
+        with pytest.raises(ValueError, match="channels first and as channels last") as error:
+            refused()
+    assert "pass PIL images, or flattened rows with image_shape=(H, W, C)" in str(error.value)
+    found = read(X.reshape(2, -1), shape[1:])
+    assert_array_equal(found, np.broadcast_to(X, (*shape[:-1], 3)))
+    assert_array_equal(found, read([to_pil(picture) for picture in X]))
+
+
+def test_one_colour_image_raises_and_the_ways_out_work(colours):
+    """(H, W, 3) may be one image, or grey ones that are 3 wide: the ways out tell them apart."""
+    with pytest.raises(ValueError, match=r"one colour image.*\[X\].*X\[..., None\]"):
+        as_records(colours[0])
+    assert_array_equal(read([colours[0]])[0], colours[0])
+    assert_equal(read(colours[0][..., None]).shape, (HEIGHT, WIDTH, 3, 3))
+
+
+# X that is no sequence of images ----------------------------------------------------------------
+
+
+SINGLE = {
+    "str": "a.png",
+    "numpy str": np.str_("a.png"),
+    "Path": Path("a.png"),
+    "bytes": b"\x89PNG",
+    "bytearray": bytearray(b"\x89PNG"),
+    "memoryview": memoryview(b"\x89PNG"),
+    "PIL image": Image.new("L", (2, 2)),
+}
+
+
+@pytest.mark.parametrize("X", SINGLE.values(), ids=SINGLE)
+def test_a_single_image_raises(X):
+    """One path, image or byte string is refused, and the message says what to pass."""
+    with pytest.raises(ValueError, match=r"X is a single .*pass \[X\]\."):
+        as_records(X)
+
+
+REFUSED = {
+    "generator": ((path for path in ["a.png"]), r"of type generator.*pass list\(X\)"),
+    "map": (map(str, ["a.png"]), r"of type map.*pass list\(X\)"),
+    "dict": ({"a": "a.png"}, "of type dict.*sequence of images"),
+    "set": ({"a.png"}, "of type set.*sequence of images"),
+    "None": (None, "of type NoneType.*sequence of images"),
+    "int": (3, "of type int.*sequence of images"),
+    "float": (0.5, "of type float.*sequence of images"),
+    "0-d array": (np.array(0.5), r"shape \(\).*no sequence of images"),
+    "0-d str": (np.array("a.png"), r"shape \(\).*no sequence of images"),
+    "0-d tensor": (torch.tensor(0.5), r"shape \(\).*no sequence of images"),
+    "1-D numbers": (np.zeros(5), r"shape \(5,\) is no array of images: \(n, H, W\)"),
+    "1-D tensor": (torch.zeros(5), r"shape \(5,\) is no array of images"),
+    "Series of numbers": (pd.Series([0.5, 1]), r"shape \(2,\) is no array of images"),
+    "5-D array": (np.zeros((1, 2, 5, 5, 3)), r"\(1, 2, 5, 5, 3\) is no array of images"),
+    "rows without a shape": (np.zeros((2, 64)), r"\(2, 64\) holds one row an image: give image_sh"),
+    "numeric column": (pd.DataFrame({"a": [1.0]}), r"\(1, 1\) holds one row an image"),
+    "two columns of paths": (pd.DataFrame({"a": ["x"], "b": ["y"]}), r"\(1, 2\).*one column"),
+    "paths and labels": (np.array([["a.png", "1"], ["b.png", "2"]]), r"\(2, 2\).*one column"),
+    "objects in 4-D": (np.zeros((2, 5, 5, 3), dtype=object), r"\(2, 5, 5, 3\) and dtype object"),
+    "no channels": (np.zeros((2, 8, 9, 7)), r"\(2, 8, 9, 7\) has no axis of 1, 2, 3 or 4 channels"),
+}
+
+
+@pytest.mark.parametrize(("X", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_sequence_of_images_raises(X, message):
+    """X of a wrong type or shape is refused by its type or shape, with what is expected."""
+    with pytest.raises(ValueError, match=message):
+        as_records(X)
+
+
+EMPTY = {
+    "list": [],
+    "tuple": (),
+    "array of grey": np.zeros((0, 8, 8)),
+    "array of colour": np.zeros((0, 8, 8, 3)),
+    "array that looks like one image": np.zeros((0, 8, 3)),
+    "array of nothing": np.array([]),
+    "table": np.zeros((0, 64)),
+    "objects": np.array([], dtype=object),
+    "Series": pd.Series([], dtype=object),
+    "Series of str": pd.Series([], dtype="str"),
+    "Series of numbers": pd.Series([], dtype=float),
+    "DataFrame": pd.DataFrame({"path": []}),
+    "polars Series": pl.Series([]),
+    "tensor": torch.zeros(0, 3, 8, 8),
+}
+
+
+@pytest.mark.parametrize("X", EMPTY.values(), ids=EMPTY)
+def test_an_empty_x_raises(X):
+    """No images at all is an error that says so, whatever the empty thing is."""
+    with pytest.raises(ValueError, match=r"^X is empty: at least one image is needed"):
+        as_records(X, (8, 8))
+
+
+IMAGE_SHAPES = {
+    **dict.fromkeys([(7, 7), (3, -1), (8, 8, 3)], "does not fit X of shape .2, 64.: a row has 64"),
+    (4, 2, 8): "gives 8 channels: 1, 2, 3 or 4",
+    (2, 4, -1): "gives 8 channels: 1, 2, 3 or 4",
+    **dict.fromkeys(
+        [(), (64,), 64, "88", (8, 8, 1, 1), (8.0, 8), (-1, -1), (0, 8), (-2, 8)],
+        r"is no shape of an image: \(H, W\) or \(H, W, C\) is expected",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("image_shape", "message"), IMAGE_SHAPES.items(), ids=map(str, IMAGE_SHAPES)
+)
+def test_an_image_shape_that_cannot_be_raises(image_shape, message):
+    """An image_shape that is none, or does not fit the rows, is shown with the reason."""
+    with pytest.raises(ValueError, match=f"^image_shape=.*{message}"):
+        as_records(np.zeros((2, 64)), image_shape)
+
+
+# Images that cannot be read ---------------------------------------------------------------------
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def bomb():
+    """Announce 400 million pixels in a PNG of a few bytes."""
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0"))
+
+
+def noise(side=40):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype="u1"))
+
+
+def broken_png():
+    """Break the middle of the compressed pixels: a PNG that is as long as it should be."""
+    data = bytearray(encode(noise()))
+    data[1000:1004] = b"oops"
+    return bytes(data)
+
+
+BAD_FILES = {
+    "truncated JPEG": (encode(noise(), "JPEG")[:700], "truncated"),
+    "truncated PNG": (encode(noise())[:700], "truncated"),
+    "broken PNG": (broken_png(), "broken data stream|unrecognized data stream"),
+    "zero bytes": (b"", "empty"),
+    "text": (b"hello world", "not an image that Pillow can read; it starts with b'hello wo'"),
+    "bomb": (bomb(), "400000000 pixels.* exceeds limit"),
+}
+
+
+@pytest.mark.parametrize(("data", "reason"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_is_named_with_its_place_and_the_reason(data, reason, tmp_path):
+    """A file that cannot be read is named by index and path, bytes by index and length."""
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(data)
+    for source, kind in ((path, repr(str(path))), (data, f"{len(data)} encoded bytes")):
+        with pytest.raises(ImageError, match=rf"^X\[1\] \({re.escape(kind)}\): .*({reason})"):
+            as_records([np.zeros((5, 5)), source])[1].open()
+
+
+BAD_SOURCES = {
+    "missing file": ("no/such.png", r"'no/such.png'\): there is no such file$"),
+    "folder": (os.curdir, "'.'.: this is a folder, not a file$"),
+    "null byte": ("a\0.png", "null byte"),
+    "NaN": (
+        np.full((5, 5), np.nan),
+        "float64 array of shape .5, 5..: the array contains NaN or inf",
+    ),
+    "infinity": (np.array([[0, np.inf]]), "the array contains NaN or infinity$"),
+    "NaN in bfloat16": (torch.full((5, 5), torch.nan).bfloat16(), "contains NaN or infinity$"),
+    "NaN in a PIL image": (Image.new("F", (5, 5), float("nan")), "F PIL image.: .*contains NaN"),
+    "no height": (np.zeros((0, 5)), r"array of shape \(0, 5\) has no pixels$"),
+    "no width": (np.zeros((5, 0, 3)), r"array of shape \(5, 0, 3\) has no pixels$"),
+    "vector": (np.zeros(64), r"array of shape \(64,\) is no image: \(H, W\) or \(H, W, C\)$"),
+    "batch": (np.zeros((1, 5, 5, 3)), r"array of shape \(1, 5, 5, 3\) is no image"),
+    "no channels": (np.zeros((8, 9, 7)), r"\(8, 9, 7\) has no axis of 1, 2, 3 or 4 channels"),
+    "complex": (np.zeros((5, 5), complex), "an array of complex128 is no image"),
+    "dates": (np.zeros((5, 5), "M8[s]"), r"an array of datetime64\[s\] is no image"),
+    "objects": (np.zeros((5, 5), object), "an array of object is no image"),
+    "None": (None, "NoneType.: expected a path, .* or encoded bytes, got NoneType$"),
+    "missing value": (float("nan"), "float.: expected a path, .*, got float$"),
+    "number": (3, "int.: expected a path, .*, got int$"),
+}
+
+
+@pytest.mark.parametrize(("source", "reason"), BAD_SOURCES.values(), ids=BAD_SOURCES)
+def test_a_bad_source_is_named_with_its_place_and_the_reason(source, reason):
+    """What is no image is found out only when it is opened, and named by index and kind."""
+    records = as_records(["a.png", "b.png", source])
+    with pytest.raises(ImageError, match=rf"^X\[2\] \({reason}|^X\[2\] .*{reason}"):
+        records[2].open()
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 8), (2, 8, 0), (2, 0, 8, 3), (2, 8, 0, 3)], ids=str)
+def test_arrays_of_images_without_pixels_raise_one_by_one(shape):
+    """Images with no height or no width are refused by name, not as an X without images."""
+    records = as_records(np.zeros(shape))
+    with pytest.raises(ImageError, match=r"^X\[1\] \(float64 array of shape .* has no pixels$"):
+        records[1].open()
+
+
+def test_an_open_file_in_x_is_refused_and_left_open(tmp_path):
+    """File objects are no kind of input; refusing one neither closes nor detaches it."""
+    (path,) = save([np.zeros((5, 5), dtype=np.uint8)], tmp_path)
+    with path.open("rb") as file:
+        for opened in (file, io.BytesIO(b"abc")):
+            with pytest.raises(ImageError, match=rf"^X\[0\] .*got {type(opened).__name__}$"):
+                as_records([opened])[0].open()
+            opened.seek(0)
+            opened.read()
+
+
+def test_a_pil_image_of_a_closed_file_says_so(tmp_path):
+    """Leaving `with Image.open(path)` before the pixels are read has a message of its own."""
+    (path,) = save([np.zeros((5, 5), dtype=np.uint8)], tmp_path)
+    with Image.open(path) as image:
+        pass
+    with pytest.raises(ImageError, match=r"^X\[0\] \(L PIL image\): its file is closed"):
+        as_records([image])[0].open()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "progressive", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_a_file_cut_short_is_never_another_picture(format):
+    """Wherever a file is cut, it gives either the whole picture or an error."""
+    options = {"progressive": True} if format == "progressive" else {}
+    data = encode(noise(), format.replace("progressive", "JPEG"), **options)
+    whole = read([data])[0]
+    for stop in [*range(0, len(data), len(data) // 25), *range(len(data) - 4, len(data))]:
+        with contextlib.suppress(ImageError):
+            assert_array_equal(as_records([data[:stop]])[0].open(), whole)
+
+
+@pytest.mark.parametrize("name", ["truncated JPEG", "truncated PNG", "broken PNG"])
+def test_a_bad_pil_image_is_refused_every_time(name, tmp_path):
+    """Pillow takes an image that it failed to load for loaded: a second attempt fails as well."""
+    data, reason = BAD_FILES[name]
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    for file in (path, io.BytesIO(data)):
+        with Image.open(file) as image:
+            for words in (reason, f"{reason}|file is closed", f"{reason}|file is closed"):
+                with pytest.raises(ImageError, match=rf"^X\[0\] \(RGB PIL image\): .*({words})"):
+                    as_records([image])[0].open()
+
+
+# Digests ----------------------------------------------------------------------------------------
+
+
+def test_a_digest_tells_one_image_from_another(as_kind, colours):
+    """The digest of an image is the same each time, and that of another image is another."""
+    first, again = (
+        [record.digest() for record in as_records(as_kind(colours), colours.shape[1:])]
+        for _ in range(2)
+    )
+    assert_equal(again, first)
+    assert_equal(len(set(first)), 3)
+
+
+def changed(image, orientation=1, **info):
+    image.info.update(info)
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    return image
+
+
+def opened(data):
+    return Image.open(io.BytesIO(data))
+
+
+LOOK_ALIKES = {
+    "shapes": (INDICES, INDICES.reshape(WIDTH, HEIGHT)),
+    "signs": (np.full((5, 5), 100, "u1"), np.full((5, 5), 100, "i1")),
+    "byte orders": (DEEP, DEEP.view(">u2")),
+    "modes": (to_pil(INDICES), in_palette()),
+    "palettes": (in_palette(), in_palette(0, 0, 0, 255)),
+    "clear colours": (changed(in_palette(), transparency=1), changed(in_palette(), transparency=2)),
+    "orientations": (changed(in_palette()), changed(in_palette(), orientation=3)),
+    "stored signs": (opened(make_tiff(VERY_DEEP, 1)), opened(make_tiff(VERY_DEEP // 2 * 2, 2))),
+}
+
+
+@pytest.mark.parametrize("sources", LOOK_ALIKES.values(), ids=LOOK_ALIKES)
+@pytest.mark.filterwarnings("ignore:pixels outside the scale")
+def test_look_alikes_have_digests_of_their_own(sources):
+    """Sources that hold the same bytes but open as other pixels have other digests."""
+    one, other = as_records(list(sources))
+    with pytest.raises(AssertionError):
+        assert_array_equal(np.asarray(one.open()), np.asarray(other.open()))
+    assert one.digest() != other.digest()
+
+
+@pytest.mark.parametrize(
+    "source", ["no/such.png", None, opened(BAD_FILES["broken PNG"][0])], ids=type
+)
+def test_what_cannot_be_read_cannot_be_digested(source):
+    """The error of a digest names the image, as that of opening it does."""
+    with pytest.raises(ImageError, match=r"^X\[1\] \(.*: .*(no such file|expected a path|stream)"):
+        as_records(["a.png", source])[1].digest()
+
+
+# Files, memory and threads ----------------------------------------------------------------------
+
+
+def test_no_file_is_left_open(tmp_path):
+    """A file of any format is closed once it was read, and also when it could not be."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for format in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM"):
+            data = encode(noise(), format)
+            for share in (1, 0.6, 0):
+                path = tmp_path / f"{share}.{format}"
+                path.write_bytes(data[: int(share * len(data))])
+                with contextlib.suppress(ImageError):
+                    as_records([path])[0].open()
+        gc.collect()
+    assert_equal([str(warning.message) for warning in told], [])
+
+
+def test_a_pil_image_is_left_as_it_was():
+    """Opening a PIL image leaves its pixels, mode, palette, orientation and other data alone."""
+    image = in_palette()
+    image.info["transparency"] = 2
+    image.getexif()[ExifTags.Base.Orientation] = 6
+    before = image.copy(), dict(image.info), dict(image.getexif()), image.getpalette()
+    open_image(image)
+    assert_equal((image, dict(image.info), dict(image.getexif()), image.getpalette()), before)
+
+
+def test_a_pil_animation_stays_open():
+    """An animation that a user passes can still be wound to its other frames."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime")]
+    image = Image.open(
+        io.BytesIO(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    )
+    open_image(image)
+    assert_equal(image.tell(), 0)
+    image.seek(1)
+    assert_equal(image.convert("RGB").getpixel((0, 0)), (0, 255, 0))
+
+
+@pytest.mark.parametrize("image_shape", [None, (50, 60), (5, 200, 3)], ids=str)
+def test_a_memory_map_is_neither_copied_nor_changed(image_shape, tmp_path):
+    """Records of a memory-mapped array are views of the file, which stays as it was."""
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 3000), dtype=np.uint8)
+    path = tmp_path / "pictures.npy"
+    np.save(path, pictures if image_shape else pictures.reshape(4, 50, 60))
+    before = path.read_bytes()
+    X = np.load(path, mmap_mode="r")
+    for record in as_records(X, image_shape):
+        assert np.shares_memory(record.source, X)
+        record.open()
+    assert_equal(path.read_bytes(), before)
+
+
+@pytest.mark.parametrize("shape", [(9, 10**6, 10**6), (9, 10**6, 10**6, 3), (9, 10**12)], ids=str)
+def test_an_array_larger_than_memory_is_taken_apart(shape):
+    """`as_records` neither reads nor copies: nine terabytes make nine records."""
+    X = np.broadcast_to(np.uint8(0), shape)
+    assert_equal(len(as_records(X, (10**6, 10**6))), 9)
+
+
+@pytest.mark.parametrize("container", [list, np.array, pd.Series, in_objects])
+def test_fifty_thousand_paths_take_less_than_half_a_second(container):
+    """Taking X apart costs microseconds a path."""
+    X = container([f"{number}.png" for number in range(50_000)])
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        is_tabular(X)
+        as_records(X)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.5
+
+
+def test_one_lazy_image_can_be_opened_from_many_threads(monkeypatch, colours):
+    """Threads that open the same unread PIL image at once all get it whole and upright."""
+    load_exif, load_prepare = Image.Exif.load, ImageFile.ImageFile.load_prepare
+
+    def slowly(function):
+        def run(*args):
+            time.sleep(0.02)
+            return function(*args)
+
+        return run
+
+    # Widens the gaps in which a second thread sees an image half read.
+    monkeypatch.setattr(Image.Exif, "load", slowly(load_exif))
+    monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", slowly(load_prepare))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    image = Image.open(io.BytesIO(encode(to_pil(colours[0]), exif=exif)))
+    together = threading.Barrier(8)
+
+    def open_it(record):
+        together.wait()
+        return np.asarray(record.open())
+
+    with ThreadPoolExecutor(8) as threads:
+        for found in threads.map(open_it, as_records([image] * 8)):
+            assert_array_equal(found, colours[0][::-1, ::-1])

@@ -6,13 +6,13 @@ from typing import Any
 
 def import_optional(name: str, *, extra: str) -> Any:
     """Import the module `name`; where it is missing, say which extra of deepfeat brings it."""
+    package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # A package that is there but lacks one of its own is not ours to explain.
-        if error.name is None or error.name.partition(".")[0] != name.partition(".")[0]:
+        # A package that is there but lacks a module or a package of its own is not ours to explain.
+        if error.name != package:
             raise
-        package = name.partition(".")[0]
         raise ModuleNotFoundError(
             f"{package} is needed here and is not installed: pip install 'deepfeat[{extra}]'",
             name=error.name,

@@ -817,6 +817,7 @@ def test_a_fork_is_another_process(tmp_path: Path) -> None:
             time.sleep(0.005)
             child = os.fork()
             if not child:
+                signal.alarm(20)  # a child that hangs must not outlive the test
                 put(cache, [b"child %d" % i], 500)
                 good = found_in(cache, IMAGES) == found_in(memory, IMAGES) == IMAGES
                 os._exit(0 if good else 1)

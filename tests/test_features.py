@@ -343,7 +343,8 @@ class TestFailures:
         one = extractor(cache, on_error="nan")
         rows = one.transform([*paths[:3], paths[1]])
         assert list(one.errors_) == [1, 3]
-        assert paths[1] in one.errors_[3] and "X[3]" in one.errors_[3]
+        assert paths[1] in one.errors_[3]
+        assert "X[3]" in one.errors_[3]
         np.testing.assert_array_equal(np.isnan(rows).all(axis=1), [False, True, False, True])
         with open(paths[1], "wb") as file:
             file.write(good)
@@ -375,8 +376,10 @@ class TestFailures:
                 if len(times) == 2:
                     os.kill(os.getpid(), signal.SIGKILL)
             features.FeatureCache.put_many = put_and_die
-            DeepFeatureExtractor("squeezenet1_1", "stage2", weights=None, image_size=32,
-                                 num_workers=0, batch_size=5, cache=sys.argv[1]).transform(sys.argv[2:])
+            extractor = DeepFeatureExtractor(
+                "squeezenet1_1", "stage2", weights=None, image_size=32, num_workers=0,
+                batch_size=5, cache=sys.argv[1])
+            extractor.transform(sys.argv[2:])
             """
         )
         folder = str(tmp_path / "cache")

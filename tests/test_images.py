@@ -767,7 +767,7 @@ BAD_SOURCES = {
 def test_a_bad_source_is_named_with_its_place_and_the_reason(source, reason):
     """What is no image is found out only when it is opened, and named by index and kind."""
     records = as_records(["a.png", "b.png", source])
-    with pytest.raises(ImageError, match=rf"^X\[2\] \({reason}|^X\[2\] .*{reason}"):
+    with pytest.raises(ImageError, match=rf"^X\[2\] \(.*{reason}"):
         records[2].open()
 
 
@@ -842,7 +842,7 @@ def changed(image, orientation=1, **info):
     return image
 
 
-def opened(data):
+def open_pil(data):
     return Image.open(io.BytesIO(data))
 
 
@@ -850,11 +850,11 @@ LOOK_ALIKES = {
     "shapes": (INDICES, INDICES.reshape(WIDTH, HEIGHT)),
     "signs": (np.full((5, 5), 100, "u1"), np.full((5, 5), 100, "i1")),
     "byte orders": (DEEP, DEEP.view(">u2")),
-    "modes": (to_pil(INDICES), in_palette()),
+    "modes": tuple(Image.frombytes(mode, (5, 5), bytes(range(75))) for mode in ("RGB", "YCbCr")),
     "palettes": (in_palette(), in_palette(0, 0, 0, 255)),
     "clear colours": (changed(in_palette(), transparency=1), changed(in_palette(), transparency=2)),
     "orientations": (changed(in_palette()), changed(in_palette(), orientation=3)),
-    "stored signs": (opened(make_tiff(VERY_DEEP, 1)), opened(make_tiff(VERY_DEEP // 2 * 2, 2))),
+    "stored signs": (open_pil(make_tiff(VERY_DEEP, 1)), open_pil(make_tiff(VERY_DEEP, 2))),
 }
 
 
@@ -868,13 +868,12 @@ def test_look_alikes_have_digests_of_their_own(sources):
     assert one.digest() != other.digest()
 
 
-@pytest.mark.parametrize(
-    "source", ["no/such.png", None, opened(BAD_FILES["broken PNG"][0])], ids=type
-)
-def test_what_cannot_be_read_cannot_be_digested(source):
-    """The error of a digest names the image, as that of opening it does."""
-    with pytest.raises(ImageError, match=r"^X\[1\] \(.*: .*(no such file|expected a path|stream)"):
-        as_records(["a.png", source])[1].digest()
+def test_what_cannot_be_read_cannot_be_digested():
+    """The error of a digest names the image and the reason, as that of opening it does."""
+    broken = open_pil(BAD_FILES["broken PNG"][0])
+    for source, reason in (("no/such.png", "no such"), (None, "expected a path"), (broken, "data")):
+        with pytest.raises(ImageError, match=rf"^X\[1\] \(.*: .*{reason}"):
+            as_records(["a.png", source])[1].digest()
 
 
 # Files, memory and threads ----------------------------------------------------------------------

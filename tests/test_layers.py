@@ -706,6 +706,28 @@ def test_partitions_of_maxvit_have_their_channels_last(block: int, width: int, k
         assert (layer.output_shape[0], layer.channels_last) == (width, False), part
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "shape", "channels_last"),
+    [
+        ("convnext_tiny", "features.1.0.block.0", (96, 56, 56), False),
+        ("convnext_tiny", "features.1.0.block.1", (96, 56, 56), True),
+        ("convnext_tiny", "features.1.0.block.4", (384, 56, 56), True),
+        ("convnext_tiny", "features.1.0.block.6", (96, 56, 56), False),
+        ("swin_t", "features.0.1", (96, 56, 56), True),
+        ("swin_t", "features.2", (192, 28, 28), True),
+        ("swin_t", "permute", (768, 7, 7), False),
+        ("swin_t", "avgpool", (768, 1, 1), False),
+        ("maxvit_t", "blocks.0.layers.0.layers.MBconv", (64, 56, 56), False),
+    ],
+)
+def test_permutations_by_modules_are_followed(
+    name: str, path: str, shape: tuple[int, ...], channels_last: bool
+) -> None:
+    """Before a permutation, after it and after its undoing, the layout is known."""
+    layer = index_of(name).resolve(path)
+    assert (layer.output_shape, layer.channels_last) == (shape, channels_last)
+
+
 class PermutingBlock(nn.Module):
     """ConvNeXt's block as timm writes it: the permutations are no modules."""
 
@@ -729,6 +751,24 @@ def test_permutations_by_functions_are_followed() -> None:
     assert [layer.output_shape for layer in index.table] == [(5, 8, 8), (5, 8, 8), (5, 1, 1)]
     inner = index.resolve("1.mlp.0")
     assert (inner.output_shape, inner.channels_last) == ((20, 8, 8), True)
+
+
+def test_a_convolution_has_its_channels_first_whatever_came_before() -> None:
+    """A permutation that was not seen is forgotten at the next module that takes maps."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 6)
+
+        def forward(self, maps: Tensor) -> Tensor:
+            return self.linear(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    for follower in (nn.Conv2d(6, 7, 1), nn.BatchNorm2d(6), nn.MaxPool2d(2), nn.AvgPool2d(2)):
+        net = nn.Sequential(nn.Conv2d(3, 5, 4, 4), Mixer(), follower)
+        layer = LayerIndex(net, (3, 32, 32)).resolve("2")
+        assert not layer.channels_last
+        assert layer.output_shape[0] in (6, 7)
 
 
 # Networks of the user ---------------------------------------------------------------------------

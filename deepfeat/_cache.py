@@ -135,8 +135,10 @@ class FeatureCache:
 
         Parameters
         ----------
-        context, images
-            As given to `get_many`.
+        context : bytes
+            Digest of how the rows were made.
+        images : sequence of bytes, length n
+            Digests of the images.
 
         Returns
         -------
@@ -203,8 +205,10 @@ class FeatureCache:
 
         Parameters
         ----------
-        work, images
+        work : bytes
             As given to `claim`.
+        images : sequence of bytes
+            Digests of images that were granted.
         """
         self._store.release(work, list(images), _this_owner())
 

@@ -23,7 +23,7 @@ from ._backbones import Backbone, Weights, find_backbone
 from ._cache import FeatureCache
 from ._engine import Batch, Pooling, Precision, Workers, count_features
 from ._features import Reading, read_rows
-from ._images import ImageError, Record, as_records, is_tabular
+from ._images import ImageError, Record, as_records, is_tabular, unwrap_tensor
 from ._layers import LayerIndex, LayerTable, ResolvedLayer
 from ._preprocessing import Resize
 
@@ -385,6 +385,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         return list(self.layer) if isinstance(self.layer, (list, tuple)) else [self.layer]
 
     def _find_records(self, X: Any, *, reset: bool) -> list[Record]:
+        X = unwrap_tensor(X)
         if is_tabular(X):
             if self.image_shape is None:
                 X = np.asarray(X)

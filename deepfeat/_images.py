@@ -126,6 +126,16 @@ def is_tabular(X: Any) -> bool:
     return kind not in ("U", "S", "T") and getattr(X, "ndim", 0) in ((1, 2) if kind else (2,))
 
 
+def unwrap_tensor(X: Any) -> Any:
+    """Return a torch tensor as an array, and anything else as it is."""
+    if not hasattr(X, "requires_grad"):  # `detach` would take a file object for one
+        return X
+    tensor = X.detach().cpu()
+    if str(tensor.dtype) == "torch.bfloat16":  # numpy has no such type
+        tensor = tensor.float()
+    return tensor.numpy()
+
+
 def open_image(source: Source, channels_last: bool = False) -> Image.Image:
     """Open a path, encoded bytes, a PIL image or an array as upright 8-bit RGB.
 
@@ -176,8 +186,7 @@ def _unwrap_columns(X: Any) -> Any:
         raise ValueError(
             f"X is a single {_describe(X)}; a sequence of images is expected: pass [X]."
         )
-    if _is_tensor(X):
-        X = _from_tensor(X)
+    X = unwrap_tensor(X)
     if hasattr(X, "columns") and hasattr(X, "dtypes"):  # a pandas or polars DataFrame
         X = X.to_numpy()
     if hasattr(X, "to_numpy"):  # a Series
@@ -254,23 +263,10 @@ def _row_shape(X: Pixels, image_shape: ImageShape) -> tuple[int, ...]:
 
 def _as_source(item: Any) -> Any:
     """Turn what a sequence holds into something that `open_image` takes, where that is cheap."""
-    if _is_tensor(item):
-        return _from_tensor(item)
+    item = unwrap_tensor(item)
     if isinstance(item, (bytearray, memoryview)):
         return bytes(item)
     return np.asarray(item) if isinstance(item, (list, tuple)) else item
-
-
-def _is_tensor(item: Any) -> bool:
-    return hasattr(item, "requires_grad")  # `detach` would take a file object for one
-
-
-def _from_tensor(tensor: Any) -> Pixels:
-    tensor = tensor.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":  # numpy has no such type
-        tensor = tensor.float()
-    array: Pixels = tensor.numpy()
-    return array
 
 
 def _channels_to_end(array: Pixels, first_axis: int) -> Pixels:
@@ -377,10 +373,11 @@ def _check_float_scale(array: Pixels) -> int:
     if not np.isfinite(array).all():
         raise ValueError("the array contains NaN or infinity")
     high = array.max()
-    if high > 1 and (array == np.rint(array)).all():
+    # What lies outside is clipped, but these were surely meant for another scale.
+    if high > 127 or (high > 1 and (array == np.rint(array)).all()):
         raise ValueError(
-            f"a float image is read on the scale [0, 1], but holds whole numbers up to {high:g}: "
-            "divide by the maximum of their scale, or cast (X.astype(np.uint8) for 0 to 255)"
+            f"a float image is read on the scale [0, 1], but holds values up to {high:g}: divide "
+            "by the maximum of their scale, or cast (X.astype(np.uint8) for 0 to 255)"
         )
     return 1
 

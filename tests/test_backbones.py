@@ -894,7 +894,7 @@ def test_a_module_of_the_user_computes_in_float32(dtype: torch.dtype) -> None:
 
 
 class Server:
-    """A server of weights on this machine, which counts what is asked of it."""
+    """A server of weights on the loopback address, which counts what is asked of it."""
 
     def __init__(self, content: bytes):
         self.content = content

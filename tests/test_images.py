@@ -549,14 +549,15 @@ def test_floats_just_off_the_scale_are_clipped_with_one_warning(low, high):
 
 
 WRONG_SCALES = {
-    "digits 0 to 16": (np.arange(64.0).reshape(8, 8) % 17, "whole numbers up to 16: divide"),
+    "digits 0 to 16": (np.arange(64.0).reshape(8, 8) % 17, "values up to 16: divide"),
     "floats 0 to 255": (np.arange(256.0).reshape(16, 16), "up to 255.*astype.np.uint8"),
-    "float32 0 to 2": (np.arange(64).reshape(8, 8).astype("f4") % 3, "whole numbers up to 2"),
+    "floats 0 to 255, resized": (np.linspace(0.5, 254.7, 64).reshape(8, 8), "up to 254.7"),
+    "float32 0 to 2": (np.arange(64).reshape(8, 8).astype("f4") % 3, "values up to 2"),
     "int64 0 to 255": (np.arange(256).reshape(16, 16), "int64.*end at 255.*astype.np.uint8"),
     "int32 0 to 65535": (np.arange(0, 65536, 256, dtype="i4").reshape(16, 16), "end at 65280"),
     "uint32 0 to 255": (np.arange(256, dtype="u4").reshape(16, 16), r"\[0, 4294967295\]"),
     "I image 0 to 255": (Image.new("I", (5, 5), 200), "end at 200"),
-    "F image 0 to 255": (Image.new("F", (5, 5), 200), "whole numbers up to 200"),
+    "F image 0 to 255": (Image.new("F", (5, 5), 200), "values up to 200"),
 }
 
 

@@ -386,6 +386,9 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
 
     def _find_records(self, X: Any, *, reset: bool) -> list[Record]:
         X = unwrap_tensor(X)
+        if reset:  # the columns of an earlier table
+            self.__dict__.pop("n_features_in_", None)
+            self.__dict__.pop("feature_names_in_", None)
         if is_tabular(X):
             if self.image_shape is None:
                 X = np.asarray(X)
@@ -447,15 +450,17 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     def _scale(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         finite = np.isfinite(rows).all(axis=1)
         if self.norm is not None and finite.any():
-            rows[finite] = normalize(rows[finite], norm=self.norm, copy=False)
+            # In float64, where the squares of float32 neither vanish nor overflow.
+            rows[finite] = normalize(rows[finite].astype(np.float64), norm=self.norm, copy=False)
         return rows
 
     def _note(self, record: Record, error: Exception) -> None:
         """Raise the error of an image, or keep its reason."""
-        if not isinstance(error, ImageError):
-            error = ImageError(str(record), error)
+        cause = None
+        if not isinstance(error, ImageError):  # the user's preprocessing may raise anything
+            cause, error = error, ImageError(str(record), f"{type(error).__name__}: {error}")
         if self.on_error == "raise":
-            raise error
+            raise error from cause or error.__cause__
         self.errors_[record.index] = str(error)
 
     def _note_non_finite(self, records: list[Record], features: NDArray[np.float32]) -> None:
@@ -466,7 +471,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             hint = "; float16 ends at 65,504: try bfloat16" * (self.precision == "float16")
             reason = f"the network gave NaN or infinity at layer {self.layer!r}{hint}"
             features[records[place].index] = np.nan
-            self._note(records[place], ValueError(reason))
+            self._note(records[place], ImageError(str(records[place]), reason))
 
     def _check_parameters(self) -> None:
         for name, choices in _CHOICES.items():

@@ -1,9 +1,6 @@
 """Knows what the layers of a network are called, what they give, and how to read them."""
 
-import copy
 import difflib
-import functools
-import itertools
 import numbers
 import re
 import threading
@@ -13,15 +10,13 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VGG, AlexNet
+
+from ._trace import Call, first_tensor, trace_calls
 
 # Containers that hand their input from child to child; the layers of a network lie inside them.
 _CHAINS = ("Sequential", "ModuleList", "AnyStage", "Encoder", "MaxVitBlock")
-# These take maps with their channels first.
-_CHANNELS_FIRST = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 # In eval mode these give what they got, at most in another arrangement.
 _NO_OPS = ("Dropout", "Identity", "StochasticDepth", "Permute", "Flatten")
 _HEADS = ("classifier", "fc", "head", "heads")
@@ -91,18 +86,6 @@ class ResolvedLayer:
     rectified: bool = False  # ReLU is applied to what is read
 
 
-@dataclass(frozen=True)
-class _Call:
-    """The first call of a module in a forward pass."""
-
-    kind: str
-    shape: tuple[int, ...]  # of one image, (C, H, W) for maps
-    channels_last: bool
-    parameters: int
-    multiply_adds: int
-    output: int  # the same number where modules put out the same tensor
-
-
 class LayerIndex:
     """The layers of one network at one input size: list them, resolve their names.
 
@@ -117,7 +100,7 @@ class LayerIndex:
     def __init__(self, module: nn.Module, input_shape: tuple[int, ...]):
         self.network = type(module).__name__
         self._class_token = _has_class_token(module)
-        self._calls = _trace(module, input_shape)
+        self._calls = trace_calls(module, input_shape)
         self._silent = {path for path, _ in module.named_modules()} - self._calls.keys() - {""}
         layers = {path: path for path in _units(module) if path in self._calls}
         paths = [path for path in self._calls if path in layers]  # in the order of computation
@@ -176,7 +159,7 @@ class LayerIndex:
         """
         return tuple(self._resolved[path] for path in self._kept)
 
-    def _add(self, path: str, call: _Call, names: tuple[str, ...]) -> None:
+    def _add(self, path: str, call: Call, names: tuple[str, ...]) -> None:
         resolved = self._resolve_call(names[0], path, call)
         self._resolved.update((name, replace(resolved, name=name)) for name in names)
         self.table.append(
@@ -194,10 +177,10 @@ class LayerIndex:
     def _add_relu8(self) -> None:
         """Add the ReLU of `fc8`, which is no module of these networks."""
         fc8 = self._resolved["fc8"]
-        self._add(fc8.path, _Call("ReLU", fc8.output_shape, False, 0, 0, -1), ("relu8",))
+        self._add(fc8.path, Call("ReLU", fc8.output_shape, False, 0, 0, -1), ("relu8",))
         self._resolved["relu8"] = replace(fc8, name="relu8", rectified=True)
 
-    def _resolve_call(self, name: str, path: str, call: _Call) -> ResolvedLayer:
+    def _resolve_call(self, name: str, path: str, call: Call) -> ResolvedLayer:
         tokens = len(call.shape) == 2
         return ResolvedLayer(
             name, path, call.shape, call.channels_last, tokens and self._class_token
@@ -228,7 +211,8 @@ def read_layers(
     def keep(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             for layer in unread.pop(path, ()):
-                outputs[layer.name] = _detached(reduce(layer, _tensor(output)), _tensor(output))
+                given = first_tensor(output)
+                outputs[layer.name] = _detached(reduce(layer, given), given)
                 if len(outputs[layer.name]) != len(batch):
                     raise ValueError(f"layer {layer.name!r} does not give one output an image.")
             if not unread:
@@ -251,109 +235,10 @@ class _AllRead(Exception):
     """Leaves a forward pass once every layer asked for has been read."""
 
 
-def _tensor(output: Any) -> Tensor:
-    first = output[0] if isinstance(output, (tuple, list)) and output else output
-    if not isinstance(first, Tensor):
-        raise TypeError(f"a layer gave {type(output).__name__}, not a tensor")
-    return first
-
-
 def _detached(kept: Tensor, output: Tensor) -> Tensor:
     """Copy what still shares memory with the output: an in-place ReLU may overwrite that next."""
     shared = kept.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
     return kept.clone() if shared else kept
-
-
-# Tracing ----------------------------------------------------------------------------------------
-
-
-def _trace(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, _Call]:
-    """Run one image through a copy; note the first call of every module, in order of return."""
-    # Versions of tensors, which tell what was changed in place, are not kept in inference mode.
-    with torch.inference_mode(False), torch.no_grad():
-        module = copy.deepcopy(module).eval()
-        tracer = _Tracer(module)
-        anywhere = next(module.parameters(), torch.empty(0))
-        image = torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
-        try:
-            with tracer.counter:
-                module(image)
-        except Exception as error:  # a module of the user may raise anything
-            raise ValueError(
-                f"{type(module).__name__} does not take an image of shape {input_shape}: {error}"
-            ) from error
-    return tracer.calls
-
-
-class _Tracer:
-    """Hooks that note the calls of a network's modules while an image runs through it."""
-
-    def __init__(self, module: nn.Module):
-        self.calls: dict[str, _Call] = {}
-        # Of its counts only the total is one thread's own: modules are told apart by hooks of all.
-        self.counter = FlopCounterMode(display=False)
-        self._entered: dict[nn.Module, tuple[int, bool]] = {}
-        self._channels_last = False
-        self._numbers = itertools.count()
-        self._latest: tuple[Tensor | None, int, int] = (None, 0, 0)
-        for path, child in module.named_modules():
-            if path:
-                child.register_forward_pre_hook(self._enter)
-                child.register_forward_hook(functools.partial(self._leave, path))
-
-    def _enter(self, called: nn.Module, _inputs: Any) -> None:
-        self._entered[called] = self.counter.get_total_flops(), self._channels_last
-
-    def _leave(self, path: str, called: nn.Module, inputs: Any, output: Any) -> None:
-        flops, came_last = self._entered[called]
-        spent = (self.counter.get_total_flops() - flops) // 2
-        if path in self.calls:
-            call = self.calls[path]
-            self.calls[path] = replace(call, multiply_adds=call.multiply_adds + spent)
-        try:
-            first = _tensor(output)
-        except TypeError:
-            return
-        self._channels_last = _layout_after(called, inputs, first, came_last, self._channels_last)
-        number = self._number(first)
-        if path in self.calls or first.ndim < 2:
-            return
-        is_last = first.ndim == 4 and self._channels_last
-        shape = tuple(first.shape[1:])
-        self.calls[path] = _Call(
-            type(called).__name__,
-            (shape[2], *shape[:2]) if is_last else shape,
-            is_last,
-            sum(parameter.numel() for parameter in called.parameters()),
-            spent,
-            number,
-        )
-
-    def _number(self, output: Tensor) -> int:
-        """Give an output its number: the last one's if it is that very tensor, unchanged since."""
-        latest, version, number = self._latest
-        if output is not latest or output._version != version:
-            number = next(self._numbers)
-        self._latest = output, output._version, number
-        return number
-
-
-def _layout_after(
-    called: nn.Module, inputs: Any, output: Tensor, came_last: bool, channels_last: bool
-) -> bool:
-    """Follow whether 4-D tensors run with their channels last (inside Swin and ConvNeXt)."""
-    kind = type(called).__name__
-    if kind == "Permute":
-        return list(getattr(called, "dims", ()))[1:] == [2, 3, 1]
-    if kind == "WindowPartition":
-        return True
-    if isinstance(called, nn.Linear) or type(called) is nn.LayerNorm:
-        return channels_last or output.ndim == 4
-    if isinstance(called, _CHANNELS_FIRST) or kind == "WindowDepartition":
-        return False
-    if inputs and getattr(inputs[0], "shape", None) == output.shape:
-        return came_last  # a block may permute by functions, which are not seen here, and back
-    return channels_last
 
 
 def _has_class_token(module: nn.Module) -> bool:
@@ -409,7 +294,7 @@ def _kept_layers(
     ]
 
 
-def _container_aliases(paths: list[str], calls: dict[str, _Call]) -> dict[str, list[str]]:
+def _container_aliases(paths: list[str], calls: dict[str, Call]) -> dict[str, list[str]]:
     """Give a container's path to its last layer, where both put out the same."""
     aliases: dict[str, list[str]] = {path: [] for path in paths}
     for path in paths:
@@ -421,7 +306,7 @@ def _container_aliases(paths: list[str], calls: dict[str, _Call]) -> dict[str, l
     return aliases
 
 
-def _stages(paths: list[str], calls: dict[str, _Call]) -> list[str]:
+def _stages(paths: list[str], calls: dict[str, Call]) -> list[str]:
     """Return the last layer before each down-sampling of the network's trunk."""
     stages: list[str] = []
     group: list[str] = []
@@ -438,19 +323,19 @@ def _stages(paths: list[str], calls: dict[str, _Call]) -> list[str]:
     return stages + _last_learned(group, calls)
 
 
-def _last_learned(group: list[str], calls: dict[str, _Call]) -> list[str]:
+def _last_learned(group: list[str], calls: dict[str, Call]) -> list[str]:
     """Return the end of a group of one resolution; nothing if it only pools."""
     return group[-1:] if any("Pool" not in calls[path].kind for path in group) else []
 
 
-def _opens_down_sampler(group: list[str], path: str, calls: dict[str, _Call]) -> bool:
+def _opens_down_sampler(group: list[str], path: str, calls: dict[str, Call]) -> bool:
     """Tell whether a group ends on the norm of the block that down-samples next (ConvNeXt)."""
     block = path.rpartition(".")[0]
     inside = [other for other in group if other.rpartition(".")[0] == block]
     return inside == group[-1:] != group and "Norm" in calls[group[-1]].kind
 
 
-def _resolution(call: _Call) -> int:
+def _resolution(call: Call) -> int:
     return call.shape[0] if len(call.shape) == 2 else call.shape[-1] * call.shape[-2]
 
 

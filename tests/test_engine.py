@@ -1,5 +1,6 @@
 """Tests of batches on a device: order, overlap, lack of memory, and pooling."""
 
+import copy
 import itertools
 import math
 import threading
@@ -730,21 +731,9 @@ def test_what_is_neither_maps_nor_tokens_can_only_be_flattened():
 def test_cuda_gives_the_rows_of_the_cpu(small_net, pictures, precision, tolerance):
     """In any precision, to within its rounding (TF32 rounds products in float32)."""
     expected = rows_of(run(pictures, read(small_net), torch.clone))
-    net = nn.Sequential(*small_net).to(CUDA)
-    try:
-        batches = list(
-            run(
-                pictures * 20,
-                read(net),
-                torch.clone,
-                module=net,
-                device=CUDA,
-                precision=precision,
-                batch_size=16,
-            )
-        )
-    finally:
-        small_net.to(CPU)
+    net = copy.deepcopy(small_net).to(CUDA)
+    options = {"module": net, "device": CUDA, "precision": precision, "batch_size": 16}
+    batches = run(pictures * 20, read(net), torch.clone, **options)
     assert_allclose(rows_of(batches), np.tile(expected, (20, 1)), rtol=tolerance, atol=tolerance)
 
 
@@ -758,6 +747,7 @@ def test_cuda_runs_a_batch_while_the_caller_has_the_one_before():
             torch.cuda._sleep(cycles)
         return double(batch)
 
+    list(run(range(100, 108), function, device=CUDA, batch_size=4))  # pins memory, which waits
     with closing(run(range(8), function, device=CUDA, batch_size=4)) as batches:
         first = next(batches)
         assert not torch.cuda.current_stream(CUDA).query()  # the second is still at work

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -47,6 +48,7 @@ class Backbone:
     `skeleton` has the network's structure, without its weights; `load` gives the network itself
     in eval mode on a device. Where both are `shared` by the process they must not be changed.
     `fingerprint` digests the weights and the preprocessing; None where they cannot be known.
+    Where it is `portable`, other processes come to the same.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Backbone:
     load: Callable[[torch.device], nn.Module]
     shared: bool
     fingerprint: Callable[[], bytes | None]
+    portable: bool
 
 
 def list_backbones() -> list[str]:
@@ -116,7 +119,7 @@ def find_backbone(
     load = functools.partial(_load_shared, backbone, key, seed, size)
     digest = functools.partial(_fingerprint_named, backbone, key, seed, steps)
     skeleton = _skeleton(backbone, size, key if isinstance(key, tuple) else None)
-    return Backbone(backbone, skeleton, steps, load, True, digest)
+    return Backbone(backbone, skeleton, steps, load, True, digest, preprocessing is None)
 
 
 # Modules of the user ----------------------------------------------------------------------------
@@ -139,7 +142,7 @@ def _from_module(
 
     steps = preprocess_with(preprocessing)
     digest = functools.partial(fingerprint, (module, preprocessing))
-    return Backbone(type(module).__name__, module, steps, load, False, digest)
+    return Backbone(type(module).__name__, module, steps, load, False, digest, False)
 
 
 # Weights ----------------------------------------------------------------------------------------
@@ -184,7 +187,8 @@ def _weights_key(entry: WeightsEnum | Path | None) -> Any:
     """Make a key that changes when a weights file does."""
     if isinstance(entry, Path):
         status = entry.stat()
-        return entry.resolve(), status.st_mtime_ns, status.st_size
+        stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
+        return entry.resolve(), stamp
     return entry
 
 
@@ -194,12 +198,12 @@ def _fingerprint_named(name: str, key: Any, seed: int, steps: Preprocessing) -> 
     elif isinstance(key, WeightsEnum):
         weights = key.url  # torchvision writes a hash of the content into the name of the file
     else:
-        weights = f"seed {seed}, torch {torch.__version__}"
+        weights = f"seed {seed}, torch {torch.__version__}, torchvision {torchvision.__version__}"
     return fingerprint((name, weights, steps.settings))
 
 
 @functools.lru_cache(maxsize=16)
-def _file_digest(path: Path, _mtime_ns: int, _size: int) -> str:
+def _file_digest(path: Path, _stamp: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -274,14 +278,22 @@ class _Building(TorchFunctionMode):
 
 def _download(name: str, weights: WeightsEnum) -> State:
     """Fetch a state dict with torchvision's own downloader, or from its cache."""
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    if cached.is_file():  # torchvision checks the hash of a download, but not of what lies there
+        expected = cached.stem.rpartition("-")[2]
+        if not _file_digest(*_weights_key(cached)).startswith(expected):
+            raise OSError(
+                f"{cached} does not hold the weights {weights} of {name}: its SHA-256 does not "
+                f"begin with {expected}. Put {weights.url} at {cached}, or give the path of such a "
+                "file as weights=."
+            )
     try:
         state: State = weights.get_state_dict(progress=True, check_hash=True)
     except Exception as error:  # the network, the disk and a damaged file may raise anything
-        file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
-        fault = f"read from {file}" if file.exists() else "downloaded"
+        fault = f"read from {cached}" if cached.exists() else "downloaded"
         raise OSError(
             f"the weights {weights} of {name} could not be {fault} ({error}). Put {weights.url} "
-            f"at {file}, or give the path of such a file as weights=."
+            f"at {cached}, or give the path of such a file as weights=."
         ) from error
     return state
 

@@ -176,12 +176,27 @@ class FeatureCache:
         matrices = {context: _as_matrix(matrix, len(images)) for context, matrix in rows.items()}
         self._store.put_many(list(images), matrices, self.max_bytes, work, _this_owner())
 
+    def update(self, other: FeatureCache) -> None:
+        """Take in the rows of another cache, as one that was filled on another machine.
+
+        Parameters
+        ----------
+        other : FeatureCache
+            It is read, and stays as it is.
+        """
+        for context, images in other._store.list_images().items():
+            for start in range(0, len(images), 1000):
+                part = images[start : start + 1000]
+                found, rows = other._store.get_many(context, part, touch=False)
+                if rows is not None:
+                    self.put_many(list(itertools.compress(part, found)), {context: rows[found]})
+
     def claim(self, work: bytes, images: Sequence[bytes]) -> NDArray[np.bool_]:
         """Ask which images this thread may compute now, so that no other does them too.
 
         An image is granted unless another live thread, here or in any process, holds it. A claim
-        ends with `put_many`, `release`, the death of its owner, or 120 s without a sign of life
-        (`claim` and `put_many` are signs). Where nothing can be written, all is granted.
+        ends with `put_many`, `release`, the death of its owner, or 15 minutes without a sign of
+        life (`claim` and `put_many` are signs). Where nothing can be written, all is granted.
 
         Look again with `get_many` after a grant: the row may have come between your look and your
         claim. Where refused, wait and look again.
@@ -338,6 +353,13 @@ class _MemoryStore:
                     rows[i] = row
                     self.rows.move_to_end((context, image))
             return found, rows
+
+    def list_images(self) -> dict[bytes, list[bytes]]:
+        images: dict[bytes, list[bytes]] = {}
+        with self.lock:
+            for context, image in self.rows:
+                images.setdefault(context, []).append(image)
+        return images
 
     def find(self, context: bytes, images: list[bytes]) -> set[bytes]:
         with self.lock:

@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
@@ -272,7 +272,7 @@ def _to_device(batch: Tensor, device: torch.device) -> Tensor:
 
 def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     if precision == "float32":
-        return nullcontext()
+        return torch.autocast(device.type, enabled=False)  # the caller's may be on
     return torch.autocast(device.type, dtype=getattr(torch, precision))
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ._backbones import Backbone, Weights, find_backbone
 from ._cache import FeatureCache
 from ._engine import Batch, Pooling, Precision, Workers, count_features
-from ._features import Reading, read_rows
+from ._features import MEMORY, Reading, read_rows
 from ._images import ImageError, Record, as_records, is_tabular, unwrap_tensor
 from ._layers import LayerIndex, LayerTable, ResolvedLayer
 from ._preprocessing import Resize
@@ -235,7 +235,9 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         LayerNotFoundError
             If the backbone has no such layer.
         """
-        self._find_sections(_index(self._find_backbone()))
+        index = _index(self._find_backbone())
+        self._find_sections(index)
+        list(self._find_prefetched(index))
         self._find_records(X, reset=True)
         self.errors_: dict[int, str] = {}
         return self
@@ -274,13 +276,13 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
                     rows = self._scale(batch.rows[section.layer.name])
                     features[places, section.columns] = rows
             self._note_non_finite(batch.samples, features)
-        self._warn_of_errors(len(records))
+        self._warn_of_errors(len(records), stacklevel=4)  # past scikit-learn's wrapper
         return features
 
     def precompute(
         self,
         X: Any,
-        layers: list[str | int] | None = None,
+        layers: str | int | list[str | int] | None = None,
         *,
         shard: tuple[int, int] = (0, 1),
     ) -> "DeepFeatureExtractor":
@@ -292,7 +294,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         ----------
         X : sequence or array of n images
             See the notes of the class.
-        layers : list of str or int, optional
+        layers : str, int or list of these, optional
             Layers to keep. By default `layer` and what `prefetch` adds.
         shard : tuple of int, default=(0, 1)
             (i, n): take every n-th image, from the i-th on.
@@ -305,24 +307,25 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If there is no cache, or no such shard; else as `transform`.
+            If there is no cache, no such shard, or the rows cannot be kept in the cache; else as
+            `transform`.
         """
         if self.cache is None:
             raise ValueError("precompute fills the cache, and there is none: set cache=.")
-        start, step = shard
-        if not 0 <= start < step:
+        if not (isinstance(shard, (list, tuple)) and len(shard) == 2 and 0 <= shard[0] < shard[1]):
             raise ValueError(f"shard={shard!r}: (i, n) with 0 <= i < n is expected.")
         backbone = self._find_backbone()
         index = _index(backbone)
-        names = self._names() if layers is None else layers
+        self._check_kept(backbone)
+        names = _as_list(self.layer if layers is None else layers)
         reading = self._plan(backbone, index, [index.resolve(name) for name in names])
         if layers is None:
             reading = replace(reading, layers=reading.layers + reading.prefetched)
-        records = self._find_records(X, reset=False)[start::step]
+        records = self._find_records(X, reset=False)[shard[0] :: shard[1]]
         self.errors_ = {}
         for _ in self._read(reading, records):
             pass
-        self._warn_of_errors(len(records))
+        self._warn_of_errors(len(records), stacklevel=3)
         return self
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
@@ -373,16 +376,16 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         """Resolve the layers, and share out the columns among them."""
         sections: list[_Section] = []
         start = 0
-        for layer in map(index.resolve, self._names()):
-            if layer.name in (section.layer.name for section in sections):
-                raise ValueError(f"layer {layer.name!r} is asked for twice.")
+        for layer in map(index.resolve, _as_list(self.layer)):
+            for other in (section.layer for section in sections):
+                if (other.path, other.rectified) == (layer.path, layer.rectified):
+                    raise ValueError(
+                        f"layers {other.name!r} and {layer.name!r} are the same: ask for one."
+                    )
             stop = start + count_features(layer, self.pooling)
             sections.append(_Section(layer, slice(start, stop)))
             start = stop
         return sections
-
-    def _names(self) -> list[str | int]:
-        return list(self.layer) if isinstance(self.layer, (list, tuple)) else [self.layer]
 
     def _find_records(self, X: Any, *, reset: bool) -> list[Record]:
         X = unwrap_tensor(X)
@@ -398,6 +401,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         return as_records(X, self.image_shape)
 
     def _plan(self, backbone: Backbone, index: LayerIndex, layers: list[ResolvedLayer]) -> Reading:
+        for layer in layers:
+            count_features(layer, self.pooling)  # raises where it cannot be pooled
         return Reading(
             backbone,
             tuple(layers),
@@ -410,7 +415,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         )
 
     def _find_prefetched(self, index: LayerIndex) -> Iterator[ResolvedLayer]:
-        if self.prefetch is None or self.cache is None:
+        if self.prefetch is None:
             return
         given = isinstance(self.prefetch, (list, tuple))
         for layer in map(index.resolve, self.prefetch) if given else index.stages():
@@ -435,16 +440,32 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     def _find_cache(self) -> FeatureCache | None:
         if self.cache is None or isinstance(self.cache, FeatureCache):
             return self.cache
-        return _cache_at(None if self.cache == "memory" else os.path.abspath(self.cache))
+        if self.cache == "memory":
+            return MEMORY
+        return _cache_at(os.path.realpath(os.path.expanduser(self.cache)))
 
-    def _warn_of_errors(self, count: int) -> None:
+    def _check_kept(self, backbone: Backbone) -> None:
+        """Raise if rows that are computed ahead would be lost."""
+        cache = self._find_cache()
+        if cache is None or (cache.path is not None and not backbone.portable):
+            raise ValueError(
+                "rows of a module or of preprocessing of your own are not trusted from one process "
+                "to the next, and are not kept on disk: precompute them with cache='memory'."
+            )
+        if backbone.fingerprint() is None:
+            raise ValueError(
+                "rows of a module or of preprocessing that is defined in a notebook or inside a "
+                "function are not kept, since it may change unseen: there is nothing to precompute."
+            )
+
+    def _warn_of_errors(self, count: int, stacklevel: int) -> None:
         self.errors_ = dict(sorted(self.errors_.items()))
         if self.errors_ and self.on_error == "warn":
             warnings.warn(
                 f"{len(self.errors_)} of {count} images could not be read; their rows are NaN "
                 f"and errors_ tells why. The first: {next(iter(self.errors_.values()))}",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
     def _scale(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -483,13 +504,17 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             if not ((is_count and value >= low) or value in others):
                 words = "".join(f" or {other!r}" for other in others)
                 raise ValueError(f"{name}={value!r}: a whole number from {low}{words} is expected.")
-        if isinstance(self.layer, (list, tuple)) and not self.layer:
-            raise ValueError("layer is an empty list: at least one layer is needed.")
+        if self.device != "auto":
+            try:
+                torch.device(self.device)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"device={self.device!r} is no device: {error}") from error
         if not (self.prefetch in ("stages", None) or isinstance(self.prefetch, (list, tuple))):
             raise ValueError(
                 f"prefetch={self.prefetch!r}: 'stages', a list of layers or None is expected."
             )
-        if not (self.cache is None or isinstance(self.cache, (str, os.PathLike, FeatureCache))):
+        is_place = isinstance(self.cache, (str, os.PathLike, FeatureCache)) and self.cache != ""
+        if not (self.cache is None or is_place):
             raise ValueError(
                 f"cache={self.cache!r}: 'memory', a directory, a FeatureCache or None is expected."
             )
@@ -530,8 +555,15 @@ _COUNTS: tuple[tuple[str, int, tuple[str | None, ...]], ...] = (
 )
 
 
+def _as_list(layers: str | int | list[str | int]) -> list[str | int]:
+    names = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    if not names:
+        raise ValueError("layer is an empty list: at least one is needed.")
+    return names
+
+
 @functools.lru_cache(maxsize=16)
-def _cache_at(path: str | None) -> FeatureCache:
+def _cache_at(path: str) -> FeatureCache:
     return FeatureCache(path)
 
 

@@ -3,16 +3,16 @@
 import functools
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from ._backbones import Backbone
-from ._cache import FeatureCache
+from ._cache import FeatureCache, FileStat
 from ._engine import (
     Batch,
     Pooling,
@@ -29,7 +29,8 @@ from ._layers import ResolvedLayer, read_layers
 # Part of every key: raise it when the rows of the same image and layer come out differently.
 _SCHEMA = 1
 _LOOK_UP = 1024  # images at a time, which bounds what is in memory twice
-_WAIT_SECONDS = 0.05
+_WAIT_SECONDS = 0.05, 1.0  # at first, and at most
+MEMORY = FeatureCache()  # of this process
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,17 @@ def read_rows(
     when the first image needs it.
     """
     fingerprint = None if cache is None else reading.backbone.fingerprint()
+    if cache is not None and not reading.backbone.portable:
+        cache = cache if cache.path is None else MEMORY
     if cache is None or fingerprint is None:
         yield from _compute(reading, reading.layers, records)
         return
-    groups, failures = _group_equal(records, cache, reading.num_workers)
+    groups, stats, failures = _group_equal(records, cache, reading.num_workers)
     if failures:
         yield Batch([], {}, failures)
-    passes = _Passes(reading, cache, fingerprint, groups)
+    passes = _Passes(reading, cache, fingerprint, groups, stats)
     waiting = list(groups)
+    pause, longest = _WAIT_SECONDS
     while waiting:
         missing: list[bytes] = []
         for images in _chunks(waiting, _LOOK_UP):
@@ -74,7 +78,8 @@ def read_rows(
             computed += len(batch.samples)
             yield batch
         if waiting and not computed:
-            time.sleep(_WAIT_SECONDS)  # another process is at work on these
+            time.sleep(pause)  # another process is at work on these
+            pause = min(2 * pause, longest)
 
 
 class _Passes:
@@ -86,8 +91,10 @@ class _Passes:
         cache: FeatureCache,
         fingerprint: bytes,
         groups: dict[bytes, list[Record]],
+        stats: dict[Record, FileStat],
     ):
         self.reading = reading
+        self.stats = stats
         self.cache = cache
         self.groups = groups
         self.image_of = {records[0]: image for image, records in groups.items()}
@@ -120,10 +127,12 @@ class _Passes:
 
     def compute(self, missing: list[bytes], waiting: list[bytes]) -> Iterator[Batch[Record]]:
         """Compute, keep and yield what nobody else is at; add the rest to `waiting`."""
+        if not missing:
+            return
         held: set[bytes] = set()
         claimed = self._claim(missing, waiting, held)
         try:
-            for batch in _compute(self.reading, self.layers, claimed):
+            for batch in _compute(self.reading, self.layers, claimed, self._open):
                 images = [self.image_of[record] for record in batch.samples]
                 if images:
                     rows = {self.contexts[name]: rows for name, rows in batch.rows.items()}
@@ -156,6 +165,12 @@ class _Passes:
             waiting += [image for image in images if image not in held]
             yield from (self.groups[image][0] for image in ours if image in held)
 
+    def _open(self, record: Record) -> Image.Image:
+        image = record.open()
+        if record in self.stats and record.stat() != self.stats[record]:
+            raise ImageError(str(record), "the file was changed while X was being read")
+        return image
+
     def _release(self, images: list[bytes], held: set[bytes]) -> None:
         if images:
             self.cache.release(self.work, images)
@@ -171,22 +186,22 @@ class _Passes:
 
 
 def _compute(
-    reading: Reading, layers: tuple[ResolvedLayer, ...], records: Iterable[Record]
+    reading: Reading,
+    layers: tuple[ResolvedLayer, ...],
+    records: Iterable[Record],
+    open_record: Callable[[Record], Image.Image] = Record.open,
 ) -> Iterator[Batch[Record]]:
     """Run the network over records as far as the deepest of the layers."""
     steps = reading.backbone.preprocessing
     reduce = functools.partial(pool, pooling=reading.pooling)
-    records = iter(records)
-    first = next(records, None)
-    if first is None:
-        return
-    module = reading.backbone.load(find_device(reading.device))
+    device = find_device(reading.device)
+    module = reading.backbone.load(device)  # before the first image is claimed: it may take long
     yield from run_in_batches(
         module,
         lambda batch: read_layers(module, layers, steps.normalize(batch), reduce),
-        chain([first], records),
-        lambda record: steps.prepare(record.open()),
-        device=find_device(reading.device),
+        records,
+        lambda record: steps.prepare(open_record(record)),
+        device=device,
         precision=reading.precision,
         batch_size=reading.batch_size,
         num_workers=reading.num_workers,
@@ -195,7 +210,7 @@ def _compute(
 
 def _group_equal(
     records: list[Record], cache: FeatureCache, num_workers: Workers
-) -> tuple[dict[bytes, list[Record]], list[tuple[Record, Exception]]]:
+) -> tuple[dict[bytes, list[Record]], dict[Record, FileStat], list[tuple[Record, Exception]]]:
     """Group records by the digest of their image; files seen before are not read for that."""
     now = time.time_ns()
     stats = {record: stat for record in records if (stat := record.stat()) is not None}
@@ -218,7 +233,7 @@ def _group_equal(
     for record in records:
         if record in digests:
             groups.setdefault(digests[record], []).append(record)
-    return groups, failures
+    return groups, stats, failures
 
 
 def _for_record(record: Record, error: Exception) -> Exception:

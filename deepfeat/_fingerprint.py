@@ -3,10 +3,9 @@
 import hashlib
 import os
 import pickle
-import sys
 import uuid
 import weakref
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ def fingerprint(value: Any) -> bytes | None:
     """Digest a value, down to the elements of its tensors.
 
     Strings, numbers and tuples of them have the same digest everywhere. Whatever brings classes
-    or functions has one that holds in this process alone, where these cannot change unseen. None
-    where a value cannot be known for sure: a function of `__main__` or made inside another one
-    may depend on names that change, and some objects cannot be taken apart.
+    or functions has one that holds in this process alone, as long as these stay what they are. None
+    where a value cannot be known for sure: what is defined in `__main__` or inside a function may
+    depend on names that change, and some objects cannot be taken apart.
     """
     sink = _Sink()
     try:
@@ -47,14 +46,22 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, part: Any) -> Any:
         if isinstance(part, Tensor):
             return str(part.dtype), tuple(part.shape), _tensor_digest(part)
-        if isinstance(part, FunctionType):
-            known = getattr(sys.modules.get(part.__module__), part.__qualname__, None)
-            if part.__module__ == "__main__" or known is not part:
-                raise pickle.PicklingError(f"{part} may change unseen")
+        if isinstance(part, MethodType):
+            raise pickle.PicklingError(f"{part} may have been put in the place of another")
         if isinstance(part, (FunctionType, type)):
-            # Classes of one name can follow each other in a notebook.
-            return os.getpid(), _process, _identities.setdefault(part, uuid.uuid4().hex)
+            if part.__module__ == "__main__" or "<locals>" in part.__qualname__:
+                raise pickle.PicklingError(f"{part} may change unseen")
+            return os.getpid(), _process, _identities_of(part)
         return None
+
+
+def _identities_of(part: FunctionType | type) -> tuple[str, ...]:
+    """Tell a function from any other, and a class from itself with other methods."""
+    parts: list[Any] = [part]
+    if isinstance(part, type):
+        inherited = (value for base in part.__mro__ for value in vars(base).values())
+        parts += [value for value in inherited if isinstance(value, FunctionType)]
+    return tuple(_identities.setdefault(one, uuid.uuid4().hex) for one in parts)
 
 
 def _tensor_digest(tensor: Tensor) -> bytes:

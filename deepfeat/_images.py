@@ -183,8 +183,10 @@ def _content(source: Any) -> Iterator[bytes]:
 def _unwrap_columns(X: Any) -> Any:
     """Refuse a single image; turn tensors, Series and one-column tables into arrays or lists."""
     if isinstance(X, _SINGLE):
+        is_folder = isinstance(X, (str, os.PathLike)) and os.path.isdir(X)
         raise ValueError(
-            f"X is a single {_describe(X)}; a sequence of images is expected: pass [X]."
+            f"X is a single {_describe(X)}; a sequence of images is expected: pass "
+            + ('sorted(pathlib.Path(X).rglob("*.jpg")).' if is_folder else "[X].")
         )
     X = unwrap_tensor(X)
     if hasattr(X, "columns") and hasattr(X, "dtypes"):  # a pandas or polars DataFrame

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FILE_NAME = "deepfeat-cache.sqlite"
-LEASE_SECONDS = 120.0  # claims of an owner that gives no sign of life for so long are free
+LEASE_SECONDS = 900.0  # claims of an owner that gives no sign of life for so long are free
 BUSY_SECONDS = 60.0  # how long a writer waits for another one
 
 APPLICATION_ID = 0x0DEEFEA7
@@ -67,6 +67,15 @@ class DiskStore:
             used = list(itertools.compress(images, found))
             self._write(lambda db: _touch(db, context, used), None)
         return found, rows
+
+    def list_images(self) -> dict[bytes, list[bytes]]:
+        """Return the images of each context."""
+        query = "SELECT digest, image FROM keys JOIN contexts ON context = contexts.id"
+        keys: list[tuple[bytes, bytes]] = []
+        images: dict[bytes, list[bytes]] = {}
+        for context, image in self._read(lambda db: db.execute(query).fetchall(), keys):
+            images.setdefault(context, []).append(image)
+        return images
 
     def find(self, context: bytes, images: list[bytes]) -> set[bytes]:
         """Return which images have a row."""

@@ -54,8 +54,8 @@ print(cache.info())
 # What the cache saved
 # --------------------
 #
-# Without it the same search is as good, and slower. One column of the grid is timed, since each
-# asks the network for the same number of images.
+# Without it the same search is as good, and slower. One column of the grid is timed and the time
+# multiplied, since each column asks the network for the same number of images.
 
 search.set_params(estimator__deepfeatureextractor__cache=None, refit=False)
 search.set_params(param_grid={"deepfeatureextractor__layer": layers, "linearsvc__C": cs[:1]})

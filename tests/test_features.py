@@ -6,6 +6,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 
 import joblib
 import numpy as np
@@ -230,6 +231,32 @@ class TestNothingIsMixedUp:
         np.testing.assert_array_equal(second[1], first[1])
         np.testing.assert_allclose(second[0], extractor(None).transform([paths[5]])[0], rtol=1e-5)
 
+    def test_a_file_changed_while_X_is_read_is_told(self, cache, paths, pictures, monkeypatch):
+        """Its new pixels are not kept under the digest of the old ones."""
+        from deepfeat import _features
+
+        group = _features._group_equal
+
+        def group_and_change(*arguments):
+            groups = group(*arguments)
+            Image.fromarray(pictures[5]).save(paths[0])
+            return groups
+
+        monkeypatch.setattr(_features, "_group_equal", group_and_change)
+        with open(paths[0], "rb") as file:
+            old = file.read()
+        with pytest.raises(ValueError, match=r"X\[0\].*changed while"):
+            extractor(cache).transform(paths[:3])
+        monkeypatch.undo()
+        rows = extractor(cache).transform([old])
+        np.testing.assert_allclose(rows, extractor(None).transform([old]), rtol=1e-5, atol=1e-7)
+
+    def test_the_callers_autocast_is_no_part_of_it(self, cache, pictures):
+        with torch.autocast("cpu", torch.bfloat16):
+            rows = extractor(cache).transform(pictures[:4])
+        expected = extractor(None).transform(pictures[:4])
+        np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
+
     def test_a_file_is_known_by_its_content_not_its_name(self, cache, paths, forwards):
         extractor(cache).transform(paths)
         renamed = paths[3] + ".png"
@@ -259,18 +286,25 @@ class TestNothingIsMixedUp:
         assert np.abs(results[0] - results[1]).max() > 1e-3
 
 
-class Net(nn.Module):
-    """A network of the user, with an attribute that is no tensor."""
+class Scale(nn.Module):
+    """A layer whose only parameter is no tensor."""
 
-    def __init__(self, gain=1.0):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.gain = gain
-        self.images = []
+    gain = 1.0
 
     def forward(self, x):
-        self.images.append(len(x))
-        return self.conv(x) * self.gain
+        return x * self.gain
+
+
+class Net(nn.Module):
+    """A network of the user."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.scale = Scale()
+
+    def forward(self, x):
+        return self.scale(self.conv(x))
 
 
 class Prepare:
@@ -278,6 +312,9 @@ class Prepare:
 
     def __call__(self, image):
         return F.pil_to_tensor(image.resize((16, 16))) / 255
+
+
+PREPARE = Prepare()
 
 
 @pytest.fixture
@@ -293,7 +330,7 @@ def passes(monkeypatch):
 class TestModulesOfTheUser:
     def of(self, net, cache, **parameters):
         parameters = {"preprocessing": Prepare(), "norm": None, **parameters}
-        return DeepFeatureExtractor(net, "conv", cache=cache, num_workers=0, **parameters)
+        return DeepFeatureExtractor(net, "scale", cache=cache, num_workers=0, **parameters)
 
     def test_a_clone_finds_the_rows_of_its_original(self, cache, pictures, passes):
         one = self.of(Net(), cache)
@@ -314,8 +351,27 @@ class TestModulesOfTheUser:
     def test_attributes_beside_the_weights_count(self, cache, pictures):
         net = Net()
         rows = self.of(net, cache).transform(pictures)
-        net.gain = 3.0
-        np.testing.assert_array_equal(self.of(net, cache).transform(pictures), rows)
+        net.scale.gain = 3.0
+        np.testing.assert_allclose(self.of(net, cache).transform(pictures), 3 * rows, rtol=1e-5)
+
+    def test_a_method_put_in_place_of_another_is_not_trusted(self, cache, pictures):
+        net = Net()
+        self.of(net, cache).transform(pictures)
+        net.scale.forward = types.MethodType(lambda self, x: x * 5, net.scale)
+        rows = self.of(net, cache).transform(pictures)
+        np.testing.assert_allclose(rows, self.of(net, None).transform(pictures), rtol=1e-5)
+
+    def test_neither_is_a_class_with_another_method(self, cache, pictures, monkeypatch):
+        self.of(net := Net(), cache).transform(pictures)
+        monkeypatch.setattr(Scale, "forward", lambda self, x: x * 5)
+        rows = self.of(net, cache).transform(pictures)
+        np.testing.assert_allclose(rows, self.of(net, None).transform(pictures), rtol=1e-5)
+
+    def test_rows_stay_in_this_process(self, pictures, tmp_path):
+        """Another process could have other code, and would never look for them."""
+        disk = FeatureCache(tmp_path / "cache")
+        self.of(Net(), disk).transform(pictures)
+        assert disk.info().rows == 0
 
     def test_a_function_that_may_change_unseen_is_not_trusted(self, cache, pictures, passes):
         side = 16
@@ -414,6 +470,35 @@ class TestPrecompute:
     def test_layers_can_be_named(self, cache, paths):
         extractor(cache, prefetch=None).precompute(paths, layers=["stage3"])
         assert cache.info().contexts == 1
+
+    def test_caches_of_several_machines_become_one(self, cache, paths, tmp_path, forwards):
+        other = FeatureCache(tmp_path / "of another machine")
+        extractor(cache).precompute(paths, shard=(0, 2))
+        extractor(other).precompute(paths, shard=(1, 2))
+        cache.update(other)
+        assert cache.info().rows == 2 * other.info().rows
+        forwards.clear()
+        rows = extractor(cache).transform(paths)
+        assert sum(forwards) == 0
+        np.testing.assert_allclose(rows, extractor(None).transform(paths), rtol=1e-5, atol=1e-7)
+
+    def test_rows_that_would_be_lost_are_refused(self, paths, tmp_path):
+        disk = DeepFeatureExtractor(Net(), "scale", preprocessing=Prepare(), cache=tmp_path / "c")
+        with pytest.raises(ValueError, match="not kept on disk"):
+            disk.precompute(paths)
+        unknown = DeepFeatureExtractor(Net(), "scale", preprocessing=lambda image: PREPARE(image))
+        with pytest.raises(ValueError, match="nothing to precompute"):
+            unknown.precompute(paths)
+
+    @pytest.mark.parametrize(
+        ("parameters", "layers"), [({"pooling": "cls"}, None), ({}, []), ({}, "stage9")]
+    )
+    def test_layers_that_cannot_be_read_are_refused(
+        self, cache, paths, forwards, parameters, layers
+    ):
+        with pytest.raises(ValueError, match="layer"):
+            extractor(cache, **parameters).precompute(paths, layers)
+        assert sum(forwards) == 0
 
     def test_it_tells_which_images_failed(self, cache, paths):
         one = extractor(cache, on_error="nan").precompute([*paths, b"nothing"])

@@ -318,7 +318,10 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         index = _index(backbone)
         self._check_kept(backbone)
         names = _as_list(self.layer if layers is None else layers)
-        reading = self._plan(backbone, index, [index.resolve(name) for name in names])
+        resolved = [index.resolve(name) for name in names]
+        for layer in resolved:
+            count_features(layer, self.pooling)  # raises where it cannot be pooled
+        reading = self._plan(backbone, index, resolved)
         if layers is None:
             reading = replace(reading, layers=reading.layers + reading.prefetched)
         records = self._find_records(X, reset=False)[shard[0] :: shard[1]]
@@ -401,8 +404,6 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         return as_records(X, self.image_shape)
 
     def _plan(self, backbone: Backbone, index: LayerIndex, layers: list[ResolvedLayer]) -> Reading:
-        for layer in layers:
-            count_features(layer, self.pooling)  # raises where it cannot be pooled
         return Reading(
             backbone,
             tuple(layers),

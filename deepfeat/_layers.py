@@ -102,8 +102,8 @@ class LayerIndex:
         self._class_token = _has_class_token(module)
         self._calls = trace_calls(module, input_shape)
         self._silent = {path for path, _ in module.named_modules()} - self._calls.keys() - {""}
-        layers = {path: path for path in _units(module) if path in self._calls}
-        paths = [path for path in self._calls if path in layers]  # in the order of computation
+        units = set(_units(module))
+        paths = [path for path in self._calls if path in units]  # in the order of computation
         paths = [p for p in paths if not self._calls[p].kind.startswith(_NO_OPS)]
         caffe = _caffe_names(module, paths)
         aliases = _container_aliases(paths, self._calls)

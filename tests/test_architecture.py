@@ -21,7 +21,7 @@ FLOORS = {
     3: {"_training", "_features"},
     2: {"_engine"},
     1: {"_images", "_cache", "_backbones", "_layers", "datasets"},
-    0: {"_fingerprint", "_optional", "_preprocessing", "_store", "_trace"},
+    0: {"_bundled", "_fingerprint", "_optional", "_preprocessing", "_store", "_trace"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 DOOR, GUESTS = "__init__", FLOORS[6]

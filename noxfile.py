@@ -33,7 +33,7 @@ def lint(session):
 @nox.session(default=False)
 def dev(session):
     """Install deepfeat, editable, with everything its developers need, into .nox/dev."""
-    session.install("--editable", ".[safetensors]", *requirements("dev"))
+    session.install("--editable", ".", *requirements("dev"))
 
 
 @in_dev()
@@ -109,9 +109,7 @@ def docs(session):
 @nox.session(python=OLDEST_PYTHON, venv_backend="uv", reuse_venv=False, default=False)
 def minimums(session):
     """Run the tests on the oldest Python and the oldest release of each dependency."""
-    session.install(
-        *("--resolution", "lowest-direct"), "--editable", ".[safetensors]", *requirements("test")
-    )
+    session.install("--resolution", "lowest-direct", "--editable", ".", *requirements("test"))
     session.run("python", "-m", "pytest", *session.posargs)
 
 
@@ -123,8 +121,9 @@ def build(session):
     session.run("python", "-m", "build", "--outdir", dist)
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        if "deepfeat/py.typed" not in archive.namelist():
-            session.error(f"{wheel.name} holds no deepfeat/py.typed.")
+        for file in ("deepfeat/py.typed", "deepfeat/resnet10_slim.safetensors"):
+            if file not in archive.namelist():
+                session.error(f"{wheel.name} holds no {file}.")
     session.install(wheel)
     session.run("python", "examples/quickstart.py", env=OFFLINE)
 

@@ -18,13 +18,13 @@ FLOORS = {
     7: {"plotting", "distributed", "__main__"},
     6: {"__init__"},
     5: {"_classifier"},
-    4: {"_extractor"},
+    4: {"_categories", "_extractor"},
     3: {"_features", "_samples", "_training", "_networks"},
     2: {"_engine", "_freezing", "_inputs"},
     1: {"_images", "_cache", "_backbones", "_heads", "_layers", "datasets"},
     0: {
-        *("_files", "_fingerprint", "_optional", "_parameters", "_preprocessing", "_store"),
-        "_trace",
+        *("_bundled", "_files", "_fingerprint", "_optional", "_parameters", "_preprocessing"),
+        *("_store", "_trace"),
     },
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -17,11 +17,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     6: {"plotting", "distributed", "__main__"},
     5: {"__init__"},
-    4: {"_extractor", "_classifier"},
+    4: {"_extractor", "_classifier", "_categories"},
     3: {"_training", "_features"},
     2: {"_engine"},
     1: {"_images", "_cache", "_backbones", "_layers", "datasets"},
-    0: {"_fingerprint", "_optional", "_preprocessing", "_store", "_trace"},
+    0: {"_archive", "_fingerprint", "_optional", "_preprocessing", "_store", "_trace"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 DOOR, GUESTS = "__init__", FLOORS[6]
@@ -33,6 +33,7 @@ PUBLIC = {
     "__version__",
     "list_backbones",
     "list_layers",
+    "predict_categories",
 }
 
 # What a room knows nothing of, as the packages that it would have to import.
@@ -41,6 +42,8 @@ STRANGERS = {
     "_cache": {"torch", "torchvision", "PIL"},
     "_store": {"torch", "torchvision", "PIL"},
     "_engine": {"sklearn"},
+    "_archive": {"sklearn", "torch", "torchvision", "PIL", "numpy"},
+    "datasets": {"torch", "torchvision", "PIL"},
     "_training": {"sklearn", "PIL"},
 }
 

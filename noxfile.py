@@ -110,7 +110,10 @@ def docs(session):
 def minimums(session):
     """Run the tests on the oldest Python and the oldest release of each dependency."""
     session.install(
-        *("--resolution", "lowest-direct"), "--editable", ".[datasets,safetensors]", *requirements("test")
+        *("--resolution", "lowest-direct"),
+        "--editable",
+        ".[datasets,safetensors]",
+        *requirements("test"),
     )
     session.run("python", "-m", "pytest", *session.posargs)
 

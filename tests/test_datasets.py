@@ -438,6 +438,13 @@ def test_other_folders_do_not_matter(own_root: Path) -> None:
     assert len(load(own_root, split="random").data) == len(scene_files())
 
 
+def test_a_folder_that_holds_but_a_link_to_itself_is_an_error(tmp_path: Path) -> None:
+    """The way down to the class folders does not go round."""
+    (tmp_path / "loop").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="leads back to"):
+        load_scene15(tmp_path)
+
+
 @pytest.mark.parametrize("count", [0, 210, -5])
 def test_the_smallest_class_limits_the_training_images(scenes_root: Path, count: int) -> None:
     """None would be left to test on."""
@@ -473,6 +480,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     content = b""
     can_resume = True
+    shift = 0  # how far from what was asked for a continued answer begins
     cuts: list[int]  # after how many bytes to hang up, one answer each
     fails: list[int]  # codes of errors to answer with, before all else
     ranges: list[str | None]
@@ -494,7 +502,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.fails:
             self.send_error(server.fails.pop(0))
             return
-        start = int(asked[6:-1]) if asked and server.can_resume else 0
+        start = int(asked[6:-1]) + server.shift if asked and server.can_resume else 0
         size = len(server.content)
         if start >= size > 0:
             self.send_response(416)
@@ -618,6 +626,21 @@ def test_a_part_longer_than_the_file_is_dropped(server: Server, tmp_path: Path) 
     with pytest.warns(UserWarning, match="broke off"):
         fetch(server, tmp_path)
     assert server.ranges == [f"bytes={len(server.content) + 4}-", None]
+
+
+def test_an_answer_that_begins_elsewhere_is_not_joined(server: Server, tmp_path: Path) -> None:
+    """The download starts anew."""
+    server.cuts, server.shift = [1000], 7
+    with pytest.warns(UserWarning, match="broke off"):
+        fetch(server, tmp_path)
+    assert server.ranges == [None, "bytes=1000-", None]
+
+
+def test_parts_from_two_addresses_are_not_joined(server: Server, tmp_path: Path) -> None:
+    """Each address has a file of its own."""
+    part_of(server, tmp_path)
+    fetch(server, tmp_path, url=f"{server.url}?other")
+    assert server.ranges == [None]
 
 
 def test_a_part_of_another_file_fails_the_check_once(server: Server, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def lint(session):
 @nox.session(default=False)
 def dev(session):
     """Install deepfeat, editable, with everything its developers need, into .nox/dev."""
-    session.install("--editable", ".", *requirements("dev"))
+    session.install("--editable", ".[datasets]", *requirements("dev"))
 
 
 @in_dev()
@@ -109,7 +109,12 @@ def docs(session):
 @nox.session(python=OLDEST_PYTHON, venv_backend="uv", reuse_venv=False, default=False)
 def minimums(session):
     """Run the tests on the oldest Python and the oldest release of each dependency."""
-    session.install("--resolution", "lowest-direct", "--editable", ".", *requirements("test"))
+    session.install(
+        *("--resolution", "lowest-direct"),
+        "--editable",
+        ".[datasets]",
+        *requirements("test"),
+    )
     session.run("python", "-m", "pytest", *session.posargs)
 
 

@@ -49,7 +49,8 @@ class Backbone:
     `skeleton` has the network's structure, without its weights; `load` gives the network itself
     in eval mode on a device. Where both are `shared` by the process they must not be changed.
     `fingerprint` digests the weights and the preprocessing; None where they cannot be known.
-    Where it is `portable`, other processes come to the same.
+    Where it is `portable`, other processes come to the same. `categories` names the outputs; None
+    where nobody has.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Backbone:
     shared: bool
     fingerprint: Callable[[], bytes | None]
     portable: bool
+    categories: tuple[str, ...] | None
 
 
 def list_backbones() -> list[str]:
@@ -121,7 +123,9 @@ def find_backbone(
     load = functools.partial(_load_shared, backbone, key, seed, size)
     digest = functools.partial(_fingerprint_named, backbone, key, seed, steps)
     skeleton = _skeleton(backbone, size, key if isinstance(key, tuple) else None)
-    return Backbone(backbone, skeleton, steps, load, True, digest, preprocessing is None)
+    portable = preprocessing is None
+    categories = _find_categories(backbone, entry, skeleton)
+    return Backbone(backbone, skeleton, steps, load, True, digest, portable, categories)
 
 
 def is_weights_file(weights: Weights) -> bool:
@@ -151,7 +155,7 @@ def _from_module(
 
     steps = preprocess_with(preprocessing)
     digest = functools.partial(fingerprint, (module, preprocessing))
-    return Backbone(type(module).__name__, module, steps, load, False, digest, False)
+    return Backbone(type(module).__name__, module, steps, load, False, digest, False, None)
 
 
 # Weights ----------------------------------------------------------------------------------------
@@ -203,6 +207,18 @@ def _weights_key(entry: WeightsEnum | Path | None) -> Any:
         stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
         return entry.resolve(), stamp
     return entry
+
+
+def _find_categories(
+    name: str, entry: WeightsEnum | Path | None, skeleton: nn.Module
+) -> tuple[str, ...] | None:
+    """Name the outputs as the weights do; for a file with as many outputs, as the default ones."""
+    if entry is None:
+        return None
+    source = entry if isinstance(entry, WeightsEnum) else _known_weights(name)["DEFAULT"]
+    categories = source.meta["categories"]
+    *_, head = skeleton.state_dict().values()
+    return tuple(categories) if categories and len(categories) == len(head) else None
 
 
 def _fingerprint_named(name: str, key: Any, seed: int, steps: Preprocessing) -> bytes | None:

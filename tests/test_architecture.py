@@ -23,8 +23,8 @@ FLOORS = {
     2: {"_engine", "_freezing", "_inputs"},
     1: {"_images", "_cache", "_backbones", "_heads", "_layers", "datasets"},
     0: {
-        *("_bundled", "_files", "_fingerprint", "_optional", "_parameters", "_preprocessing"),
-        *("_store", "_trace"),
+        *("_archive", "_bundled", "_files", "_fingerprint", "_optional", "_parameters"),
+        *("_preprocessing", "_store", "_trace"),
     },
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
@@ -38,6 +38,7 @@ PUBLIC = {
     "__version__",
     "list_backbones",
     "list_layers",
+    "predict_categories",
 }
 
 # What a room knows nothing of, as the packages that it would have to import.

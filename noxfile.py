@@ -33,7 +33,7 @@ def lint(session):
 @nox.session(default=False)
 def dev(session):
     """Install deepfeat, editable, with everything its developers need, into .nox/dev."""
-    session.install("--editable", ".[safetensors]", *requirements("dev"))
+    session.install("--editable", ".[plot,safetensors]", *requirements("dev"))
 
 
 @in_dev()
@@ -110,7 +110,10 @@ def docs(session):
 def minimums(session):
     """Run the tests on the oldest Python and the oldest release of each dependency."""
     session.install(
-        *("--resolution", "lowest-direct"), "--editable", ".[safetensors]", *requirements("test")
+        *("--resolution", "lowest-direct"),
+        "--editable",
+        ".[plot,safetensors]",
+        *requirements("test"),
     )
     session.run("python", "-m", "pytest", *session.posargs)
 

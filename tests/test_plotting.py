@@ -641,6 +641,14 @@ def test_no_text_collides_with_another(make_display):
     assert find_collisions(make_display().plot().figure_) == []
 
 
+@EACH
+def test_no_text_collides_in_a_subplot_of_good_size(make_display, count):
+    """Room between the parts does not hang on the layout of a figure of our own."""
+    figure, (_, given) = plt.subplots(1, 2, figsize=(22, 9))
+    make_display().plot(given)
+    assert find_collisions(figure) == []
+
+
 class WithoutMatplotlib:
     """Finds no matplotlib, on behalf of all finders after it."""
 

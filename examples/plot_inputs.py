@@ -2,9 +2,9 @@
 Every kind of input
 ===================
 
-A picture is the same picture as a file, as bytes from a database, as an array or as a tensor. This
-example hands the same photograph to the extractor in many ways, looks at what the network gets to see
-of it, and shows what becomes of a file that is none.
+A picture is the same picture as a file, as bytes from a database, as an array or as a tensor.
+This example hands the same photograph to the extractor in many ways, looks at what the network
+gets to see of it, and shows what becomes of a file that is none.
 """
 
 import io
@@ -60,7 +60,8 @@ for way, X in ways.items():
 # integers from 0 to the largest of their type. Were the scale guessed from the values, the features
 # of a dark picture would depend on the pictures that came with it.
 #
-# Tables of flattened images, as scikit-learn's own data sets have them, need to be told their shape.
+# Tables of flattened images, as scikit-learn's own data sets have them, need to be told their
+# shape.
 
 grey = np.asarray(Image.fromarray(palace).convert("L"))
 row = grey.reshape(1, -1)
@@ -73,9 +74,9 @@ print(row.shape, np.array_equal(flat.fit_transform(row), extractor.transform([gr
 #
 # The networks of torchvision want squares. By default a photograph is treated as the weights were
 # trained: its short side is resized, and the middle is cut out. That may lose what matters:
-# `resize="squash"` shows the whole picture out of proportion, and `resize="pad"` keeps its proportions
-# on a ground of the mean colour. `preview` tells what becomes of a picture before anything is
-# computed.
+# ``resize="squash"`` shows the whole picture out of proportion, and ``resize="pad"`` keeps its
+# proportions on a ground of the mean colour. ``preview`` tells what becomes of a picture before
+# anything is computed.
 
 pictures = {"the photograph": Image.fromarray(palace)}
 for resize in ("weights", "squash", "pad"):
@@ -92,8 +93,9 @@ for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
 plt.show()
 
 # %%
-# Pictures that are not three channels of 8 bits are turned into such: transparency is laid on white,
-# grey is copied to all channels, and a photograph that a camera held sideways is turned upright.
+# Pictures that are not three channels of 8 bits are turned into such: transparency is laid on
+# white, grey is copied to all channels, and a photograph that a camera held sideways is turned
+# upright.
 
 transparent = Image.fromarray(dahlia).convert("RGBA")
 transparent.putalpha(Image.radial_gradient("L").resize(transparent.size).point(lambda a: 255 - a))
@@ -119,9 +121,9 @@ plt.show()
 # What cannot be read
 # -------------------
 #
-# Among thousands of files there is one that was cut off, or is a page of HTML. By default it ends the
-# run, with an error that names it. With `on_error="nan"` its row is NaN, no other row moves, and
-# `errors_` has the reason.
+# Among thousands of files there is one that was cut off, or is a page of HTML. By default it ends
+# the run, with an error that names it. With ``on_error="nan"`` its row is NaN, no other row moves,
+# and ``errors_`` has the reason.
 
 broken = Path(folder.name) / "broken.jpg"
 broken.write_text("<html>404 Not Found</html>")

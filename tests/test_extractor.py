@@ -323,8 +323,8 @@ def test_a_preview_of_preprocessing_of_ones_own_is_stretched():
     assert_array_equal(picture, [[[0, 64, 191], [255, 128, 191]]])
     (flat,) = make(make_net(), "0", preprocessing=lambda _: torch.ones(3, 4, 4)).preview([image])
     assert_array_equal(flat, np.zeros((4, 4, 3)))
-    grey = make(nn.Conv2d(1, 1, 1), "", preprocessing=lambda _: torch.tensor(values[:1]))
-    assert_array_equal(grey.preview([image])[0], [[0, 255]])
+    double = make(nn.Conv2d(2, 1, 1), "", preprocessing=lambda _: torch.tensor(values[:2]))
+    assert_array_equal(double.preview([image])[0], [[0, 255]])  # the first channel
 
 
 def test_an_image_that_cannot_be_previewed_raises(scene_paths, bad_file):

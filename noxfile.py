@@ -33,7 +33,7 @@ def lint(session):
 @nox.session(default=False)
 def dev(session):
     """Install deepfeat, editable, with everything its developers need, into .nox/dev."""
-    session.install("--editable", ".[datasets]", *requirements("dev"))
+    session.install("--editable", ".[datasets,plot]", *requirements("dev"))
 
 
 @in_dev()
@@ -112,7 +112,7 @@ def minimums(session):
     session.install(
         *("--resolution", "lowest-direct"),
         "--editable",
-        ".[datasets]",
+        ".[datasets,plot]",
         *requirements("test"),
     )
     session.run("python", "-m", "pytest", *session.posargs)

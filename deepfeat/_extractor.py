@@ -25,7 +25,7 @@ from ._images import ImageError, Record
 from ._inputs import find_records, tag_images
 from ._layers import LayerIndex, LayerTable, ResolvedLayer
 from ._parameters import Choices, Counts, check_choices, check_counts, check_device
-from ._preprocessing import Resize
+from ._preprocessing import Resize, as_picture
 
 
 def list_layers(
@@ -278,6 +278,39 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             self._note_non_finite(batch.samples, features)
         self._warn_of_errors(len(records), stacklevel=4)  # past scikit-learn's wrapper
         return features
+
+    def preview(self, X: Any) -> list[Image.Image]:
+        """Show images as the network sees them: resized and cropped, not yet normalized.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of the class.
+
+        Returns
+        -------
+        pictures : list of n PIL images
+            Of the network's input size. What `preprocessing` of your own gives is stretched to the
+            full range of brightness, and shown by its first channel unless it has three.
+
+        Raises
+        ------
+        ValueError
+            If an image cannot be read, whatever `on_error`.
+
+        Examples
+        --------
+        >>> from deepfeat import DeepFeatureExtractor
+        >>> from sklearn.datasets import load_sample_images
+        >>> photographs = load_sample_images().images
+        >>> photographs[0].shape
+        (427, 640, 3)
+        >>> DeepFeatureExtractor("vgg16").preview(photographs)[0].size
+        (224, 224)
+        """
+        prepare = self._find_backbone().preprocessing.prepare
+        records = self._find_records(X, reset=False)
+        return [as_picture(prepare(record.open())) for record in records]
 
     def precompute(
         self,

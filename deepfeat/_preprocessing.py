@@ -54,6 +54,19 @@ def _shape_words(sample: Any) -> str:
     return f"a {type(sample).__name__}"
 
 
+def as_picture(prepared: Tensor) -> Image.Image:
+    """Make a picture of what `prepare` gave: as it is if 8-bit, else stretched to the full range.
+
+    How a preprocessing of the user normalizes is not known, so that nothing else can be undone.
+    """
+    pixels = prepared.cpu().numpy()
+    if prepared.is_floating_point():
+        pixels = np.moveaxis(pixels - pixels.min(), 0, -1)
+        pixels = (255 * pixels / max(pixels.max(), np.finfo(pixels.dtype).tiny)).round()
+    pixels = pixels[..., 0] if pixels.shape[-1] != 3 else pixels
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
 def preprocess_like(
     preset: ImageClassification, resize: Resize, image_size: int | None
 ) -> Preprocessing:

@@ -20,6 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 
 from deepfeat import DeepFeatureExtractor, FeatureCache
+from deepfeat.plotting import LayerGridDisplay
 
 patches = np.concatenate(
     [
@@ -51,6 +52,13 @@ print(f"best: {search.best_params_}, accuracy {search.best_score_:.3f}")
 print(cache.info())
 
 # %%
+# The grid as a picture
+# ---------------------
+
+LayerGridDisplay.from_search(search)
+plt.show()
+
+# %%
 # What the cache saved
 # --------------------
 #
@@ -60,26 +68,6 @@ print(cache.info())
 search.set_params(estimator__deepfeatureextractor__cache=None, refit=False)
 search.set_params(param_grid={"deepfeatureextractor__layer": layers, "linearsvc__C": cs[:1]})
 start = time.perf_counter()
-scores = search.cv_results_["mean_test_score"].reshape(len(layers), len(cs))
 search.fit(patches, labels)
 without = (time.perf_counter() - start) * len(cs)
 print(f"with the cache {with_cache:.1f} s, without it about {without:.1f} s")
-
-# %%
-# The grid as a picture
-# ---------------------
-
-figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-image = axes.imshow(scores, cmap="viridis", aspect="auto")
-axes.set_xticks(range(len(cs)), [f"{c:g}" for c in cs])
-axes.set_yticks(range(len(layers)), layers)
-axes.set(xlabel="C", ylabel="layer")
-axes.set_title(
-    f"accuracy of 3 folds; {with_cache:.1f} s with the cache, about {without:.0f} s without"
-)
-middle = (scores.min() + scores.max()) / 2
-for (row, column), score in np.ndenumerate(scores):
-    color = "white" if score < middle else "black"
-    axes.text(column, row, f"{score:.2f}", ha="center", va="center", color=color)
-figure.colorbar(image, label="mean test accuracy")
-plt.show()

@@ -28,7 +28,16 @@ FLOORS = {
     },
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-DOOR, GUESTS = "__init__", FLOORS[7]
+DOOR = "__init__"
+
+# A guest uses what any user can, and, of the rooms, those alone that it has here: `_optional`
+# tells which extra brings a package that not everybody has, which is what makes a room a guest; and
+# a picture of an image is drawn by the code that reads the image, or it would show another one.
+GUESTS = {
+    "plotting": {"_optional", "_images"},
+    "distributed": {"_optional"},
+    "__main__": set(),
+}
 
 PUBLIC = {
     "DeepFeatureExtractor",
@@ -50,6 +59,7 @@ STRANGERS = {
     "_freezing": {"sklearn", "PIL"},
     "_heads": {"sklearn", "PIL"},
     "_training": {"sklearn", "PIL"},
+    "plotting": {"torch", "torchvision"},
 }
 
 
@@ -57,16 +67,27 @@ class ArchitectureError(Exception):
     """A room imports what its floor does not allow."""
 
 
-def check_room(room: str, source: str) -> None:
-    """Raise if the source of a room imports upwards, sideways or from a stranger."""
+def room_of(path: Path) -> str:
+    """Return the room of a file: a guest with many files has a folder of its own."""
+    room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if path.parent != PACKAGE and room not in GUESTS:
+        raise ArchitectureError(f"{room} is no guest, and has no folder")
+    return room
+
+
+def check_room(room: str, source: str, *, depth: int = 0) -> None:
+    """Raise if the source of a room imports upwards, sideways or from a stranger.
+
+    `depth` is that of its file in the room's folder: 0 where it has none.
+    """
     if room not in FLOOR_OF:
         raise ArchitectureError(f"{room} stands on no floor")
-    for package, target in imports_of(source):
+    for package, target in imports_of(source, depth):
         if package in STRANGERS.get(room, ()):
             raise ArchitectureError(f"{room} knows nothing of {package}, but imports it")
         if package != "deepfeat":
             continue
-        if room in GUESTS and target != DOOR:
+        if room in GUESTS and target not in GUESTS[room] | {DOOR}:
             raise ArchitectureError(f"{room} is a guest: it imports deepfeat, not {target}")
         if FLOOR_OF[target] >= FLOOR_OF[room]:
             raise ArchitectureError(
@@ -74,12 +95,17 @@ def check_room(room: str, source: str) -> None:
             )
 
 
-def imports_of(source: str) -> Iterator[tuple[str, str]]:
-    """Yield the package of each import, at any depth, and the room if the package is deepfeat."""
+def imports_of(source: str, depth: int = 0) -> Iterator[tuple[str, str]]:
+    """Yield the package of each import, and the room if the package is deepfeat.
+
+    A relative import that does not leave the folder of a room is the room's own affair.
+    """
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import(names=names):
                 paths = [alias.name for alias in names]
+            case ast.ImportFrom(level=level) if 0 < level <= depth:
+                continue
             case ast.ImportFrom(module=module, names=names, level=level):
                 # `from . import _layers` may name a room, so the names belong to the path.
                 start = ".".join(filter(None, ["deepfeat" if level else "", module]))
@@ -94,8 +120,8 @@ def imports_of(source: str) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_imports_go_strictly_down(path: Path) -> None:
     """Each room imports only rooms on the floors below its own, and no stranger."""
-    assert path.parent == PACKAGE, "the package has rooms, not wings"
-    check_room(path.stem, path.read_text(encoding="utf-8"))
+    depth = len(path.relative_to(PACKAGE).parts) - 1
+    check_room(room_of(path), path.read_text(encoding="utf-8"), depth=depth)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +134,9 @@ def test_imports_go_strictly_down(path: Path) -> None:
         pytest.param("_engine", "from deepfeat import list_layers", id="through-the-door"),
         pytest.param("_backbones", "def f():\n    from ._engine import g", id="inside-a-function"),
         pytest.param("plotting", "from deepfeat._layers import resolve", id="guest-in-a-room"),
+        pytest.param("plotting", "from .._engine import pool", id="guest-in-a-room-from-folder"),
+        pytest.param("plotting", "import deepfeat.distributed", id="guest-at-a-guest"),
+        pytest.param("distributed", "from ._images import Record", id="guest-of-another-room"),
         pytest.param("_images", "def f():\n    import torch.nn", id="images-know-no-torch"),
         pytest.param("_cache", "from torch import Tensor", id="cache-knows-no-torch"),
         pytest.param("_cache", "from PIL import Image", id="cache-knows-no-images"),
@@ -123,8 +152,16 @@ def test_a_planted_import_is_caught(room: str, planted: str) -> None:
 
 
 def test_a_guest_may_come_through_the_door() -> None:
-    """Plotting and its like use what any user can import."""
+    """Plotting and its like use what any user can import, and the rooms that are open to them."""
     check_room("plotting", "import deepfeat\nfrom deepfeat import list_layers")
+    check_room("plotting", "from .._images import as_records\nfrom ._axes import find", depth=1)
+
+
+def test_only_a_guest_has_a_folder() -> None:
+    """A room is one file, so that what outgrows it is cut along a seam between rooms."""
+    assert room_of(PACKAGE / "plotting" / "_axes.py") == "plotting"
+    with pytest.raises(ArchitectureError, match="_engine"):
+        room_of(PACKAGE / "_engine" / "pooling.py")
 
 
 def test_the_door_loads_nothing_heavy(tmp_path: Path) -> None:

@@ -286,6 +286,53 @@ def test_what_is_no_sequence_of_images_is_refused(X, message, method):
         getattr(make(), method)(X)
 
 
+# Preview ----------------------------------------------------------------------------------------
+
+
+def test_a_preview_is_what_torchvision_feeds_the_network(scene_paths):
+    """Normalized as the weights ask, the pictures are torchvision's own input to the network."""
+    pictures = DeepFeatureExtractor("mobilenet_v2", -1, weights=None).preview(scene_paths)
+    preset = models.MobileNet_V2_Weights.DEFAULT.transforms()
+    for path, picture in zip(scene_paths, pictures, strict=True):
+        assert (picture.mode, picture.size) == ("RGB", (224, 224))
+        normalized = transforms.functional.normalize(
+            transforms.functional.to_tensor(picture), preset.mean, preset.std
+        )
+        assert_allclose(normalized, preset(Image.open(path).convert("RGB")), atol=1e-6)
+
+
+def test_a_preview_follows_the_parameters(scene_paths):
+    """The whole image squashed or padded with the mean colour, of any size, of any input."""
+    image = Image.new("RGB", (40, 20), (200, 100, 0))
+    (squashed,) = make(resize="squash").preview([image])
+    (padded,) = make(resize="pad", image_size=48).preview([np.asarray(image)])
+    assert_array_equal(squashed, np.full((32, 32, 3), (200, 100, 0)))
+    assert padded.size == (48, 48)
+    assert padded.getpixel((24, 24)) == (200, 100, 0)
+    assert padded.getpixel((24, 0)) == (124, 116, 104)  # 255 times the mean of ImageNet
+    (row,) = make(image_shape=(8, 8)).preview(np.linspace(0, 1, 64).reshape(1, 64))
+    assert np.ptp(np.asarray(row)) > 200
+
+
+def test_a_preview_of_preprocessing_of_ones_own_is_stretched():
+    """Its smallest value becomes black and its largest white, in one scale for all channels."""
+    values = np.array([[[-1.0, 3.0]], [[0.0, 1.0]], [[2.0, 2.0]]], dtype=np.float32)
+    image = Image.new("RGB", (4, 4))
+    colour = make(make_net(), "0", preprocessing=lambda _: torch.tensor(values))
+    (picture,) = colour.preview([image])
+    assert_array_equal(picture, [[[0, 64, 191], [255, 128, 191]]])
+    (flat,) = make(make_net(), "0", preprocessing=lambda _: torch.ones(3, 4, 4)).preview([image])
+    assert_array_equal(flat, np.zeros((4, 4, 3)))
+    double = make(nn.Conv2d(2, 1, 1), "", preprocessing=lambda _: torch.tensor(values[:2]))
+    assert_array_equal(double.preview([image])[0], [[0, 255]])  # the first channel
+
+
+def test_an_image_that_cannot_be_previewed_raises(scene_paths, bad_file):
+    """There is no picture of NaN."""
+    with pytest.raises(ValueError, match=r"X\[1\].*bad\.jpg"):
+        make(on_error="nan").preview([scene_paths[0], bad_file])
+
+
 # Images that cannot be read ---------------------------------------------------------------------
 
 PLACES = [{0}, {2}, {5}, {0, 1, 5}]

@@ -1,0 +1,207 @@
+"""Knows how to show what the channels of one layer make of one image."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from deepfeat import DeepFeatureExtractor, list_layers
+
+from ._axes import find_axes
+from ._checks import check_extractor
+
+
+class ActivationMapDisplay:
+    """Activation maps of one layer for one image, beside the image as the network sees it.
+
+    It is recommended to use `from_extractor`. All parameters are stored as attributes.
+
+    Parameters
+    ----------
+    maps : ndarray of shape (n, H, W)
+        One map a channel.
+    image : PIL image
+        The input.
+    layer : str
+        Name of the layer.
+    channels : sequence of int
+        Number of each map's channel.
+
+    Attributes
+    ----------
+    figure_ : matplotlib Figure
+        Figure of the picture.
+    axes_ : ndarray of matplotlib Axes of shape (1 + n,)
+        The input's axes, and those of the maps.
+
+    See Also
+    --------
+    deepfeat.list_layers : Names and output shapes of the layers.
+
+    Examples
+    --------
+    >>> from deepfeat import DeepFeatureExtractor
+    >>> from deepfeat.plotting import ActivationMapDisplay
+    >>> from sklearn.datasets import load_sample_image
+    >>> extractor = DeepFeatureExtractor("squeezenet1_1", weights=None)
+    >>> display = ActivationMapDisplay.from_extractor(
+    ...     extractor, load_sample_image("china.jpg"), layer="stage2", channels=9)
+    >>> display.maps.shape
+    (9, 55, 55)
+    """
+
+    def __init__(
+        self,
+        maps: NDArray[np.float32],
+        *,
+        image: Image.Image,
+        layer: str,
+        channels: Sequence[int],
+    ):
+        self.maps = maps
+        self.image = image
+        self.layer = layer
+        self.channels = channels
+
+    @classmethod
+    def from_extractor(
+        cls,
+        extractor: DeepFeatureExtractor,
+        image: Any,
+        *,
+        layer: str | int | None = None,
+        channels: int | Sequence[int] = 16,
+        ax: Any = None,
+        cmap: str = "viridis",
+        im_kw: dict[str, Any] | None = None,
+    ) -> "ActivationMapDisplay":
+        """Run one image through the network and draw the maps of a layer.
+
+        Parameters
+        ----------
+        extractor : DeepFeatureExtractor
+            Network, weights and preprocessing. Its `pooling`, `norm` and `cache` are of no effect.
+        image : path, PIL image, array, tensor or bytes
+            A single image.
+        layer : str or int, default=None
+            The layer, one of `list_layers`; by default that of the extractor.
+        channels : int or sequence of int, default=16
+            How many channels to show, from the first on, or which ones.
+        ax : matplotlib Axes or sequence of these, default=None
+            As for `plot`.
+        cmap : str, default="viridis"
+            As for `plot`.
+        im_kw : dict, default=None
+            As for `plot`.
+
+        Returns
+        -------
+        display : ActivationMapDisplay
+            The display, drawn.
+
+        Raises
+        ------
+        ValueError
+            If the layer gives no maps, is a list of layers or has no such channel.
+        LayerNotFoundError
+            If the network has no such layer.
+        """
+        check_extractor(extractor)
+        given = extractor.layer if layer is None else layer
+        name, maps = _read_maps(extractor, image, given)
+        shown = _choose_channels(channels, len(maps), name)
+        display = cls(maps[shown], image=extractor.preview([image])[0], layer=name, channels=shown)
+        return display.plot(ax, cmap=cmap, im_kw=im_kw)
+
+    def plot(
+        self, ax: Any = None, *, cmap: str = "viridis", im_kw: dict[str, Any] | None = None
+    ) -> "ActivationMapDisplay":
+        """Draw the input and the maps.
+
+        Each map has a colour scale of its own, from its smallest value to its largest.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes or sequence of these, default=None
+            A subplot, which is divided; or 1 + n Axes; by default a new figure.
+        cmap : str, default="viridis"
+            Name of a matplotlib colour map.
+        im_kw : dict, default=None
+            Further words for `imshow` of the maps; `vmin` and `vmax` give all of them one scale.
+
+        Returns
+        -------
+        self : ActivationMapDisplay
+            The display itself.
+        """
+        count = len(self.maps)
+        columns = math.ceil(math.sqrt(count))
+        rows = math.ceil(count / columns)
+        # The input is a square as high as the maps: `rows` columns beside theirs.
+        places = [np.s_[number // columns, rows + number % columns] for number in range(count)]
+        cell = max(2.5 / rows, min(1.2, 6 / rows))
+        self.figure_, axes = find_axes(
+            ax,
+            (rows, rows + columns),
+            [np.s_[:, :rows], *places],
+            figsize=(cell * (rows + columns), cell * rows + 0.4),
+        )
+        self.axes_: NDArray[Any] = np.array(axes, dtype=object)
+        axes[0].imshow(self.image, cmap="gray")
+        title = f"input, and {count} channel{'s' * (count > 1)}\nof {self.layer}"
+        axes[0].set_title(title, fontsize="medium")
+        for axis, channel, values in zip(axes[1:], self.channels, self.maps, strict=True):
+            axis.imshow(values, **{"cmap": cmap} | (im_kw or {}))
+            axis.set_title(f"{channel}", fontsize="x-small", pad=2)
+        for axis in axes:
+            axis.set_axis_off()
+        return self
+
+
+def _read_maps(
+    extractor: DeepFeatureExtractor, image: Any, layer: Any
+) -> tuple[str, NDArray[np.float32]]:
+    """Return the name of a layer and its maps (C, H, W), neither pooled nor scaled."""
+    if isinstance(layer, (list, tuple)):
+        raise ValueError(f"layer={layer!r}: a single layer is expected; choose one with layer=.")
+    # A new extractor rather than a clone, which would copy a network of the user.
+    params = extractor.get_params(deep=False)
+    raw = {"layer": layer, "pooling": "flatten", "norm": None, "cache": None, "on_error": "raise"}
+    reader = type(extractor)(**params | raw).fit([image])
+    listed = list_layers(
+        extractor.backbone,
+        preprocessing=extractor.preprocessing,
+        image_size=extractor.image_size,
+    )
+    if isinstance(layer, str):
+        found = [entry for entry in listed if layer in (entry.name, *entry.aliases)]
+    else:
+        found = [listed[layer]]
+    maps = [entry.name for entry in listed if len(entry.output_shape) == 3]
+    if not found or len(found[0].output_shape) != 3:
+        what = f"an output of shape {found[0].output_shape}" if found else "an unlisted output"
+        raise ValueError(
+            f"layer {layer!r} gives {what}; of list_layers one with maps (C, H, W) is expected"
+            + (f": {maps[0]!r}, ..., {maps[-1]!r}." if maps else ", and this network has none.")
+        )
+    # The number of channels is that of the row: weights from a file may have other classes.
+    return str(found[0].name if not isinstance(layer, str) else layer), reader.transform(
+        [image]
+    ).reshape(-1, *found[0].output_shape[1:])
+
+
+def _choose_channels(channels: int | Sequence[int], count: int, layer: str) -> list[int]:
+    if not isinstance(channels, Sequence | np.ndarray):
+        if channels < 1:
+            raise ValueError(f"channels={channels}: at least one channel is needed.")
+        return list(range(min(channels, count)))
+    chosen = [int(channel) for channel in channels]
+    wrong = [channel for channel in chosen if not 0 <= channel < count]
+    if wrong or not chosen:
+        raise ValueError(
+            f"channels={channels!r}: layer {layer!r} has {count} channels, from 0 to {count - 1}."
+        )
+    return chosen

@@ -1,0 +1,269 @@
+"""Knows how to show the scores of a search over layers and C."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import NotFittedError
+
+from ._axes import VERMILION, find_axes
+
+
+class LayerGridDisplay:
+    """Mean test scores of a search, one row a layer and one column a value of C.
+
+    It is recommended to use `from_search`. All parameters are stored as attributes.
+
+    Parameters
+    ----------
+    scores : ndarray of shape (n_layers, n_C)
+        Mean test scores; NaN where the search has no candidate.
+    layers : sequence of str
+        Names of the rows.
+    C : sequence of float
+        Values of the columns.
+    best : tuple of int
+        Row and column of the best candidate.
+    score_name : str, default="score"
+        Name of the score.
+
+    Attributes
+    ----------
+    figure_ : matplotlib Figure
+        Figure of the picture.
+    ax_ : matplotlib Axes
+        Axes of the picture.
+    im_ : matplotlib AxesImage
+        The heat map.
+    text_ : ndarray of matplotlib Text of shape (n_layers, n_C)
+        The scores in the cells; None where there is no candidate.
+
+    Examples
+    --------
+    >>> from deepfeat import DeepFeatureExtractor
+    >>> from deepfeat.plotting import LayerGridDisplay
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> from sklearn.model_selection import GridSearchCV
+    >>> from sklearn.pipeline import make_pipeline
+    >>> digits = load_digits(n_class=2)
+    >>> extractor = DeepFeatureExtractor("squeezenet1_1", weights=None, image_size=32)
+    >>> search = GridSearchCV(
+    ...     make_pipeline(extractor, LogisticRegression()),
+    ...     {
+    ...         "deepfeatureextractor__layer": ["stage1", "stage2"],
+    ...         "logisticregression__C": [0.1, 1, 10],
+    ...     },
+    ...     cv=2,
+    ... )
+    >>> search = search.fit(digits.images[:40] / 16, digits.target[:40])
+    >>> LayerGridDisplay.from_search(search).scores.shape
+    (2, 3)
+    """
+
+    def __init__(
+        self,
+        scores: NDArray[np.float64],
+        *,
+        layers: Sequence[str],
+        C: Sequence[float],
+        best: tuple[int, int],
+        score_name: str = "score",
+    ):
+        self.scores = scores
+        self.layers = layers
+        self.C = C
+        self.best = best
+        self.score_name = score_name
+
+    @classmethod
+    def from_search(
+        cls,
+        search: Any,
+        *,
+        layer_param: str | None = None,
+        C_param: str | None = None,
+        score_name: str | None = None,
+        ax: Any = None,
+        cmap: str = "viridis",
+        values_format: str = ".3f",
+        colorbar: bool = True,
+    ) -> "LayerGridDisplay":
+        """Draw the results of a fitted search.
+
+        Where more than the layer and C was searched, a cell has the best score over the rest.
+
+        Parameters
+        ----------
+        search : GridSearchCV or another search with `cv_results_`
+            The fitted search.
+        layer_param : str, default=None
+            Name of the parameter of the rows; by default the one that ends in `layer`.
+        C_param : str, default=None
+            Name of the parameter of the columns; by default the one that ends in `C`.
+        score_name : str, default=None
+            Which score, where `scoring` names several; by default the one that `refit` names.
+        ax : matplotlib Axes, default=None
+            As for `plot`.
+        cmap : str, default="viridis"
+            As for `plot`.
+        values_format : str, default=".3f"
+            As for `plot`.
+        colorbar : bool, default=True
+            As for `plot`.
+
+        Returns
+        -------
+        display : LayerGridDisplay
+            The display, drawn.
+
+        Raises
+        ------
+        NotFittedError
+            If the search is not fitted.
+        ValueError
+            If it has no such parameters or score, or several between which none was chosen.
+        """
+        results = _check_results(search)
+        score_name = _find_score(search, score_name)
+        candidates = results["params"]
+        layer_param = layer_param or _find_parameter(candidates, "layer", "layer_param")
+        C_param = C_param or _find_parameter(candidates, "C", "C_param")
+        means = dict(enumerate(results[f"mean_test_{score_name}"]))
+        cells = {
+            number: (_layer_label(params[layer_param]), params[C_param])
+            for number, params in enumerate(candidates)
+            if layer_param in params and C_param in params
+        }
+        if not cells:
+            raise ValueError(f"no candidate has both of {layer_param!r} and {C_param!r}.")
+        layers = list(dict.fromkeys(layer for layer, _ in cells.values()))
+        Cs = sorted({C for _, C in cells.values()})
+        scores = np.full((len(layers), len(Cs)), np.nan)
+        for number, (layer, C) in cells.items():
+            cell = layers.index(layer), Cs.index(C)
+            scores[cell] = np.fmax(scores[cell], means[number])
+        best = cells[min(cells, key=lambda number: results[f"rank_test_{score_name}"][number])]
+        display = cls(
+            scores,
+            layers=layers,
+            C=Cs,
+            best=(layers.index(best[0]), Cs.index(best[1])),
+            score_name=score_name,
+        )
+        return display.plot(ax, cmap=cmap, values_format=values_format, colorbar=colorbar)
+
+    def plot(
+        self,
+        ax: Any = None,
+        *,
+        cmap: str = "viridis",
+        values_format: str = ".3f",
+        colorbar: bool = True,
+    ) -> "LayerGridDisplay":
+        """Draw the heat map, with the best candidate framed.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            Where to draw; by default a new figure.
+        cmap : str, default="viridis"
+            Name of a matplotlib colour map.
+        values_format : str, default=".3f"
+            How a score is written in its cell.
+        colorbar : bool, default=True
+            Whether to draw the scale of colours.
+
+        Returns
+        -------
+        self : LayerGridDisplay
+            The display itself.
+        """
+        n_layers, n_C = self.scores.shape
+        size = 2.6 + 0.62 * n_C, 1.3 + 0.45 * n_layers
+        self.figure_, (self.ax_,) = find_axes(ax, (1, 1), [np.s_[0, 0]], figsize=size)
+        self.im_ = self.ax_.imshow(self.scores, cmap=cmap, aspect="auto")
+        self.text_: NDArray[Any] = np.full(self.scores.shape, None, dtype=object)
+        colors = self.im_.to_rgba(self.scores)
+        for (row, column), score in np.ndenumerate(self.scores):
+            if np.isfinite(score):
+                self.text_[row, column] = self.ax_.text(
+                    column,
+                    row,
+                    format(score, values_format),
+                    ha="center",
+                    va="center",
+                    fontsize="small",
+                    fontweight="bold" if (row, column) == self.best else "normal",
+                    color=_ink(colors[row, column]),
+                )
+        self._frame_best()
+        self.ax_.set_xticks(range(n_C), [f"{C:g}" for C in self.C])
+        self.ax_.set_yticks(range(n_layers), self.layers)
+        self.ax_.set(xlabel="C", ylabel="layer")
+        label = "mean test " + self.score_name.removeprefix("neg_").replace("_", " ")
+        if colorbar:
+            self.figure_.colorbar(self.im_, ax=self.ax_, label=label)
+        else:
+            self.ax_.set_title(label, fontsize="medium")
+        return self
+
+    def _frame_best(self) -> None:
+        from_left, from_top = self.best[1] - 0.5, self.best[0] - 0.5
+        # White beside the colour, so that the frame stands out from every colour of the map.
+        for color, width in (("white", 5), (VERMILION, 2.5)):
+            self.ax_.plot(
+                from_left + np.array([0, 1, 1, 0, 0]),
+                from_top + np.array([0, 0, 1, 1, 0]),
+                color=color,
+                linewidth=width,
+                clip_on=False,
+                solid_joinstyle="miter",
+            )
+
+
+def _check_results(search: Any) -> Mapping[str, Any]:
+    """Return the results of a fitted search; complain of anything else."""
+    results = getattr(search, "cv_results_", None)
+    if results is not None and "params" in results:
+        return dict(results)
+    if results is None and hasattr(search, "refit") and hasattr(search, "estimator"):
+        raise NotFittedError(f"this {type(search).__name__} is not fitted: call fit first.")
+    raise TypeError(
+        f"search is a {type(search).__name__}; a fitted search such as GridSearchCV is expected."
+    )
+
+
+def _find_score(search: Any, score_name: str | None) -> str:
+    """Return the name of a score in the results: the one asked for, the only one, or refit's."""
+    prefix = "mean_test_"
+    known = [key.removeprefix(prefix) for key in search.cv_results_ if key.startswith(prefix)]
+    if score_name is None:
+        score_name = known[0] if len(known) == 1 else search.refit
+    if score_name not in known:
+        raise ValueError(f"score_name={score_name!r}: the search has the scores {known}; name one.")
+    return score_name
+
+
+def _find_parameter(candidates: Sequence[Mapping[str, Any]], word: str, argument: str) -> str:
+    """Return the one searched parameter whose last word is `word`."""
+    searched = list(dict.fromkeys(name for params in candidates for name in params))
+    found = [name for name in searched if name.split("__")[-1] == word]
+    if len(found) != 1:
+        number = "several parameters end" if found else "no parameter ends"
+        raise ValueError(
+            f"{number} in {word!r} among those searched, {found or searched}: name one with "
+            f"{argument}=."
+        )
+    return found[0]
+
+
+def _layer_label(layer: Any) -> str:
+    return " + ".join(map(str, layer)) if isinstance(layer, (list, tuple)) else str(layer)
+
+
+def _ink(color: NDArray[Any]) -> str:
+    """Choose black or white, whichever is read better on a colour, by its relative luminance."""
+    luminance = float(np.dot(color[:3], (0.299, 0.587, 0.114)))
+    return "black" if luminance > 0.5 else "white"

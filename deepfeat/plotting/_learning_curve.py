@@ -1,0 +1,116 @@
+"""Knows how to show the training of a classifier: loss and score of each epoch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import NotFittedError
+
+from ._axes import BLUE, VERMILION, find_axes
+
+_PARTS = {"train": ("training", BLUE, "o"), "validation": ("validation", VERMILION, "s")}
+
+
+class LearningCurveDisplay:
+    """Loss and score of each epoch, on the training data and on the validation data.
+
+    It is recommended to use `from_estimator`. All parameters are stored as attributes.
+
+    Parameters
+    ----------
+    history : sequence of dict
+        One entry an epoch: "epoch", "train_loss", "train_score", "validation_loss" and
+        "validation_score". The last two are None where there were no validation data.
+
+    Attributes
+    ----------
+    figure_ : matplotlib Figure
+        Figure of the picture.
+    axes_ : ndarray of matplotlib Axes of shape (2,)
+        Axes of the losses and of the scores.
+    lines_ : dict of str to matplotlib Line2D
+        The curves, by their names in the history.
+
+    Examples
+    --------
+    >>> from deepfeat.plotting import LearningCurveDisplay
+    >>> history = [
+    ...     {"epoch": 1, "train_loss": 1.2, "train_score": 0.6,
+    ...      "validation_loss": 1.3, "validation_score": 0.5},
+    ...     {"epoch": 2, "train_loss": 0.7, "train_score": 0.8,
+    ...      "validation_loss": 0.9, "validation_score": 0.7},
+    ... ]
+    >>> display = LearningCurveDisplay(history).plot()
+    >>> display.lines_["validation_score"].get_ydata()
+    array([0.5, 0.7])
+    """
+
+    def __init__(self, history: Sequence[Mapping[str, Any]]):
+        self.history = history
+
+    @classmethod
+    def from_estimator(cls, estimator: Any, *, ax: Any = None) -> "LearningCurveDisplay":
+        """Draw the history of a fitted classifier.
+
+        Parameters
+        ----------
+        estimator : FineTuneClassifier
+            A fitted classifier.
+        ax : matplotlib Axes or sequence of these, default=None
+            As for `plot`.
+
+        Returns
+        -------
+        display : LearningCurveDisplay
+            The display, drawn.
+
+        Raises
+        ------
+        NotFittedError
+            If the classifier has no history yet.
+        """
+        if not getattr(estimator, "history_", None):
+            raise NotFittedError(
+                f"this {type(estimator).__name__} has no history_: a fitted FineTuneClassifier is "
+                "expected."
+            )
+        return cls(estimator.history_).plot(ax)
+
+    def plot(self, ax: Any = None) -> "LearningCurveDisplay":
+        """Draw the losses and the scores, side by side.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes or sequence of these, default=None
+            A subplot, which is divided; or two Axes; by default a new figure.
+
+        Returns
+        -------
+        self : LearningCurveDisplay
+            The display itself.
+        """
+        cells = [np.s_[0, 0], np.s_[0, 1]]
+        self.figure_, axes = find_axes(ax, (1, 2), cells, figsize=(9, 3.4), wspace=0.4)
+        self.axes_: NDArray[Any] = np.array(axes, dtype=object)
+        self.lines_: dict[str, Any] = {}
+        epochs = [entry["epoch"] for entry in self.history]
+        for axis, quantity in zip(axes, ("loss", "score"), strict=True):
+            for part, (label, color, marker) in _PARTS.items():
+                values = [entry[f"{part}_{quantity}"] for entry in self.history]
+                if all(value is None for value in values):
+                    continue
+                (self.lines_[f"{part}_{quantity}"],) = axis.plot(
+                    epochs,
+                    np.array(values, dtype=float),  # None, of an epoch without, becomes a gap
+                    color=color,
+                    marker=marker,
+                    markersize=4,
+                    label=label,
+                )
+            axis.locator_params(axis="x", integer=True, min_n_ticks=1)
+            axis.set(xlabel="epoch", ylabel=quantity)
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].legend(frameon=False)
+        return self

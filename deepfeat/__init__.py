@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._backbones import list_backbones as list_backbones
     from ._cache import FeatureCache as FeatureCache
-    from ._classifier import FineTuneClassifier as FineTuneClassifier
     from ._categories import predict_categories as predict_categories
+    from ._classifier import FineTuneClassifier as FineTuneClassifier
     from ._extractor import DeepFeatureExtractor as DeepFeatureExtractor
     from ._extractor import list_layers as list_layers
     from ._layers import LayerNotFoundError as LayerNotFoundError

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._backbones import list_backbones as list_backbones
     from ._cache import FeatureCache as FeatureCache
+    from ._classifier import FineTuneClassifier as FineTuneClassifier
     from ._extractor import DeepFeatureExtractor as DeepFeatureExtractor
     from ._extractor import list_layers as list_layers
     from ._layers import LayerNotFoundError as LayerNotFoundError
@@ -22,6 +23,7 @@ __version__ = "0.1.0.dev0"
 _ROOM_OF = {
     "DeepFeatureExtractor": "_extractor",
     "FeatureCache": "_cache",
+    "FineTuneClassifier": "_classifier",
     "LayerNotFoundError": "_layers",
     "list_backbones": "_backbones",
     "list_layers": "_extractor",
@@ -30,6 +32,7 @@ _ROOM_OF = {
 __all__ = [
     "DeepFeatureExtractor",
     "FeatureCache",
+    "FineTuneClassifier",
     "LayerNotFoundError",
     "list_backbones",
     "list_layers",

@@ -122,6 +122,13 @@ def find_backbone(
     return Backbone(backbone, skeleton, steps, load, True, digest, preprocessing is None)
 
 
+def is_weights_file(weights: Weights) -> bool:
+    """Tell whether weights are the path of a file."""
+    return isinstance(weights, os.PathLike) or (
+        isinstance(weights, str) and weights.endswith(_FILE_SUFFIXES)
+    )
+
+
 # Modules of the user ----------------------------------------------------------------------------
 
 
@@ -165,7 +172,7 @@ def _find_weights(name: str, weights: Weights) -> WeightsEnum | Path | None:
         if weights not in known.__members__.values():
             raise ValueError(f"{weights} are no weights of {name}.")
         return weights
-    if isinstance(weights, os.PathLike) or str(weights).endswith(_FILE_SUFFIXES):
+    if is_weights_file(weights):
         path = Path(weights).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"there is no weights file {os.fspath(path)!r}.")

@@ -88,7 +88,7 @@ def run_in_batches(
     for good, tensors, failures in _prepare_batches(samples, prepare, batch_size, num_workers):
         outputs: Outputs = {}
         if good:
-            batch = _stack(good, tensors)
+            batch = stack(good, tensors)
             outputs = _run(module, function, batch, device, precision, batch_size)
         launched.append((good, _fetch(outputs, device), failures))
         if device.type != "cuda" or len(launched) > 1:
@@ -156,14 +156,14 @@ def map_in_threads(
     iterator = iter(samples)
     workers = _count_workers() if num_workers == "auto" else num_workers
     if workers == 0:
-        yield from ((sample, _attempt(function, sample)) for sample in iterator)
+        yield from ((sample, attempt(function, sample)) for sample in iterator)
         return
     threads = ThreadPoolExecutor(workers, thread_name_prefix="deepfeat")
     try:
         futures: deque[tuple[T, Future[R | Exception]]] = deque()
         while True:
             for sample in islice(iterator, ahead - len(futures)):
-                futures.append((sample, threads.submit(_attempt, function, sample)))
+                futures.append((sample, threads.submit(attempt, function, sample)))
             if not futures:
                 return
             sample, future = futures.popleft()
@@ -205,7 +205,7 @@ def _count_workers() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def _attempt(function: Callable[[T], R], sample: T) -> R | Exception:
+def attempt(function: Callable[[T], R], sample: T) -> R | Exception:
     try:
         return function(sample)
     except MemoryError:
@@ -214,7 +214,7 @@ def _attempt(function: Callable[[T], R], sample: T) -> R | Exception:
         return error
 
 
-def _stack(samples: list[T], tensors: list[Tensor]) -> Tensor:
+def stack(samples: list[T], tensors: list[Tensor]) -> Tensor:
     for sample, tensor in zip(samples, tensors, strict=True):
         if tensor.shape != tensors[0].shape:
             raise ValueError(
@@ -242,18 +242,18 @@ def _run(
     start = 0
     while start < len(batch):
         try:
-            part = _to_device(batch[start : start + size], device)
-            with torch.inference_mode(), _autocast(device, precision):
+            part = to_device(batch[start : start + size], device)
+            with torch.inference_mode(), autocast(device, precision):
                 parts.append(function(part))
             start += size
             continue
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if size == 1:
                 raise MemoryError(f"{device} has no memory for a single image: {error}") from error
         # Only here, past the except clause, are the tensors of the failed forward freed.
-        _empty_cache(device)
+        empty_cache(device)
         size = sizes[shape] = max(1, min(size, len(batch) - start) // 2)
         warnings.warn(
             f"{device} ran out of memory; going on with batches of {size}.",
@@ -263,20 +263,20 @@ def _run(
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def _to_device(batch: Tensor, device: torch.device) -> Tensor:
+def to_device(batch: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         # From pinned memory the copy is queued behind the batch before, not waited for.
         return batch.pin_memory().to(device, non_blocking=True)
     return batch.to(device)
 
 
-def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     if precision == "float32":
         return torch.autocast(device.type, enabled=False)  # the caller's may be on
     return torch.autocast(device.type, dtype=getattr(torch, precision))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Recognise what CUDA and its libraries, MPS and the CPU's allocator raise."""
     words = str(error).lower()
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
@@ -285,7 +285,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _empty_cache(device: torch.device) -> None:
+def empty_cache(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
 

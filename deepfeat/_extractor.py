@@ -1,7 +1,6 @@
 """Knows scikit-learn's words for extracting features: parameters, fit, transform, tags."""
 
 import functools
-import numbers
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from PIL import Image
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.preprocessing import normalize
 from sklearn.utils import Tags
-from sklearn.utils.validation import validate_data
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,8 +21,10 @@ from ._backbones import Backbone, Weights, find_backbone
 from ._cache import FeatureCache
 from ._engine import Batch, Pooling, Precision, Workers, count_features
 from ._features import MEMORY, Reading, read_rows
-from ._images import ImageError, Record, as_records, is_tabular, unwrap_tensor
+from ._images import ImageError, Record
+from ._inputs import find_records, tag_images
 from ._layers import LayerIndex, LayerTable, ResolvedLayer
+from ._parameters import Choices, Counts, check_choices, check_counts, check_device
 from ._preprocessing import Resize, as_picture
 
 
@@ -389,11 +389,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         return True  # there is nothing to learn
 
     def __sklearn_tags__(self) -> Tags:
-        tags = super().__sklearn_tags__()
+        tags = tag_images(super().__sklearn_tags__(), self.image_shape)
         tags.requires_fit = False
-        tags.input_tags.two_d_array = self.image_shape is not None
-        tags.input_tags.three_d_array = True
-        tags.input_tags.string = True
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
 
@@ -424,17 +421,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         return sections
 
     def _find_records(self, X: Any, *, reset: bool) -> list[Record]:
-        X = unwrap_tensor(X)
-        if reset:  # the columns of an earlier table
-            self.__dict__.pop("n_features_in_", None)
-            self.__dict__.pop("feature_names_in_", None)
-        if is_tabular(X):
-            if self.image_shape is None:
-                X = np.asarray(X)
-            else:
-                finite = self.on_error == "raise"
-                X = validate_data(self, X, reset=reset, ensure_all_finite=finite)
-        return as_records(X, self.image_shape)
+        finite = self.on_error == "raise"
+        return find_records(self, X, self.image_shape, reset=reset, ensure_all_finite=finite)
 
     def _plan(self, backbone: Backbone, index: LayerIndex, layers: list[ResolvedLayer]) -> Reading:
         return Reading(
@@ -511,12 +499,10 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
 
     def _note(self, record: Record, error: Exception) -> None:
         """Raise the error of an image, or keep its reason."""
-        cause = None
-        if not isinstance(error, ImageError):  # the user's preprocessing may raise anything
-            cause, error = error, ImageError(str(record), f"{type(error).__name__}: {error}")
+        named = record.error(error)
         if self.on_error == "raise":
-            raise error from cause or error.__cause__
-        self.errors_[record.index] = str(error)
+            raise named
+        self.errors_[record.index] = str(named)
 
     def _note_non_finite(self, records: list[Record], features: NDArray[np.float32]) -> None:
         """Find fault with images for which the network gave NaN or infinity."""
@@ -529,20 +515,10 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             self._note(records[place], ImageError(str(records[place]), reason))
 
     def _check_parameters(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {choices}.")
-        for name, low, others in _COUNTS:
-            value = getattr(self, name)
-            is_count = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            if not ((is_count and value >= low) or value in others):
-                words = "".join(f" or {other!r}" for other in others)
-                raise ValueError(f"{name}={value!r}: a whole number from {low}{words} is expected.")
-        if self.device != "auto":
-            try:
-                torch.device(self.device)
-            except (RuntimeError, TypeError) as error:
-                raise ValueError(f"device={self.device!r} is no device: {error}") from error
+        params = self.get_params(deep=False)
+        check_choices(params, _CHOICES)
+        check_counts(params, _COUNTS)
+        check_device(self.device)
         if not (self.prefetch in ("stages", None) or isinstance(self.prefetch, (list, tuple))):
             raise ValueError(
                 f"prefetch={self.prefetch!r}: 'stages', a list of layers or None is expected."
@@ -574,14 +550,14 @@ class _Section(NamedTuple):
     columns: slice
 
 
-_CHOICES: dict[str, tuple[str | None, ...]] = {
+_CHOICES: Choices = {
     "pooling": ("avg", "max", "gem", "cls", "flatten"),
     "norm": ("l2", "l1", "max", None),
     "resize": ("weights", "squash", "pad"),
     "precision": ("float32", "bfloat16", "float16"),
     "on_error": ("raise", "warn", "nan"),
 }
-_COUNTS: tuple[tuple[str, int, tuple[str | None, ...]], ...] = (
+_COUNTS: Counts = (
     ("batch_size", 1, ()),
     ("num_workers", 0, ("auto",)),
     ("image_size", 1, (None,)),

@@ -60,6 +60,14 @@ class Record:
         except Exception as error:
             raise ImageError(str(self), _reason(error, self.source)) from error
 
+    def error(self, cause: Exception) -> ImageError:
+        """Return an error that names this image, where whatever was done to it raised `cause`."""
+        if isinstance(cause, ImageError):
+            return cause
+        error = ImageError(str(self), f"{type(cause).__name__}: {cause}")
+        error.__cause__ = cause
+        return error
+
     def digest(self) -> bytes:
         """Digest what the image is opened from: equal digests, equal pixels.
 

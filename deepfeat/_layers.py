@@ -89,6 +89,9 @@ class ResolvedLayer:
 class LayerIndex:
     """The layers of one network at one input size: list them, resolve their names.
 
+    `calls` tells of every module that the network calls, in the order of return; `units` are the
+    paths of the layers in `table`.
+
     Parameters
     ----------
     module : torch.nn.Module
@@ -100,25 +103,26 @@ class LayerIndex:
     def __init__(self, module: nn.Module, input_shape: tuple[int, ...]):
         self.network = type(module).__name__
         self._class_token = _has_class_token(module)
-        self._calls = trace_calls(module, input_shape)
-        self._silent = {path for path, _ in module.named_modules()} - self._calls.keys() - {""}
+        self.calls = trace_calls(module, input_shape)
+        self._silent = {path for path, _ in module.named_modules()} - self.calls.keys() - {""}
         units = set(_units(module))
-        paths = [path for path in self._calls if path in units]  # in the order of computation
-        paths = [p for p in paths if not self._calls[p].kind.startswith(_NO_OPS)]
+        paths = [path for path in self.calls if path in units]  # in the order of computation
+        paths = [p for p in paths if not self.calls[p].kind.startswith(_NO_OPS)]
+        self.units = tuple(paths)
         caffe = _caffe_names(module, paths)
-        aliases = _container_aliases(paths, self._calls)
-        for number, path in enumerate(_stages(paths, self._calls), start=1):
-            if f"stage{number}" not in self._calls:  # ShuffleNet has modules of this name
+        aliases = _container_aliases(paths, self.calls)
+        for number, path in enumerate(_stages(paths, self.calls), start=1):
+            if f"stage{number}" not in self.calls:  # ShuffleNet has modules of this name
                 aliases[path].append(f"stage{number}")
         self._resolved: dict[str, ResolvedLayer] = {}
         self._kept = _kept_layers(caffe, paths, aliases)
         self.table = LayerTable()
         for path in paths:
             names = [caffe[path], path] if path in caffe else [path]
-            self._add(path, self._calls[path], (*names, *aliases[path]))
-        if "fc8" in caffe.values():
+            self._add(path, self.calls[path], (*names, *aliases[path]))
+        if "fc8" in caffe.values() and "relu8" not in caffe.values():
             self._add_relu8()
-        for path, call in self._calls.items():
+        for path, call in self.calls.items():
             self._resolved.setdefault(path, self._resolve_call(path, path, call))
         if not self._resolved:
             raise ValueError(
@@ -150,6 +154,24 @@ class LayerIndex:
                 f"{len(self.table) - 1}; there is no layer {layer}."
             )
         return self._resolved[self.table[layer].name]
+
+    def block(self, layer: str | int) -> tuple[str, ...]:
+        """Return the paths of the modules that a name stands for as a block of the network.
+
+        Of a container that is the container, where `resolve` gives the last layer inside; of
+        "stage3" all layers after the second stage, up to the end of the third.
+        """
+        if isinstance(layer, str) and any(
+            f"{path}.".startswith(f"{layer}.") for path in self.calls
+        ):
+            return (layer,)
+        resolved = self.resolve(layer)
+        stage = re.fullmatch(r"stage(\d+)", resolved.name)
+        if stage is None:
+            return (resolved.path,)
+        number = int(stage[1])
+        start = self.units.index(self.resolve(f"stage{number - 1}").path) + 1 if number > 1 else 0
+        return self.units[start : self.units.index(resolved.path) + 1]
 
     def stages(self) -> tuple[ResolvedLayer, ...]:
         """Return the layers worth keeping of one pass: few, small once pooled, and well known.

@@ -29,6 +29,10 @@ class Preprocessing:
     input_shape: tuple[int, ...]  # (C, H, W)
     settings: Any
 
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Turn an RGB image into what the network takes, of shape (C, H, W)."""
+        return self.normalize(self.prepare(image)[None])[0]
+
 
 def preprocess_with(prepare: Callable[[Image.Image], Tensor]) -> Preprocessing:
     sample = prepare(Image.new("RGB", (256, 256), "grey"))

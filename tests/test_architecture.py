@@ -15,13 +15,17 @@ PACKAGE = Path(__file__).parents[1] / "deepfeat"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = {
-    6: {"plotting", "distributed", "__main__"},
-    5: {"__init__"},
-    4: {"_extractor", "_classifier"},
-    3: {"_training", "_features"},
-    2: {"_engine"},
-    1: {"_images", "_cache", "_backbones", "_layers", "datasets"},
-    0: {"_fingerprint", "_optional", "_preprocessing", "_store", "_trace"},
+    7: {"plotting", "distributed", "__main__"},
+    6: {"__init__"},
+    5: {"_classifier"},
+    4: {"_extractor"},
+    3: {"_features", "_samples", "_training", "_networks"},
+    2: {"_engine", "_freezing", "_inputs"},
+    1: {"_images", "_cache", "_backbones", "_heads", "_layers", "datasets"},
+    0: {
+        *("_files", "_fingerprint", "_optional", "_parameters", "_preprocessing", "_store"),
+        "_trace",
+    },
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 DOOR = "__init__"
@@ -38,6 +42,7 @@ GUESTS = {
 PUBLIC = {
     "DeepFeatureExtractor",
     "FeatureCache",
+    "FineTuneClassifier",
     "LayerNotFoundError",
     "__version__",
     "list_backbones",
@@ -50,6 +55,8 @@ STRANGERS = {
     "_cache": {"torch", "torchvision", "PIL"},
     "_store": {"torch", "torchvision", "PIL"},
     "_engine": {"sklearn"},
+    "_freezing": {"sklearn", "PIL"},
+    "_heads": {"sklearn", "PIL"},
     "_training": {"sklearn", "PIL"},
     "plotting": {"torch", "torchvision"},
 }

@@ -1,0 +1,997 @@
+"""Knows scikit-learn's words for fine-tuning: parameters, fit, predict, and back to features."""
+
+import copy
+import functools
+import itertools
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.model_selection import train_test_split
+from sklearn.utils import Tags, assert_all_finite, check_array, check_consistent_length
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, column_or_1d
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum
+from tqdm import tqdm
+
+from ._backbones import Backbone, Weights, find_backbone, is_weights_file
+from ._engine import Precision, Workers, find_device, run_in_batches
+from ._extractor import DeepFeatureExtractor
+from ._files import read_network, write_network
+from ._freezing import (
+    Cut,
+    Trained,
+    Unfreeze,
+    find_blocks,
+    find_cut,
+    find_trained,
+    freeze,
+    run_suffix,
+)
+from ._heads import Head
+from ._images import Record
+from ._inputs import find_records, tag_images
+from ._layers import LayerIndex
+from ._networks import Network, build_network, rebuild_network
+from ._parameters import (
+    Choices,
+    Counts,
+    Ranges,
+    check_choices,
+    check_counts,
+    check_device,
+    check_ranges,
+)
+from ._preprocessing import Preprocessing, Resize
+from ._samples import Augment, ImageSamples, count_views, keep_activations
+from ._training import Learner, OptimizerName, Recipe, Samples, ScheduleName, train
+
+
+class FineTuneClassifier(ClassifierMixin, BaseEstimator):
+    """Classify images with a pretrained network that is trained further, wholly or in part.
+
+    The network gets a new head with one output a class. The head is trained, and of the rest what
+    `unfreeze` names. All else is frozen: its weights get neither gradients nor weight decay, and
+    its BatchNorm and Dropout stay in eval mode, so that every frozen weight and statistic is the
+    same after `fit` as before.
+
+    Parameters
+    ----------
+    backbone : str or torch.nn.Module, default="resnet50"
+        One of `list_backbones()`, or a network of your own that puts out one vector of logits an
+        image and needs `preprocessing`.
+    weights : str, path, torchvision weights or None, default="DEFAULT"
+        As for `DeepFeatureExtractor`; None trains from random weights.
+    preprocessing : callable, default=None
+        As for `DeepFeatureExtractor`.
+    unfreeze : str, int, list of these or None, default="layer4"
+        What is trained besides the head. A name of `list_layers(backbone)`, a place in that list,
+        any module path, or "stage1", "stage2", ...: that block and all that follows. A list:
+        exactly these blocks. "all": the whole network. None: the head alone.
+    head : {"replace", "append"}, default="replace"
+        "replace" puts a new layer in the place of the classification layer, also in auxiliary
+        classifiers (GoogLeNet, Inception). "append" lets ReLU and a linear layer follow what the
+        network put out: 1000 values an image for most weights.
+    max_epochs : int, default=10
+        Passes over the images.
+    batch_size : int, default=32
+        Images a step. Where memory runs out a batch is run in parts whose gradients add up; the
+        step stays the same but for BatchNorm, which sees the parts.
+    optimizer : {"adamw", "sgd"}, default="adamw"
+        AdamW, or SGD with Nesterov momentum 0.9.
+    learning_rate : float, default=1e-3
+        Learning rate of the head.
+    backbone_learning_rate : float, default=1e-4
+        Learning rate of what is trained of the backbone.
+    weight_decay : float, default=1e-4
+        Weight decay of all that is trained.
+    schedule : {"cosine", "one-cycle", "constant"}, default="cosine"
+        How the learning rates change with the steps: they fall to zero; they rise during the
+        warm-up, or the first 30 % of the steps, and fall; or they stay.
+    warmup_epochs : float, default=0
+        Epochs in which the learning rates rise to their values, step by step.
+    augment : {"flip", "crop"}, callable or None, default="flip"
+        What happens to a training image before its preprocessing. "flip": every other one is
+        mirrored, at random. "crop": a random part of 8 to 100 % of the area and ratio 3:4 to 4:3
+        takes the place of the preprocessing's resizing and cropping, every other one mirrored. A
+        callable gets an upright RGB PIL image and returns one; it is called for one image after
+        the other in one thread, and may draw from torch's global generator, which is seeded.
+    label_smoothing : float, default=0.0
+        Probability in [0, 1) that is shared out among all classes (Szegedy et al., 2016).
+    max_grad_norm : float, default=None
+        Norm to which the gradients of a step are clipped; None for any.
+    class_weight : dict, "balanced" or None, default=None
+        Weights of the classes in the loss, as in scikit-learn.
+    early_stopping : bool, default=False
+        Whether to stop when the validation score has not risen by `tol` for `n_iter_no_change`
+        epochs, and to restore the best epoch's weights. The score is the accuracy on
+        `X_val`, or on a stratified part of the training images that is set aside.
+    validation_fraction : float, default=0.1
+        Share of the training images to set aside, in (0, 1); used with `early_stopping` and
+        without `X_val` only.
+    n_iter_no_change : int, default=3
+        Epochs without a better score after which training stops.
+    tol : float, default=1e-4
+        Rise of the score that counts.
+    warm_start : bool, default=False
+        Whether `fit` goes on from the network that an earlier `fit` left, with the same classes;
+        `unfreeze` and the rest of the training may have been changed in between.
+    resize : {"weights", "squash", "pad"}, default="weights"
+        As for `DeepFeatureExtractor`.
+    image_size : int, default=None
+        As for `DeepFeatureExtractor`.
+    image_shape : tuple of int, default=None
+        As for `DeepFeatureExtractor`.
+    device : str or torch.device, default="auto"
+        "auto" takes CUDA, else MPS, else the CPU.
+    precision : {"float32", "bfloat16", "float16"}, default="float32"
+        Type in which the network computes (autocast). Weights stay float32; gradients of float16
+        are scaled where needed.
+    num_workers : int or "auto", default="auto"
+        Threads that read and prepare images meanwhile; 0 for none.
+    random_state : int, default=None
+        Seed of the new head, the order, the augmentation, dropout and the split, and of random
+        weights. With it two fits on one CPU are equal to the bit.
+    verbose : int, default=0
+        1 shows a progress bar with the loss and the remaining time.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+        The labels.
+    module_ : torch.nn.Module
+        The network, in eval mode.
+    history_ : list of dict
+        Of each epoch "epoch" (from 1), "train_loss" (with label smoothing, in train mode),
+        "train_score" (accuracy), "validation_loss", "validation_score" (None without validation
+        images), "learning_rate", "backbone_learning_rate" (at its beginning), "seconds" (with
+        validation, and in the first epoch with what computing the frozen part took) and
+        "images_per_second" (of training).
+    n_iter_ : int
+        Number of epochs.
+    best_validation_score_ : float or None
+        Highest validation score, of this `fit`; None without validation images.
+    n_features_in_ : int
+        Number of columns of X, where X was a table.
+    feature_names_in_ : ndarray of str
+        Names of the columns of X, where X was a table with names.
+
+    See Also
+    --------
+    DeepFeatureExtractor : Features of a network that stays as it is, for any classifier.
+
+    Notes
+    -----
+    X is what `DeepFeatureExtractor` takes.
+
+    What the frozen beginning of the network gives for an image does not change from epoch to
+    epoch. With `augment` None or "flip" it is computed once for each image, and its mirror image,
+    if there are more epochs than these views. It is kept in memory up to 2 GiB, else in a
+    temporary file, so that an epoch costs the trained part alone.
+
+    A dropout between two layers acts where the layer after it is trained. A batch of one image, or
+    a part of one, is normalised with BatchNorm's running statistics. An image whose
+    `sample_weight` is 0 is left out.
+
+    References
+    ----------
+    Yosinski et al. (2014), "How transferable are features in deep neural networks?"; Loshchilov
+    and Hutter (2017), "SGDR: Stochastic Gradient Descent with Warm Restarts"; Smith and Topin
+    (2019), "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates".
+
+    Examples
+    --------
+    >>> from deepfeat import FineTuneClassifier
+    >>> from sklearn.datasets import load_digits
+    >>> images, labels = load_digits(n_class=2, return_X_y=True)
+    >>> classifier = FineTuneClassifier(
+    ...     "squeezenet1_1", weights=None, unfreeze="all", image_shape=(8, 8), image_size=32,
+    ...     max_epochs=2, random_state=0,
+    ... )
+    >>> classifier.fit(images[:64] / 16, labels[:64]).predict_proba(images[:3] / 16).shape
+    (3, 2)
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "resnet50",
+        *,
+        weights: Weights = "DEFAULT",
+        preprocessing: Callable[[Image.Image], Tensor] | None = None,
+        unfreeze: Unfreeze = "layer4",
+        head: Head = "replace",
+        max_epochs: int = 10,
+        batch_size: int = 32,
+        optimizer: OptimizerName = "adamw",
+        learning_rate: float = 1e-3,
+        backbone_learning_rate: float = 1e-4,
+        weight_decay: float = 1e-4,
+        schedule: ScheduleName = "cosine",
+        warmup_epochs: float = 0,
+        augment: Augment = "flip",
+        label_smoothing: float = 0.0,
+        max_grad_norm: float | None = None,
+        class_weight: Mapping[Any, float] | Literal["balanced"] | None = None,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 3,
+        tol: float = 1e-4,
+        warm_start: bool = False,
+        resize: Resize = "weights",
+        image_size: int | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        device: str | torch.device = "auto",
+        precision: Precision = "float32",
+        num_workers: Workers = "auto",
+        random_state: int | None = None,
+        verbose: int = 0,
+    ):
+        self.backbone = backbone
+        self.weights = weights
+        self.preprocessing = preprocessing
+        self.unfreeze = unfreeze
+        self.head = head
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.optimizer = optimizer
+        self.learning_rate = learning_rate
+        self.backbone_learning_rate = backbone_learning_rate
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.warmup_epochs = warmup_epochs
+        self.augment = augment
+        self.label_smoothing = label_smoothing
+        self.max_grad_norm = max_grad_norm
+        self.class_weight = class_weight
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
+        self.warm_start = warm_start
+        self.resize = resize
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.device = device
+        self.precision = precision
+        self.num_workers = num_workers
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        X_val: Any = None,
+        y_val: Any = None,
+    ) -> "FineTuneClassifier":
+        """Train the network on images and their labels.
+
+        Ctrl-C ends the training, with a warning, and keeps what was learned so far.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of `DeepFeatureExtractor`.
+        y : array-like of shape (n,)
+            Labels: strings, integers or booleans.
+        sample_weight : array-like of shape (n,), optional
+            Weights in the loss, not negative.
+        X_val : sequence or array of m images, optional
+            Images that are classified after each epoch, without learning from them.
+        y_val : array-like of shape (m,), optional
+            Their labels.
+
+        Returns
+        -------
+        self : FineTuneClassifier
+            The classifier itself.
+
+        Raises
+        ------
+        ValueError
+            If a parameter is out of its range; X, y and the weights do not go together; there are
+            fewer than two classes, or too few images of a class to set some aside; an image
+            cannot be read; or the loss becomes NaN or infinite.
+        LayerNotFoundError
+            If the backbone has no such block as `unfreeze` names.
+        OSError
+            If the weights cannot be downloaded.
+        """
+        self._check_parameters()
+        backbone = self._find_backbone()
+        blocks = self._find_blocks(backbone)
+        images = self._read(X, y, sample_weight, reset=True)
+        goes_on = self.warm_start and hasattr(self, "module_")
+        classes = self.classes_ if goes_on else np.unique(images.labels)
+        _check_known(images.labels, classes, "y")
+        seed = self._draw_seed()
+        validation = None
+        if X_val is not None or y_val is not None:
+            if X_val is None or y_val is None:
+                raise ValueError("X_val and y_val go together, and one of them is missing.")
+            validation = self._read(X_val, y_val, None, reset=False)
+            _check_known(validation.labels, classes, "y_val")
+        elif self.early_stopping:
+            images, validation = _split(images, self.validation_fraction, seed)
+        images = self._weigh(images, classes)
+        network = self._begin(backbone, classes, seed, goes_on)
+        plan = self._plan(network, backbone, blocks, classes, seed, self.max_epochs)
+        history = list(self.history_) if goes_on else []
+        with _own_generators(plan.recipe.device):
+            best, _ = self._run_epochs(plan, images, validation, history)
+        return self._keep(network, backbone, classes, history, best)
+
+    def partial_fit(
+        self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
+    ) -> "FineTuneClassifier":
+        """Train for one epoch on these images, with constant learning rates.
+
+        The optimizer goes on where the last call left it.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of `DeepFeatureExtractor`.
+        y : array-like of shape (n,)
+            Labels.
+        classes : array-like, optional
+            All labels that will come; needed in the first call.
+        sample_weight : array-like of shape (n,), optional
+            Weights in the loss, not negative.
+
+        Returns
+        -------
+        self : FineTuneClassifier
+            The classifier itself.
+
+        Raises
+        ------
+        ValueError
+            If `classes` is missing in the first call, or different in a later one; else as `fit`.
+        """
+        self._check_parameters()
+        backbone = self._find_backbone()
+        blocks = self._find_blocks(backbone)
+        goes_on = hasattr(self, "module_")
+        images = self._read(X, y, sample_weight, reset=not goes_on)
+        if classes is None and not goes_on:
+            raise ValueError("classes must be passed on the first call to partial_fit.")
+        known = self.classes_ if goes_on else np.unique(column_or_1d(classes))
+        if classes is not None and not np.array_equal(np.unique(classes), known):
+            raise ValueError(f"classes={classes!r} are not those of the first call, {known!r}.")
+        _check_known(images.labels, known, "y")
+        images = self._weigh(images, known)
+        seed = self._draw_seed()
+        network = self._begin(backbone, known, seed, goes_on)
+        plan = self._plan(network, backbone, blocks, known, seed, None)
+        history = list(self.history_) if goes_on else []
+        state = self._optimizer_state if goes_on else None
+        with _own_generators(plan.recipe.device):
+            best, state = self._run_epochs(plan, images, None, history, state)
+        return self._keep(network, backbone, known, history, best, state)
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Classify images.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of `DeepFeatureExtractor`.
+
+        Returns
+        -------
+        labels : ndarray of shape (n,)
+            The most probable of `classes_`.
+
+        Raises
+        ------
+        ValueError
+            If an image cannot be read.
+        """
+        chosen = self._compute_logits(X).argmax(axis=1)
+        labels: NDArray[Any] = self.classes_[chosen]
+        return labels
+
+    def predict_proba(self, X: Any) -> NDArray[np.float64]:
+        """Estimate the probability of each class.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of `DeepFeatureExtractor`.
+
+        Returns
+        -------
+        probabilities : ndarray of shape (n, n_classes), float64
+            In the order of `classes_`.
+
+        Raises
+        ------
+        ValueError
+            If an image cannot be read.
+        """
+        probabilities = torch.from_numpy(self._compute_logits(X)).softmax(1)
+        return probabilities.numpy()
+
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
+        """Compute the logits.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of `DeepFeatureExtractor`.
+
+        Returns
+        -------
+        logits : ndarray of shape (n, n_classes), or (n,) for two classes, float64
+            In the order of `classes_`; for two classes how far the second one is ahead.
+
+        Raises
+        ------
+        ValueError
+            If an image cannot be read.
+        """
+        logits = self._compute_logits(X)
+        return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
+
+    def to_extractor(self, layer: str | int | list[str | int]) -> DeepFeatureExtractor:
+        """Make an extractor of features of the trained network, with the same preprocessing.
+
+        It has a copy of the network, which further training leaves as it is. Its rows have the
+        digest of the trained weights in their cache keys, and are kept in memory alone.
+
+        Parameters
+        ----------
+        layer : str, int or list of these
+            As for `DeepFeatureExtractor`.
+
+        Returns
+        -------
+        extractor : DeepFeatureExtractor
+            With the device, precision, batch size and workers of this classifier, and for the
+            rest default parameters.
+        """
+        check_is_fitted(self)
+        return DeepFeatureExtractor(
+            copy.deepcopy(self.module_).cpu(),
+            layer,
+            preprocessing=self._preprocessing,
+            image_shape=self.image_shape,
+            batch_size=self.batch_size,
+            device=self.device,
+            precision=self.precision,
+            num_workers=self.num_workers,
+            verbose=self.verbose,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the classifier to a file in the safetensors format, without pickle.
+
+        The weights are its tensors. Parameters, classes and history are JSON in its header.
+
+        Parameters
+        ----------
+        path : str or path
+            The file, replaced if it is there; safetensors files are named `.safetensors`.
+
+        Raises
+        ------
+        ValueError
+            If a parameter is code, which only a pickle can hold: a network, preprocessing or
+            augmentation of your own.
+        """
+        check_is_fitted(self)
+        params = {name: _to_json(name, value) for name, value in self.get_params(False).items()}
+        description = {
+            "format": _FORMAT,
+            "params": params,
+            "n_outputs": self._n_outputs,
+            "classes": [str(self.classes_.dtype), self.classes_.tolist()],
+            "columns": [
+                getattr(self, "n_features_in_", None),
+                list(getattr(self, "feature_names_in_", [])),
+            ],
+            "history": self.history_,
+            "best_validation_score": self.best_validation_score_,
+        }
+        write_network(path, self.module_.state_dict(), description)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "FineTuneClassifier":
+        """Read a classifier that `save` wrote. Neither downloads nor other files are needed.
+
+        Parameters
+        ----------
+        path : str or path
+            The file.
+
+        Returns
+        -------
+        classifier : FineTuneClassifier
+            As it was when it was saved, with its network on the CPU.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is damaged, of a later release, or none that `save` wrote.
+        """
+        state, description = read_network(path)
+        if description["format"] != _FORMAT:
+            raise ValueError(
+                f"{os.fspath(path)} has format {description['format']}, and this release reads "
+                f"{_FORMAT}: use the release of deepfeat that wrote it."
+            )
+        classifier = cls(**_from_json(description["params"]))
+        dtype, labels = description["classes"]
+        classes = np.array(labels, dtype=dtype)
+        backbone = classifier._find_backbone(with_file=False)
+        n_outputs = description["n_outputs"]
+        network = rebuild_network(backbone, classifier.head, len(classes), n_outputs, state)
+        count, names = description["columns"]
+        if count is not None:
+            classifier.n_features_in_ = count
+        if names:
+            classifier.feature_names_in_ = np.array(names, dtype=object)
+        history, best = description["history"], description["best_validation_score"]
+        return classifier._keep(network, backbone, classes, history, best)
+
+    def __sklearn_tags__(self) -> Tags:
+        return tag_images(super().__sklearn_tags__(), self.image_shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__().copy()
+        if "module_" in state:  # it shall open on machines without this device
+            state["module_"] = copy.deepcopy(self.module_).cpu()
+            state["_optimizer_state"] = _to_cpu(self._optimizer_state)
+        return state
+
+    # Parameters and input -----------------------------------------------------------------------
+
+    def _check_parameters(self) -> None:
+        params = self.get_params(deep=False)
+        check_choices(params, _CHOICES)
+        check_counts(params, _COUNTS)
+        check_ranges(params, _RANGES)
+        check_device(self.device)
+        if not (callable(self.augment) or self.augment in ("flip", "crop", None)):
+            raise ValueError(
+                f"augment={self.augment!r}: 'flip', 'crop', None or a callable is expected."
+            )
+        if self.class_weight not in ("balanced", None) and not isinstance(
+            self.class_weight, Mapping
+        ):
+            raise ValueError(
+                f"class_weight={self.class_weight!r}: a dict, 'balanced' or None is expected."
+            )
+
+    def _find_backbone(self, *, with_file: bool = True) -> Backbone:
+        """Find the backbone; without a weights file, its structure and preprocessing."""
+        weights = self.weights if with_file or not is_weights_file(self.weights) else None
+        return find_backbone(
+            self.backbone,
+            weights,
+            preprocessing=self.preprocessing,
+            resize=self.resize,
+            image_size=self.image_size,
+            seed=self.random_state or 0,
+        )
+
+    def _find_blocks(self, backbone: Backbone) -> tuple[str, ...]:
+        index = LayerIndex(backbone.skeleton, backbone.preprocessing.input_shape)
+        return find_blocks(index, backbone.skeleton, self.unfreeze)
+
+    def _draw_seed(self) -> int:
+        if self.random_state is not None:
+            return int(self.random_state)
+        return int(np.random.SeedSequence().generate_state(1)[0])
+
+    def _read(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> "_Images":
+        """Check images, labels and weights against each other."""
+        if y is None:
+            raise ValueError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None."
+            )
+        records = find_records(self, X, self.image_shape, reset=reset)
+        labels = column_or_1d(y, warn=True)
+        assert_all_finite(labels, input_name="y")
+        check_classification_targets(labels)
+        check_consistent_length(records, labels)
+        weights = np.ones(len(records))
+        if sample_weight is not None:
+            weights = check_array(
+                sample_weight,
+                ensure_2d=False,
+                dtype=np.float64,
+                ensure_non_negative=True,
+                input_name="sample_weight",
+            )
+            if weights.shape != labels.shape:
+                raise ValueError(
+                    f"sample_weight has shape {weights.shape}, and {labels.shape} is expected: "
+                    "one weight an image."
+                )
+        return _Images(records, labels, weights)
+
+    def _weigh(self, images: "_Images", classes: NDArray[Any]) -> "_Images":
+        """Leave out images of no weight, and let those of classes and samples have mean 1."""
+        images = images.take(np.flatnonzero(images.weights))
+        if not images.records:
+            raise ValueError("sample_weight is zero for every image.")
+        if len(classes) < 2:
+            raise ValueError(
+                f"y has one class, {classes[0]!r}, and a classifier needs at least 2 classes."
+            )
+        weights = images.weights * compute_sample_weight(self.class_weight, images.labels)
+        if not weights.any():
+            raise ValueError("class_weight leaves no image a weight above 0.")
+        return replace(images, weights=weights / weights.mean())
+
+    # Training -----------------------------------------------------------------------------------
+
+    def _begin(
+        self, backbone: Backbone, classes: NDArray[Any], seed: int, goes_on: bool
+    ) -> Network:
+        """Build a new network, or copy that which is there: it stays as it is if this fails."""
+        if not goes_on:
+            device = find_device(self.device)
+            return build_network(backbone, self.head, len(classes), device, seed)
+        for name, value in self._origin.items():
+            now = getattr(self, name)
+            if now is not value and now != value:
+                raise ValueError(
+                    f"{name} was {value!r} when the training began, and is {now!r} now: set it "
+                    "back, or begin anew with a clone."
+                )
+        return Network(copy.deepcopy(self.module_), self._head, self._n_outputs)
+
+    def _plan(
+        self,
+        network: Network,
+        backbone: Backbone,
+        blocks: tuple[str, ...],
+        classes: NDArray[Any],
+        seed: int,
+        epochs: int | None,
+    ) -> "_Plan":
+        """Freeze the network, and find out how it is trained."""
+        device = find_device(self.device)
+        module, shape = network.module.to(device), backbone.preprocessing.input_shape
+        index = LayerIndex(module, shape)
+        trained = find_trained(module, index, blocks, network.head)
+        freeze(module, trained)
+        views = count_views(self.augment)
+        pays = epochs is not None and views is not None and epochs > views
+        recipe = Recipe(
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            backbone_learning_rate=self.backbone_learning_rate,
+            weight_decay=self.weight_decay,
+            schedule=self.schedule,
+            warmup_epochs=self.warmup_epochs,
+            label_smoothing=self.label_smoothing,
+            max_grad_norm=self.max_grad_norm,
+            batch_size=self.batch_size,
+            precision=self.precision,
+            device=device,
+            seed=seed,
+        )
+        return _Plan(
+            module=module,
+            trained=trained,
+            cut=find_cut(module, index, trained, shape) if pays else None,
+            preprocessing=backbone.preprocessing,
+            classes=classes,
+            recipe=recipe,
+            epochs=epochs,
+        )
+
+    def _run_epochs(
+        self,
+        plan: "_Plan",
+        images: "_Images",
+        validation: "_Images | None",
+        history: list[dict[str, Any]],
+        optimizer_state: Any = None,
+    ) -> tuple[float | None, Any]:
+        """Train as long as it pays off, and add to the history.
+
+        Return the best validation score and the state of the optimizer.
+        """
+        begin = time.perf_counter()
+        samples = self._make_samples(plan, images, self.augment)
+        checks = None if validation is None else self._make_samples(plan, validation, None)
+        preparing = time.perf_counter() - begin
+        batches = math.ceil(len(images.records) / self.batch_size)
+        learner = Learner(plan.module, plan.trained, plan.recipe, batches, plan.epochs)
+        if optimizer_state is not None:
+            learner.load_state_dict(optimizer_state)
+        best = _Best(plan.module, plan.trained)
+        epochs = plan.epochs or 1
+        with tqdm(total=batches * epochs, unit="batch", disable=not self.verbose) as bar:
+
+            def report(loss: float) -> None:
+                bar.set_postfix(epoch=len(history) + 1, loss=f"{loss:.3f}", refresh=False)
+                bar.update()
+
+            training = train(learner, samples, checks, start=len(history) + 1, report=report)
+            try:
+                for epoch in itertools.islice(training, epochs):
+                    history.append(asdict(replace(epoch, seconds=epoch.seconds + preparing)))
+                    preparing = 0.0
+                    if epoch.validation_score is not None:
+                        best.note(epoch.validation_score, self.tol, keep=self.early_stopping)
+                    if self.early_stopping and best.stale >= self.n_iter_no_change:
+                        break
+            except KeyboardInterrupt:
+                warnings.warn(
+                    f"training was interrupted in epoch {len(history) + 1}; what was learned so "
+                    "far is kept.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+        best.restore()
+        return best.score, learner.state_dict()
+
+    def _make_samples(self, plan: "_Plan", images: "_Images", augment: Augment) -> Samples:
+        """Say where the training gets its images from, or the activations kept of them."""
+        recipe = plan.recipe
+        drawn = ImageSamples(
+            images.records,
+            plan.preprocessing,
+            self._find_squash(plan.preprocessing) if augment == "crop" else None,
+            augment,
+            recipe.device,
+            self.num_workers,
+            recipe.seed,
+        )
+        targets = torch.from_numpy(np.searchsorted(plan.classes, images.labels))
+        weights = torch.from_numpy(images.weights.astype(np.float32))
+        samples = Samples(
+            targets.to(recipe.device), weights.to(recipe.device), drawn.draw, plan.module
+        )
+        views = count_views(augment)
+        if plan.cut is None or views is None:
+            return samples
+        total = views * len(images.records)
+        with tqdm(total=total, desc="frozen part", unit="image", disable=not self.verbose) as bar:
+            kept = keep_activations(
+                drawn,
+                plan.module,
+                plan.cut,
+                views=views,
+                precision=self.precision,
+                batch_size=self.batch_size,
+                report=bar.update,
+            )
+        if kept is None:
+            return samples
+        shape = plan.preprocessing.input_shape
+        resume = functools.partial(run_suffix, plan.module, plan.cut, input_shape=shape)
+        return replace(samples, draw=kept.draw, forward=resume)
+
+    def _find_squash(self, preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
+        """Return a preparation of images that crops nothing off, for what is cropped already."""
+        if self.preprocessing is not None:
+            return preprocessing.prepare
+        squashed = find_backbone(self.backbone, None, resize="squash", image_size=self.image_size)
+        return squashed.preprocessing.prepare
+
+    def _keep(
+        self,
+        network: Network,
+        backbone: Backbone,
+        classes: NDArray[Any],
+        history: list[dict[str, Any]],
+        best: float | None,
+        optimizer_state: Any = None,
+    ) -> "FineTuneClassifier":
+        """Keep what was learned, all at once."""
+        self.module_ = network.module.eval()
+        self.classes_ = classes
+        self.history_ = history
+        self.n_iter_ = len(history)
+        self.best_validation_score_ = best
+        self._name = backbone.name
+        self._head = network.head
+        self._n_outputs = network.n_outputs
+        self._preprocessing = backbone.preprocessing
+        self._origin = {name: getattr(self, name) for name in _ORIGIN}
+        self._optimizer_state = optimizer_state
+        return self
+
+    def _compute_logits(self, X: Any) -> NDArray[np.float64]:
+        """Run the network over images, in eval mode."""
+        check_is_fitted(self)
+        check_counts(self.get_params(deep=False), _COUNTS)
+        records = find_records(self, X, self.image_shape, reset=False)
+        device = find_device(self.device)
+        module, steps = self.module_.to(device), self._preprocessing
+        logits = np.empty((len(records), len(self.classes_)))
+        with tqdm(
+            total=len(records), desc=self._name, unit="image", disable=not self.verbose
+        ) as bar:
+            for batch in run_in_batches(
+                module,
+                lambda images: {"logits": module(steps.normalize(images)).float()},
+                records,
+                lambda record: steps.prepare(record.open()),
+                device=device,
+                precision=self.precision,
+                batch_size=self.batch_size,
+                num_workers=self.num_workers,
+            ):
+                for record, error in batch.failures:
+                    raise record.error(error)
+                logits[[record.index for record in batch.samples]] = batch.rows["logits"]
+                bar.update(len(batch.samples))
+        return logits
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Images with labels and weights."""
+
+    records: list[Record]
+    labels: NDArray[Any]
+    weights: NDArray[np.float64]
+
+    def take(self, places: NDArray[np.intp]) -> "_Images":
+        records = [self.records[place] for place in places]
+        return _Images(records, self.labels[places], self.weights[places])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a network is trained, and where it may be cut; no epochs: one, at constant rates."""
+
+    module: nn.Module
+    trained: Trained
+    cut: Cut | None
+    preprocessing: Preprocessing
+    classes: NDArray[Any]
+    recipe: Recipe
+    epochs: int | None
+
+
+class _Best:
+    """The best validation score, the weights that had it, and for how long there was no better."""
+
+    def __init__(self, module: nn.Module, trained: Trained):
+        self.score: float | None = None
+        self.stale = 0
+        self._state = {
+            name: value for name, value in module.state_dict().items() if name in trained
+        }
+        self._kept: dict[str, Tensor] = {}
+
+    def note(self, score: float, tol: float, *, keep: bool) -> None:
+        so_far = -math.inf if self.score is None else self.score
+        self.stale = 0 if score > so_far + tol else self.stale + 1
+        if score > so_far:
+            self.score = score
+            if keep:
+                self._kept = {name: value.clone() for name, value in self._state.items()}
+
+    def restore(self) -> None:
+        for name, value in self._kept.items():
+            self._state[name].copy_(value)
+
+
+_FORMAT = 1  # of files
+# What a network in training comes from.
+_ORIGIN = ("backbone", "weights", "preprocessing", "head", "resize", "image_size")
+_CHOICES: Choices = {
+    "head": ("replace", "append"),
+    "optimizer": ("adamw", "sgd"),
+    "schedule": ("cosine", "one-cycle", "constant"),
+    "resize": ("weights", "squash", "pad"),
+    "precision": ("float32", "bfloat16", "float16"),
+}
+_COUNTS: Counts = (
+    ("max_epochs", 1, ()),
+    ("batch_size", 1, ()),
+    ("n_iter_no_change", 1, ()),
+    ("num_workers", 0, ("auto",)),
+    ("image_size", 1, (None,)),
+    ("random_state", 0, (None,)),
+)
+_RANGES: Ranges = (
+    ("learning_rate", "(0, inf)", ()),
+    ("backbone_learning_rate", "(0, inf)", ()),
+    ("weight_decay", "[0, inf)", ()),
+    ("warmup_epochs", "[0, inf)", ()),
+    ("label_smoothing", "[0, 1)", ()),
+    ("max_grad_norm", "(0, inf)", (None,)),
+    ("validation_fraction", "(0, 1)", ()),
+    ("tol", "[0, inf)", ()),
+)
+
+
+def _check_known(labels: NDArray[Any], classes: NDArray[Any], name: str) -> None:
+    unknown = np.setdiff1d(labels, classes)
+    if len(unknown):
+        raise ValueError(
+            f"{name} has labels that are none of the classes: {unknown[:5].tolist()}. The classes "
+            f"are {classes[:20].tolist()}."
+        )
+
+
+def _split(images: _Images, fraction: float, seed: int) -> tuple[_Images, _Images]:
+    """Set a stratified part of the images aside."""
+    classes, counts = np.unique(images.labels, return_counts=True)
+    if counts.min() < 2:
+        raise ValueError(
+            f"class {classes[counts.argmin()]!r} has one image, of which none can be set aside for "
+            "early stopping: give X_val and y_val, or more images."
+        )
+    count = math.ceil(fraction * len(images.records))
+    if not len(classes) <= count <= len(images.records) - len(classes):
+        raise ValueError(
+            f"validation_fraction={fraction} sets {count} of {len(images.records)} images aside, "
+            f"and at least one of each of the {len(classes)} classes is needed on either side."
+        )
+    places = train_test_split(
+        np.arange(len(images.records)), test_size=count, stratify=images.labels, random_state=seed
+    )
+    learned, checked = map(images.take, places)
+    return learned, checked
+
+
+@contextmanager
+def _own_generators(device: torch.device) -> Iterator[None]:
+    """Leave torch's global generators as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _to_cpu(value: Any) -> Any:
+    """Copy what holds tensors, with all of them on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    return [_to_cpu(item) for item in value] if isinstance(value, list) else value
+
+
+def _to_json(name: str, value: Any) -> Any:
+    """Turn a parameter into what JSON can hold."""
+    if isinstance(value, WeightsEnum):
+        return value.name
+    if isinstance(value, (os.PathLike, torch.device)):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):  # its keys may be numbers, which JSON would make strings of
+        return {
+            "items": [[_to_json(name, key), _to_json(name, item)] for key, item in value.items()]
+        }
+    if isinstance(value, (list, tuple)):
+        return [_to_json(name, item) for item in value]
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    raise ValueError(
+        f"{name}={value!r} is code, which a file without pickle cannot hold: use pickle or joblib."
+    )
+
+
+def _from_json(params: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: dict(value["items"]) if isinstance(value, dict) else value
+        for name, value in params.items()
+    }

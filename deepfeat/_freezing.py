@@ -1,0 +1,252 @@
+"""Knows which part of a network is trained, how the rest is frozen, and where the two meet."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ._heads import AUXILIARY, auxiliary_of, drop_auxiliary
+from ._layers import LayerIndex
+from ._trace import Call, first_tensor
+
+Unfreeze: TypeAlias = str | int | list[str | int] | None
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained part of a network.
+
+    `head` has the paths of the new layers, `backbone` those of the other trained modules, and
+    `active` those of the dropouts that act on the input of a trained layer.
+    """
+
+    head: tuple[str, ...]
+    backbone: tuple[str, ...]
+    active: tuple[str, ...]
+
+    def __contains__(self, path: str) -> bool:
+        """Tell whether a module, or a parameter or buffer, is trained."""
+        return _lies_in(path, self.head) or _lies_in(path, self.backbone)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the frozen beginning of a network ends.
+
+    `boundary` is the path of the first module after it; `skipped` has the frozen layers before it,
+    with the shape of what each gives for an image.
+    """
+
+    boundary: str
+    skipped: Mapping[str, tuple[int, ...]]
+
+
+def find_blocks(names: LayerIndex, module: nn.Module, unfreeze: Unfreeze) -> tuple[str, ...]:
+    """Return the paths of what `unfreeze` names in a network that has no new head yet.
+
+    Raises
+    ------
+    LayerNotFoundError
+        If a name is none of the network's.
+    ValueError
+        If a block in a list has no weights.
+    """
+    if unfreeze is None:
+        return ()
+    if unfreeze == "all":
+        return ("",)
+    if not isinstance(unfreeze, (list, tuple)):
+        return tuple(_with_all_after(module, names.calls, names.block(unfreeze)[0]))
+    blocks: list[str] = []
+    for name in unfreeze:
+        paths = names.block(name)
+        if not any(True for path in paths for _ in module.get_submodule(path).parameters()):
+            raise ValueError(f"unfreeze: {name!r} has no weights that could be trained.")
+        blocks += paths
+    return tuple(blocks)
+
+
+def find_trained(
+    module: nn.Module, index: LayerIndex, blocks: tuple[str, ...], head: str
+) -> Trained:
+    """Find what is trained of a network with a new head: that, and some blocks."""
+    first = min((_place(index.calls, block) for block in blocks), default=math.inf)
+    auxiliary = [
+        name for name in auxiliary_of(module) if first <= _place(index.calls, AUXILIARY[name])
+    ]
+    trained = Trained((head, *auxiliary), blocks, ())
+    return replace(trained, active=tuple(_active_dropouts(module, index, trained)))
+
+
+def freeze(module: nn.Module, trained: Trained) -> None:
+    """Freeze all that is not trained, and take away auxiliary classifiers that would be."""
+    idle = [name for name in auxiliary_of(module) if name not in trained.head]
+    drop_auxiliary(module, idle)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trained)
+        parameter.grad = None
+
+
+def set_train_mode(module: nn.Module, trained: Trained) -> None:
+    """Set the trained part to train mode; what is frozen stays in eval mode, buffers and all."""
+    module.eval()
+    for path in (*trained.head, *trained.backbone, *trained.active):
+        module.get_submodule(path).train()
+    # GoogLeNet and Inception ask their outermost module whether to call auxiliary classifiers.
+    module.training = len(trained.head) > 1 or "" in trained.backbone
+
+
+def group_parameters(
+    module: nn.Module, trained: Trained
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters of the head, and the other trained ones."""
+    named = [(name, value) for name, value in module.named_parameters() if name in trained]
+    return (
+        [value for name, value in named if _lies_in(name, trained.head)],
+        [value for name, value in named if not _lies_in(name, trained.head)],
+    )
+
+
+def find_cut(
+    module: nn.Module, index: LayerIndex, trained: Trained, input_shape: tuple[int, ...]
+) -> Cut | None:
+    """Find where the frozen beginning ends.
+
+    None where nothing is frozen before the rest, or where the rest needs more of it than what
+    the boundary takes: that is tried.
+    """
+    cut = _find_boundary(module, index, trained)
+    if cut is None:
+        return None
+    anywhere = next(module.parameters())
+    noise = torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(anywhere.device, anywhere.dtype)
+    module.eval()
+    with torch.no_grad():
+        whole = first_tensor(module(noise))
+        try:
+            activations = run_prefix(module, cut, noise)
+            parts = first_tensor(run_suffix(module, cut, activations, input_shape))
+        except Exception:  # a module of the user may be put together in any way
+            return None
+    is_same = parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-4, atol=1e-5)
+    return cut if is_same else None
+
+
+def _find_boundary(module: nn.Module, index: LayerIndex, trained: Trained) -> Cut | None:
+    skipped: dict[str, tuple[int, ...]] = {}
+    for path, call in index.calls.items():
+        if path in trained.active or (path in index.units and _is_touched(module, path, trained)):
+            unit = next((unit for unit in index.units if _lies_in(path, [unit])), path)
+            return Cut(unit, skipped) if skipped else None
+        if path in index.units:
+            channels, *sides = call.shape
+            skipped[path] = (*sides, channels) if call.channels_last else call.shape
+    return None
+
+
+def run_prefix(module: nn.Module, cut: Cut, batch: Tensor) -> Tensor:
+    """Run the frozen beginning of a network: return what the boundary takes."""
+
+    def leave(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise _AtBoundary(inputs[0])
+
+    handle = module.get_submodule(cut.boundary).register_forward_pre_hook(leave)
+    try:
+        module(batch)
+    except _AtBoundary as reached:
+        return reached.activations
+    finally:
+        handle.remove()
+    raise ValueError(f"{cut.boundary!r} is not called in the forward pass.")
+
+
+def run_suffix(
+    module: nn.Module, cut: Cut, activations: Tensor, input_shape: tuple[int, ...]
+) -> Any:
+    """Run the rest of a network on what its boundary takes: return what the network does.
+
+    The frozen layers before give memory that nobody has filled, in the right shapes. What the
+    network makes of that between them is lost where the boundary takes `activations` instead.
+    """
+    count = len(activations)
+
+    def resume(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (activations, *inputs[1:])
+
+    def skip(shape: tuple[int, ...]) -> Callable[..., Tensor]:
+        return lambda *_inputs, **_options: activations.new_empty(count, *shape)
+
+    with ExitStack() as undo:
+        handle = module.get_submodule(cut.boundary).register_forward_pre_hook(resume)
+        undo.callback(handle.remove)
+        for path, shape in cut.skipped.items():
+            layer = module.get_submodule(path)
+            layer.forward = skip(shape)
+            undo.callback(delattr, layer, "forward")
+        return module(activations.new_empty(count, *input_shape))
+
+
+class _AtBoundary(Exception):
+    """Leaves a forward pass with what the boundary was to take."""
+
+    def __init__(self, activations: Tensor):
+        super().__init__()
+        self.activations = activations
+
+
+# Order ------------------------------------------------------------------------------------------
+
+
+def _lies_in(path: str, modules: Iterable[str]) -> bool:
+    """Tell whether a path is one of these modules, or of what they hold."""
+    return any(not module or f"{path}.".startswith(f"{module}.") for module in modules)
+
+
+def _place(calls: Mapping[str, Call], path: str) -> float:
+    """Return when a module, or the first of what it holds, was called."""
+    return next((place for place, other in enumerate(calls) if _lies_in(other, [path])), math.inf)
+
+
+def _with_all_after(module: nn.Module, calls: Mapping[str, Call], path: str) -> list[str]:
+    """Return the path of a module, and those of all modules that are called after it.
+
+    Parameters of a container's own count as its beginning.
+    """
+    trained, is_whole = [path], True
+    while path:
+        parent = path.rpartition(".")[0]
+        siblings = [
+            f"{parent}.{name}" if parent else name
+            for name, _ in module.get_submodule(parent).named_children()
+        ]
+        start = _place(calls, path)
+        later = [one for one in siblings if start < _place(calls, one) < math.inf]
+        is_whole = is_whole and not any(_place(calls, one) < start for one in siblings)
+        trained = [parent] if is_whole else trained + later
+        path = parent
+    return trained
+
+
+def _active_dropouts(module: nn.Module, index: LayerIndex, trained: Trained) -> Iterator[str]:
+    """Yield the dropouts between two layers that act on what a trained one takes."""
+    feeds_trained = False
+    for path in reversed(index.calls):
+        if isinstance(module.get_submodule(path), _DROPOUTS):
+            is_between = not _lies_in(path, index.units)
+            if feeds_trained and is_between and path not in trained:
+                yield path
+        elif path in index.units and index.calls[path].parameters:
+            feeds_trained = _is_touched(module, path, trained)
+
+
+def _is_touched(module: nn.Module, path: str, trained: Trained) -> bool:
+    """Tell whether a module is trained, or something that it holds."""
+    inside = module.get_submodule(path).named_parameters()
+    return path in trained or any(f"{path}.{name}" in trained for name, _ in inside)

@@ -1,0 +1,65 @@
+"""Knows how a backbone becomes a network for certain classes: from its weights, or from a file."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ._backbones import Backbone
+from ._heads import AUXILIARY, Head, add_head, drop_auxiliary, find_head
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with a new head.
+
+    `head` is the path of the new layer. `n_outputs` is how many outputs the network had before.
+    """
+
+    module: nn.Module
+    head: str
+    n_outputs: int
+
+
+def build_network(
+    backbone: Backbone, head: Head, n_classes: int, device: torch.device, seed: int
+) -> Network:
+    """Load a backbone and give a copy of it a head with random weights.
+
+    Raises
+    ------
+    ValueError
+        If the backbone has no place for such a head.
+    OSError
+        If the weights cannot be downloaded.
+    """
+    place = find_head(backbone.skeleton, backbone.preprocessing.input_shape)
+    module = backbone.load(device)
+    module = copy.deepcopy(module) if backbone.shared else module
+    return Network(module, add_head(module, place, head, n_classes, seed), place.n_outputs)
+
+
+def rebuild_network(
+    backbone: Backbone, head: Head, n_classes: int, n_outputs: int, state: dict[str, Tensor]
+) -> Network:
+    """Build a network around the state dict of one like it, on the CPU.
+
+    Raises
+    ------
+    RuntimeError
+        If the state dict is that of another network.
+    """
+    module = copy.deepcopy(backbone.skeleton)
+    place = find_head(module, backbone.preprocessing.input_shape)
+    if n_outputs != place.n_outputs:  # its weights knew other classes than the default ones do
+        add_head(module, place, "replace", n_outputs, 0)
+        place = replace(place, n_outputs=n_outputs)
+    path = add_head(module, place, head, n_classes, 0)
+    drop_auxiliary(module, [name for name in AUXILIARY if f"{name}.conv1.weight" not in state])
+    kept = module.state_dict()  # with the metadata that MNASNet insists on
+    kept.clear()
+    kept.update(state)
+    module.load_state_dict(kept, strict=True, assign=True)
+    module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return Network(module, path, n_outputs)

@@ -26,7 +26,7 @@ from torchvision import models, transforms
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import deepfeat
-from deepfeat import DeepFeatureExtractor, LayerNotFoundError, list_layers
+from deepfeat import DeepFeatureExtractor, FineTuneClassifier, LayerNotFoundError, list_layers
 from deepfeat.plotting import (
     ActivationMapDisplay,
     ArchitectureDisplay,
@@ -269,6 +269,8 @@ def test_the_parameters_of_vgg16_are_in_its_linear_layers():
     assert width_of["fc6"] == net.classifier[0].weight.numel() + 4096
     assert width_of["relu6"] == 0
     assert texts_of(left)[names.index("pool5")] == "512 × 7 × 7"
+    right.figure.canvas.draw()
+    assert max(text.get_window_extent().x1 for text in right.texts) <= right.bbox.x1
 
 
 def test_outputs_are_as_wide_as_the_maps():
@@ -453,13 +455,34 @@ def test_curves_are_the_history():
     """Loss to the left, score to the right, training and validation in each."""
     display = LearningCurveDisplay.from_estimator(SimpleNamespace(history_=HISTORY))
     left, right = display.axes_
-    for axes, quantity in ((left, "loss"), (right, "score")):
-        assert axes.get_ylabel() == quantity
+    for axes, quantity, words in ((left, "loss", "loss"), (right, "score", "accuracy")):
+        assert axes.get_ylabel() == words
         for line, part in zip(axes.lines, ("train", "validation"), strict=True):
             assert_array_equal(line.get_xdata(), range(1, 11))
             expected = [entry[f"{part}_{quantity}"] for entry in HISTORY]
             assert_array_equal(line.get_ydata(), expected)
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["training", "validation"]
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_a_fitted_classifier_shows_its_epochs(digits, early_stopping):
+    """Its history has the entries that are drawn, with and without validation images."""
+    classifier = FineTuneClassifier(
+        "squeezenet1_1",
+        weights=None,
+        unfreeze=None,
+        image_size=32,
+        max_epochs=2,
+        num_workers=0,
+        early_stopping=early_stopping,
+        validation_fraction=0.3,
+        random_state=0,
+    ).fit(digits[0][:40], digits[1][:40])
+    display = LearningCurveDisplay.from_estimator(classifier)
+    assert len(display.lines_) == (4 if early_stopping else 2)
+    for name, line in display.lines_.items():
+        assert_array_equal(line.get_xdata(), [1, 2])
+        assert_array_equal(line.get_ydata(), [entry[name] for entry in classifier.history_])
 
 
 def test_without_validation_there_is_no_such_curve():

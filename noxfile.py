@@ -33,7 +33,7 @@ def lint(session):
 @nox.session(default=False)
 def dev(session):
     """Install deepfeat, editable, with everything its developers need, into .nox/dev."""
-    session.install("--editable", ".[plot,safetensors]", *requirements("dev"))
+    session.install("--editable", ".[datasets,plot]", *requirements("dev"))
 
 
 @in_dev()
@@ -112,7 +112,7 @@ def minimums(session):
     session.install(
         *("--resolution", "lowest-direct"),
         "--editable",
-        ".[plot,safetensors]",
+        ".[datasets,plot]",
         *requirements("test"),
     )
     session.run("python", "-m", "pytest", *session.posargs)
@@ -126,8 +126,9 @@ def build(session):
     session.run("python", "-m", "build", "--outdir", dist)
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        if "deepfeat/py.typed" not in archive.namelist():
-            session.error(f"{wheel.name} holds no deepfeat/py.typed.")
+        for file in ("deepfeat/py.typed", "deepfeat/resnet10_slim.safetensors"):
+            if file not in archive.namelist():
+                session.error(f"{wheel.name} holds no {file}.")
     session.install(wheel)
     session.run("python", "examples/quickstart.py", env=OFFLINE)
 

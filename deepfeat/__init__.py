@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._backbones import list_backbones as list_backbones
     from ._cache import FeatureCache as FeatureCache
+    from ._categories import predict_categories as predict_categories
     from ._classifier import FineTuneClassifier as FineTuneClassifier
     from ._extractor import DeepFeatureExtractor as DeepFeatureExtractor
     from ._extractor import list_layers as list_layers
@@ -27,6 +28,7 @@ _ROOM_OF = {
     "LayerNotFoundError": "_layers",
     "list_backbones": "_backbones",
     "list_layers": "_extractor",
+    "predict_categories": "_categories",
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "LayerNotFoundError",
     "list_backbones",
     "list_layers",
+    "predict_categories",
 ]
 
 

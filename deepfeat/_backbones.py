@@ -17,13 +17,14 @@ from typing import Any, TypeAlias
 import torch
 import torchvision
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision import models
 from torchvision.models import WeightsEnum
 
+from . import _bundled
 from ._fingerprint import fingerprint
-from ._optional import import_optional
 from ._preprocessing import Preprocessing, Resize, preprocess_like, preprocess_with
 
 Weights: TypeAlias = str | os.PathLike[str] | WeightsEnum | None
@@ -48,7 +49,8 @@ class Backbone:
     `skeleton` has the network's structure, without its weights; `load` gives the network itself
     in eval mode on a device. Where both are `shared` by the process they must not be changed.
     `fingerprint` digests the weights and the preprocessing; None where they cannot be known.
-    Where it is `portable`, other processes come to the same.
+    Where it is `portable`, other processes come to the same. `categories` names the outputs; None
+    where nobody has.
     """
 
     name: str
@@ -58,10 +60,13 @@ class Backbone:
     shared: bool
     fingerprint: Callable[[], bytes | None]
     portable: bool
+    categories: tuple[str, ...] | None
 
 
 def list_backbones() -> list[str]:
-    """List the names of all backbones: the classification models of torchvision.
+    """List the names of all backbones: torchvision's classification models, and deepfeat's own.
+
+    Its own is `resnet10_slim`, whose weights come with the package.
 
     Returns
     -------
@@ -74,8 +79,7 @@ def list_backbones() -> list[str]:
     >>> [name for name in list_backbones() if name.startswith("vgg16")]
     ['vgg16', 'vgg16_bn']
     """
-    names: list[str] = models.list_models(module=models)
-    return names
+    return sorted([*models.list_models(module=models), _bundled.NAME])
 
 
 def find_backbone(
@@ -119,7 +123,9 @@ def find_backbone(
     load = functools.partial(_load_shared, backbone, key, seed, size)
     digest = functools.partial(_fingerprint_named, backbone, key, seed, steps)
     skeleton = _skeleton(backbone, size, key if isinstance(key, tuple) else None)
-    return Backbone(backbone, skeleton, steps, load, True, digest, preprocessing is None)
+    portable = preprocessing is None
+    categories = _find_categories(backbone, entry, skeleton)
+    return Backbone(backbone, skeleton, steps, load, True, digest, portable, categories)
 
 
 def is_weights_file(weights: Weights) -> bool:
@@ -149,7 +155,7 @@ def _from_module(
 
     steps = preprocess_with(preprocessing)
     digest = functools.partial(fingerprint, (module, preprocessing))
-    return Backbone(type(module).__name__, module, steps, load, False, digest, False)
+    return Backbone(type(module).__name__, module, steps, load, False, digest, False, None)
 
 
 # Weights ----------------------------------------------------------------------------------------
@@ -186,17 +192,33 @@ def _find_weights(name: str, weights: Weights) -> WeightsEnum | Path | None:
 
 
 def _known_weights(name: str) -> type[WeightsEnum]:
+    if name == _bundled.NAME:
+        return _bundled.ResNet10Slim_Weights
     known: type[WeightsEnum] = models.get_model_weights(name)
     return known
 
 
 def _weights_key(entry: WeightsEnum | Path | None) -> Any:
     """Make a key that changes when a weights file does."""
+    if isinstance(entry, _bundled.ResNet10Slim_Weights):
+        entry = Path(entry.url)
     if isinstance(entry, Path):
         status = entry.stat()
         stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
         return entry.resolve(), stamp
     return entry
+
+
+def _find_categories(
+    name: str, entry: WeightsEnum | Path | None, skeleton: nn.Module
+) -> tuple[str, ...] | None:
+    """Name the outputs as the weights do; for a file with as many outputs, as the default ones."""
+    if entry is None:
+        return None
+    source = entry if isinstance(entry, WeightsEnum) else _known_weights(name)["DEFAULT"]
+    categories = source.meta["categories"]
+    *_, head = skeleton.state_dict().values()
+    return tuple(categories) if categories and len(categories) == len(head) else None
 
 
 def _fingerprint_named(name: str, key: Any, seed: int, steps: Preprocessing) -> bytes | None:
@@ -246,16 +268,19 @@ def _for_reading(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _build(name: str, size: int, *, seed: int = 0, meta: bool = False, **options: Any) -> nn.Module:
-    """Build a torchvision model with random weights, or with almost none (`meta`)."""
+    """Build a model with random weights, or with almost none (`meta`)."""
     if name.startswith("vit"):
         options["image_size"] = size
     if name.startswith("maxvit"):
         options["input_size"] = (size, size)
     if name in ("googlenet", "inception_v3"):
         options.setdefault("init_weights", not meta)
+    build: Callable[..., nn.Module] = functools.partial(models.get_model, name, weights=None)
+    if name == _bundled.NAME:
+        build = _bundled.SlimResNet
     try:
         with _Building(seed, meta):
-            module: nn.Module = models.get_model(name, weights=None, **options)
+            module: nn.Module = build(**options)
     except (AssertionError, ValueError) as error:
         raise ValueError(f"{name} cannot be built for images of side {size}: {error}") from error
     return module
@@ -300,7 +325,8 @@ def _download(name: str, weights: WeightsEnum) -> State:
         fault = f"read from {cached}" if cached.exists() else "downloaded"
         raise OSError(
             f"the weights {weights} of {name} could not be {fault} ({error}). Put {weights.url} "
-            f"at {cached}, or give the path of such a file as weights=."
+            f"at {cached}, or give the path of such a file as weights=. The backbone "
+            f"{_bundled.NAME!r} needs no network: its weights come with deepfeat."
         ) from error
     return state
 
@@ -311,9 +337,8 @@ def _read_file(path: Path, *, lazily: bool = False) -> State:
     `lazily` leaves the weights on disk where that is possible.
     """
     if path.suffix == ".safetensors":
-        load_file = import_optional("safetensors.torch", extra="safetensors").load_file
         try:
-            return dict(load_file(path))
+            return load_file(path)
         except Exception as error:  # the package raises an error type of its own
             raise ValueError(f"{path} is no safetensors file: {error}") from error
     try:

@@ -84,9 +84,9 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         last). AlexNet and VGG have Caffe's names (`conv5_3`, `relu5_3`, `pool5`, `fc6`, `relu6`);
         every backbone has `stage1`, `stage2`, ... A convolution is read before its ReLU.
     weights : str, path, torchvision weights or None, default="DEFAULT"
-        "DEFAULT" or another name of torchvision's weights, downloaded at the first use; the path
-        of a `.pth` or `.safetensors` state dict, preprocessed like "DEFAULT"; or None for random
-        weights.
+        "DEFAULT" or another name of torchvision's weights, downloaded at the first use (those of
+        `resnet10_slim` come with deepfeat); the path of a `.pth` or `.safetensors` state dict,
+        preprocessed like "DEFAULT"; or None for random weights.
     preprocessing : callable, default=None
         From an RGB PIL image to a float tensor of shape (C, H, W). By default the
         weights' own; needed where `backbone` is a module.

@@ -18,13 +18,13 @@ FLOORS = {
     7: {"plotting", "distributed", "__main__"},
     6: {"__init__"},
     5: {"_classifier"},
-    4: {"_extractor"},
+    4: {"_categories", "_extractor"},
     3: {"_features", "_samples", "_training", "_networks"},
     2: {"_engine", "_freezing", "_inputs"},
     1: {"_images", "_cache", "_backbones", "_heads", "_layers", "datasets"},
     0: {
-        *("_files", "_fingerprint", "_optional", "_parameters", "_preprocessing", "_store"),
-        "_trace",
+        *("_archive", "_bundled", "_files", "_fingerprint", "_optional", "_parameters"),
+        *("_preprocessing", "_store", "_trace"),
     },
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
@@ -47,6 +47,7 @@ PUBLIC = {
     "__version__",
     "list_backbones",
     "list_layers",
+    "predict_categories",
 }
 
 # What a room knows nothing of, as the packages that it would have to import.

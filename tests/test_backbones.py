@@ -9,6 +9,7 @@ import http.server
 import json
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -38,8 +39,9 @@ from deepfeat._backbones import Backbone, find_backbone
 exactly = functools.partial(assert_close, rtol=0, atol=0)
 CPU = torch.device("cpu")
 NAME = "squeezenet1_1"
+TORCHVISIONS = models.list_models(module=models)
 ALL_WEIGHTS = [
-    (name, weights) for name in list_backbones() for weights in models.get_model_weights(name)
+    (name, weights) for name in sorted(TORCHVISIONS) for weights in models.get_model_weights(name)
 ]
 
 
@@ -81,9 +83,9 @@ PICTURES = {"portrait": picture(97, 151), "landscape": picture(330, 201), "tiny"
 
 
 def test_all_classification_models_of_torchvision_are_backbones() -> None:
-    """Each of the 80 names of torchvision is one, and none from another task."""
-    assert len(list_backbones()) == 80
-    assert list_backbones() == sorted(models.list_models(module=models))
+    """Each of the 80 names of torchvision is one, none is from another task, and one is ours."""
+    assert len(TORCHVISIONS) == 80
+    assert list_backbones() == sorted([*TORCHVISIONS, "resnet10_slim"])
     assert "fcn_resnet50" in models.list_models()
     assert "fcn_resnet50" not in list_backbones()
     assert not [name for name in list_backbones() if name.startswith("quantized")]
@@ -1023,6 +1025,9 @@ def test_the_advice_without_a_network_works(
     exactly(load(NAME).state_dict(), state)
     # The other way out that it names:
     exactly(load(NAME, tmp_path / "served.pth").state_dict(), state)
+    # And the backbone that needs no network:
+    (offered,) = set(re.findall(r"'(\w+)'", words)) & set(list_backbones())
+    load(offered)
     assert not server.paths
 
 

@@ -18,7 +18,7 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from deepfeat import LayerNotFoundError, list_backbones
-from deepfeat._backbones import find_backbone
+from deepfeat._backbones import _known_weights, find_backbone
 from deepfeat._engine import pool
 from deepfeat._layers import LayerIndex, ResolvedLayer, read_layers
 
@@ -385,9 +385,9 @@ def run_in_threads(work: Any, *arguments: tuple[Any, ...]) -> None:
 # Listing ----------------------------------------------------------------------------------------
 
 
-def test_there_are_80_backbones() -> None:
-    """The laws below go through all classification models of torchvision."""
-    assert len(list_backbones()) == 80
+def test_there_are_81_backbones() -> None:
+    """The laws below go through all classification models of torchvision, and our own."""
+    assert len(list_backbones()) == 81
     assert set(FAMILIES) < set(list_backbones())
 
 
@@ -402,7 +402,7 @@ def test_the_list_shares_out_all_parameters(name: str) -> None:
         weight.numel() for path, weight in net.named_parameters() if not path.startswith(outside)
     )
     if not outside:
-        assert expected == models.get_model_weights(name).DEFAULT.meta["num_params"]
+        assert expected == _known_weights(name)["DEFAULT"].meta["num_params"]
     assert sum(layer.parameters for layer in index_of(name).table) == expected
 
 
@@ -410,7 +410,7 @@ def test_the_list_shares_out_all_parameters(name: str) -> None:
 def test_multiply_adds_are_those_that_torchvision_publishes(name: str) -> None:
     """The multiply-adds of all layers add up to torchvision's figure, to the last digit of it."""
     total = sum(layer.multiply_adds for layer in index_of(name).table)
-    assert round(total / 1e9, 3) == models.get_model_weights(name).DEFAULT.meta["_ops"]
+    assert round(total / 1e9, 3) == _known_weights(name)["DEFAULT"].meta["_ops"]
 
 
 @pytest.mark.parametrize("name", list_backbones())

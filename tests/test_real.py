@@ -9,12 +9,14 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 from torchvision import models
 
-from deepfeat import DeepFeatureExtractor
+from deepfeat import DeepFeatureExtractor, predict_categories
+from deepfeat.datasets import load_image_folder, load_scene15
 
 pytestmark = [
     pytest.mark.real,
@@ -74,3 +76,38 @@ def test_rows_of_real_images_are_those_of_a_plain_loop(folder, split, backbone):
         means.append(maps.mean((2, 3))[0].numpy())
     rows = DeepFeatureExtractor(backbone, "features", weights=weights).fit_transform(paths)
     assert_allclose(rows, normalize(np.array(means)), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "squeezenet1_1"])
+def test_categories_of_photographs_are_those_of_torchvision(folder, capsys, backbone):
+    """Real weights on scikit-learn's two photographs: names and probabilities as by hand."""
+    weights = folder / "weights" / f"{backbone}.pth"
+    photographs = load_sample_images()
+    net = models.get_model(backbone, weights=None).eval()
+    net.load_state_dict(torch.load(weights, weights_only=True))
+    entry = models.get_model_weights(backbone)["DEFAULT"]
+    batch = torch.stack([entry.transforms()(Image.fromarray(one)) for one in photographs.images])
+    with torch.inference_mode():
+        probabilities, places = net(batch).softmax(dim=1).topk(5)
+    found = predict_categories(photographs.images, backbone, weights=weights)
+    names = [[entry.meta["categories"][place] for place in row] for row in places]
+    assert [[name for name, _ in pairs] for pairs in found] == names
+    values = [[probability for _, probability in pairs] for pairs in found]
+    assert_allclose(values, probabilities, rtol=1e-3)
+    with capsys.disabled():
+        for path, pairs in zip(photographs.filenames, found, strict=True):
+            words = ", ".join(f"{name} {probability:.3f}" for name, probability in pairs)
+            print(f"\n{backbone}, {Path(path).name}: {words}")
+
+
+def test_scenes_are_loaded_with_their_split(folder, split):
+    """All of 15-Scene is found; the file beside it decides on the fixed split."""
+    scenes = load_scene15(folder / "scene15")
+    assert len(scenes.data) == len(load_image_folder(folder / "scene15").data) == 4485
+    for part, places in {"train": scenes.train, "test": scenes.test}.items():
+        rows = split[split["split"] == part]
+        assert set(scenes.data[places]) == set(rows["path"])
+        labels = dict(zip(rows["path"], rows["class"], strict=True))
+        assert [labels[path] for path in scenes.data[places]] == list(
+            scenes.target_names[scenes.target[places]]
+        )

@@ -1,0 +1,187 @@
+"""Tests of the backbone that comes with deepfeat: its network, its file, life without a network."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from deepfeat import DeepFeatureExtractor, list_backbones, list_layers
+from deepfeat._backbones import find_backbone
+from deepfeat._bundled import ResNet10Slim_Weights, SlimResNet
+
+NAME = "resnet10_slim"
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "deepfeat" / "resnet10_slim.safetensors"
+CPU = torch.device("cpu")
+# Run before a script: whatever opens a connection or asks for an address raises.
+CUT_OFF = """
+import runpy, socket, sys
+def cut_off(*args, **kwargs):
+    raise OSError("the network is cut")
+for name in ("connect", "connect_ex", "sendto", "bind"):
+    setattr(socket.socket, name, cut_off)
+for name in ("create_connection", "getaddrinfo", "gethostbyname"):
+    setattr(socket, name, cut_off)
+"""
+
+
+def run_cut_off(code, folder):
+    """Run Python without a network, a weights cache or settings of the user."""
+    return subprocess.run(
+        [sys.executable, "-c", CUT_OFF + code],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "HOME": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+# The network ------------------------------------------------------------------------------------
+
+
+def test_it_is_a_backbone_like_any_other():
+    """It is listed, found by name, and its weights by theirs."""
+    assert NAME in list_backbones()
+    found = [
+        find_backbone(NAME, weights)
+        for weights in ("DEFAULT", "FORMULAS_V1", ResNet10Slim_Weights.DEFAULT)
+    ]
+    assert len({backbone.fingerprint() for backbone in found}) == 1
+    with pytest.raises(ValueError, match="resnet10_slim has no weights 'IMAGENET1K_V1'"):
+        find_backbone(NAME, "IMAGENET1K_V1")
+
+
+def test_its_modules_are_those_of_a_resnet():
+    """Names and order are torchvision's for one block a stage, the shapes half of them."""
+    slim = SlimResNet(1000).state_dict()
+    full = ResNet(BasicBlock, [1, 1, 1, 1]).state_dict()
+    assert list(slim) == list(full)
+    for name, tensor in slim.items():
+        halved = [side if side in (1, 3, 7, 1000) else side // 2 for side in full[name].shape]
+        assert list(tensor.shape) == halved, name
+
+
+def test_it_computes_what_a_resnet_does():
+    """torchvision's forward pass over the same modules gives the same numbers."""
+    slim = find_backbone(NAME).load(CPU)
+    oracle = ResNet(BasicBlock, [1, 1, 1, 1])
+    for name, module in slim.named_children():
+        setattr(oracle, name, module)
+    batch = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert_close(slim(batch), oracle.eval()(batch), rtol=0, atol=0)
+
+
+def test_its_layers_have_the_names_of_a_resnet():
+    """`list_layers` names convolution, ReLU, poolings and the ends of the resolutions."""
+    layers = {layer.name: layer for layer in list_layers(NAME)}
+    assert {"conv1", "bn1", "relu", "maxpool", "avgpool", "fc"} < set(layers)
+    stages = {alias: layer.output_shape for layer in layers.values() for alias in layer.aliases}
+    assert stages["layer4"] == stages["stage5"] == (256, 3, 3)
+    assert stages["layer2"] == stages["stage3"] == (64, 12, 12)
+
+
+@pytest.mark.parametrize("size", [(250, 300), (96, 96), (8, 8), (640, 427)])
+def test_images_are_prepared_as_its_weights_say(size):
+    """The pixels are those of `transforms()`, of at most 96 a side."""
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    steps = find_backbone(NAME).preprocessing
+    assert steps.input_shape == (3, 96, 96)
+    batch = steps.normalize(steps.prepare(image)[None])
+    assert_close(batch[0], ResNet10Slim_Weights.DEFAULT.transforms()(image), rtol=0, atol=0)
+
+
+# Its weights ------------------------------------------------------------------------------------
+
+
+def test_default_weights_are_those_of_the_file():
+    """The file in the package, at most 3 MB, is what is computed with, in single precision."""
+    assert FILE.stat().st_size <= 3_000_000
+    assert Path(ResNet10Slim_Weights.DEFAULT.url) == FILE
+    state = find_backbone(NAME).load(CPU).state_dict()
+    for name, tensor in load_file(FILE).items():
+        assert torch.isfinite(tensor).all(), name
+        assert_close(state[name], tensor.to(state[name].dtype), rtol=0, atol=0)
+    assert sum(p.numel() for p in find_backbone(NAME).skeleton.parameters()) == 1_237_950
+
+
+def test_its_fingerprint_digests_the_file(tmp_path, monkeypatch):
+    """Other weights in the same place have another fingerprint, and so other rows in a cache."""
+    before = find_backbone(NAME).fingerprint()
+    state = load_file(FILE)
+    state["fc.bias"] = state["fc.bias"] + 1
+    save_file(state, tmp_path / FILE.name)
+    monkeypatch.setattr(ResNet10Slim_Weights.DEFAULT.value, "url", str(tmp_path / FILE.name))
+    assert find_backbone(NAME).fingerprint() != before
+
+
+def test_each_output_has_a_category():
+    """As many names as outputs, all different."""
+    categories = ResNet10Slim_Weights.DEFAULT.meta["categories"]
+    assert len(set(categories)) == find_backbone(NAME).skeleton.fc.out_features == len(categories)
+
+
+def test_random_weights_are_drawn_from_a_seed():
+    """`weights=None` gives the same network without training, the same for a seed."""
+    image = [np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)]
+    rows = [
+        DeepFeatureExtractor(NAME, "avgpool", weights=weights, random_state=seed, cache=None)
+        .fit_transform(image)
+        .ravel()
+        for weights, seed in ((None, 0), (None, 0), (None, 1), ("DEFAULT", 0))
+    ]
+    assert_allclose(rows[0], rows[1], rtol=0)
+    assert rows[0] @ rows[2] < 0.999
+    assert rows[0] @ rows[3] < 0.999
+
+
+def test_a_file_of_weights_is_taken(tmp_path):
+    """Weights of one's own, of any number of classes, take the place of those of the package."""
+    save_file(SlimResNet(7).state_dict(), tmp_path / "own.safetensors")
+    assert find_backbone(NAME, tmp_path / "own.safetensors").skeleton.fc.out_features == 7
+
+
+# Without a network ------------------------------------------------------------------------------
+
+
+def test_features_need_no_network(tmp_path):
+    """A process that cannot open a connection computes features of an image."""
+    run = run_cut_off(
+        "import numpy as np\n"
+        "from deepfeat import DeepFeatureExtractor\n"
+        f"rows = DeepFeatureExtractor({NAME!r}, 'avgpool').fit_transform(np.eye(9)[None])\n"
+        "print(rows.shape)\n",
+        tmp_path,
+    )
+    assert (run.returncode, run.stdout.strip()) == (0, "(1, 256)"), run.stderr
+
+
+def test_another_backbone_without_a_network_names_this_one(tmp_path):
+    """Nothing falls back silently: the error says what could not be had, and what can be."""
+    run = run_cut_off(
+        "from deepfeat import DeepFeatureExtractor\n"
+        "import numpy as np\n"
+        "DeepFeatureExtractor('squeezenet1_1', 'stage2').fit_transform(np.eye(9)[None])\n",
+        tmp_path,
+    )
+    assert run.returncode == 1
+    assert "the network is cut" in run.stderr
+    assert "The backbone 'resnet10_slim' needs no network" in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_quickstart_needs_no_network(tmp_path):
+    """The first example of the README runs to its end where no connection can be opened."""
+    script = ROOT / "examples" / "quickstart.py"
+    run = run_cut_off(f"runpy.run_path({str(script)!r}, run_name='__main__')\n", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "accuracy" in run.stdout

@@ -201,6 +201,25 @@ def test_bars_are_the_most_probable_classes(digits, classifier):
         assert_allclose(left.images[0].get_array()[..., 0], np.round(image * 255), atol=1)
 
 
+def test_a_backbone_predicts_its_own_categories(photograph, tmp_path):
+    """Names and probabilities are those of torchvision's network, without a classifier."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = models.squeezenet1_1(weights=None).eval()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    meant = models.SqueezeNet1_1_Weights.DEFAULT
+    with torch.no_grad():
+        (expected,) = net(meant.transforms()(photograph)[None]).softmax(dim=1).numpy()
+    display = PredictionDisplay.from_backbone(
+        "squeezenet1_1", [photograph], weights=tmp_path / "net.pth", top=3
+    )
+    bars = display.axes_[0, 1]
+    ranked = np.argsort(-expected)[:3]
+    assert_allclose([bar.get_width() for bar in bars.patches], expected[ranked], rtol=1e-4)
+    labels = [tick.get_text().split(maxsplit=1)[1] for tick in bars.get_yticklabels()]
+    assert labels == [meant.meta["categories"][place] for place in ranked]
+
+
 def test_no_more_classes_than_there_are(digits, classifier):
     """A classifier of ten classes shows ten, whatever is asked for."""
     display = PredictionDisplay.from_estimator(classifier, digits[0][:1], top=100)

@@ -27,6 +27,7 @@ sphinx_gallery_conf = {
     "filename_pattern": r"/plot_",
     "ignore_pattern": r"quickstart\.py",
     "show_memory": False,
+    "remove_config_comments": True,
     "download_all_examples": False,
 }
 

@@ -54,9 +54,10 @@ plt.show()
 # One transformer a column
 # ------------------------
 #
-# The extractor takes the column of pictures as a pandas Series, whether that holds arrays, as here,
-# or paths. It scales each row to length one, so that hundreds of features of a picture do not
-# drown one weight.
+# The extractor takes the column of pictures as a pandas Series, whether that holds arrays, as
+# here, or paths. It scales each row to length one, so that the many features of a picture do not
+# drown one weight. The whole is one estimator, drawn below by scikit-learn: it can be cloned,
+# pickled and put behind a server.
 
 pictures = DeepFeatureExtractor("resnet10_slim", "stage3", image_size=32)
 steps = {
@@ -80,7 +81,7 @@ sorter.fit(train, y_train)
 # Every feature has a name that tells which column it came from.
 
 names = sorter[0].get_feature_names_out()
-print(len(names), "features:", names[0], "...", *names[-4:], sep="\n  ")
+print(f"{len(names)} features:", names[0], "...", *names[-4:], sep="\n  ")
 
 # %%
 # What each column is worth
@@ -129,9 +130,3 @@ display = ConfusionMatrixDisplay.from_estimator(
 display.ax_.set_title(f"accuracy {search.score(test, y_test):.3f}")
 display.figure_.set_layout_engine("constrained")
 plt.show()
-
-# %%
-# The whole is one estimator: it can be cloned, pickled and put behind a server. Here it is as
-# scikit-learn draws it.
-
-search.best_estimator_

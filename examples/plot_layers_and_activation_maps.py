@@ -8,6 +8,8 @@ outside (which layers are there, what do they give, where are the parameters?), 
 gets.
 """
 
+# sphinx_gallery_thumbnail_number = 3
+
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_sample_images

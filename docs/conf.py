@@ -24,8 +24,7 @@ html_title = "deepfeat"
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
-    "filename_pattern": r"/plot_",
-    "ignore_pattern": r"quickstart\.py",
+    "filename_pattern": r"/(plot_|quickstart)",
     "show_memory": False,
     "remove_config_comments": True,
     "download_all_examples": False,

@@ -557,7 +557,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__().copy()
         if "module_" in state:  # it shall open on machines without this device
-            state["module_"] = copy.deepcopy(self.module_).cpu()
+            if any(value.device.type != "cpu" for value in self.module_.state_dict().values()):
+                state["module_"] = copy.deepcopy(self.module_).cpu()
             state["_optimizer_state"] = _to_cpu(self._optimizer_state)
         return state
 
@@ -582,10 +583,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
 
     def _find_backbone(self, *, with_file: bool = True) -> Backbone:
         """Find the backbone; without a weights file, its structure and preprocessing."""
-        weights = self.weights if with_file or not is_weights_file(self.weights) else None
         return find_backbone(
             self.backbone,
-            weights,
+            self.weights if with_file or not is_weights_file(self.weights) else None,
             preprocessing=self.preprocessing,
             resize=self.resize,
             image_size=self.image_size,
@@ -602,7 +602,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         return int(np.random.SeedSequence().generate_state(1)[0])
 
     def _read(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> "_Images":
-        """Check images, labels and weights against each other."""
+        """Check images, labels and weights against each other; leave out images of weight 0."""
         if y is None:
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
@@ -626,13 +626,12 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
                     f"sample_weight has shape {weights.shape}, and {labels.shape} is expected: "
                     "one weight an image."
                 )
-        return _Images(records, labels, weights)
+        if not weights.any():
+            raise ValueError("sample_weight is zero for every image.")
+        return _Images(records, labels, weights).take(np.flatnonzero(weights))
 
     def _weigh(self, images: "_Images", classes: NDArray[Any]) -> "_Images":
-        """Leave out images of no weight, and let those of classes and samples have mean 1."""
-        images = images.take(np.flatnonzero(images.weights))
-        if not images.records:
-            raise ValueError("sample_weight is zero for every image.")
+        """Join the weights of classes and samples; their mean is 1."""
         if len(classes) < 2:
             raise ValueError(
                 f"y has one class, {classes[0]!r}, and a classifier needs at least 2 classes."
@@ -789,7 +788,10 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         """Return a preparation of images that crops nothing off, for what is cropped already."""
         if self.preprocessing is not None:
             return preprocessing.prepare
-        squashed = find_backbone(self.backbone, None, resize="squash", image_size=self.image_size)
+        weights = None if is_weights_file(self.weights) else self.weights
+        squashed = find_backbone(
+            self.backbone, weights, resize="squash", image_size=self.image_size
+        )
         return squashed.preprocessing.prepare
 
     def _keep(

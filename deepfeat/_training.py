@@ -168,7 +168,7 @@ class Learner:
         """Learn from each sample once, in random order; return mean loss and accuracy."""
         set_train_mode(self.module, self.trained)
         rng = np.random.default_rng([self.recipe.seed, number])
-        torch.manual_seed(int(rng.integers(2**62)))  # which dropout draws from
+        _seed_generators(self.recipe.device, int(rng.integers(2**62)))
         places = rng.permutation(len(samples.targets))
         totals = _Totals()
         draws = samples.draw(places, self.recipe.batch_size, number)
@@ -336,6 +336,13 @@ def make_schedule(
         return main
     rise_linearly = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
     return SequentialLR(optimizer, [rise_linearly, main], milestones=[warmup])
+
+
+def _seed_generators(device: torch.device, seed: int) -> None:
+    """Seed what dropout draws from; `torch.manual_seed` would seed all other devices as well."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def _normalize_as_learned(module: nn.Module, undo: ExitStack) -> None:

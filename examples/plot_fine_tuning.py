@@ -2,11 +2,11 @@
 Fine-tuning, block by block
 ===========================
 
-A pretrained network is given a new head, and trained on images of another kind. How much of it should
-be trained? This example unfreezes one block after the other, and looks at what that buys.
+A pretrained network is given a new head, and trained on images of another kind. How much of it
+should be trained? This example unfreezes one block after the other, and looks at what that buys.
 
-The images are the handwritten digits that come with scikit-learn, and the network is the one that comes
-with deepfeat: nothing is downloaded.
+The images are the handwritten digits that come with scikit-learn, and the network is the one that
+comes with deepfeat: nothing is downloaded.
 """
 
 import time
@@ -28,9 +28,9 @@ list_layers("resnet10_slim", image_size=32)
 # The last block
 # --------------
 #
-# ``unfreeze="layer4"`` trains the fourth block and the new head. All before it is frozen: its weights
-# and the statistics of its BatchNorm are the same afterwards, and it sees each image once. A tenth of the images is set
-# aside to tell when to stop.
+# ``unfreeze="layer4"`` trains the fourth block and the new head. All before it is frozen: its
+# weights and the statistics of its BatchNorm are the same afterwards, and it sees each image once.
+# A tenth of the images is set aside to tell when to stop.
 
 classifier = FineTuneClassifier(
     "resnet10_slim",
@@ -46,8 +46,8 @@ classifier.fit(images, labels)
 print(f"{classifier.n_iter_} epochs, accuracy {classifier.score(held_out, held_out_labels):.3f}")
 
 # %%
-# The learning curve shows training and validation. The accuracy on so few validation images moves in
-# steps.
+# The learning curve shows training and validation. The accuracy on so few validation images moves
+# in steps.
 
 LearningCurveDisplay.from_estimator(classifier)
 plt.show()

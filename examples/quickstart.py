@@ -2,10 +2,11 @@
 From images to a classifier
 ===========================
 
-The main job whole, on images that come with scikit-learn and with the network that comes with deepfeat:
-a pipeline, a search over layers and regularisation, a score on images never seen, a picture of the
-mistakes, and the same task by fine-tuning. It takes about a minute and downloads nothing. For photographs
-take a bigger network, such as ``"resnet50"``: its weights are downloaded once.
+The main job whole, on images that come with scikit-learn and with the network that comes with
+deepfeat: a pipeline, a search over layers and regularisation, a score on images never seen, a
+picture of the mistakes, and the same task by fine-tuning. It takes about a minute and downloads
+nothing. For photographs take a bigger network, such as ``"resnet50"``: its weights are downloaded
+once.
 """
 
 from pathlib import Path
@@ -29,8 +30,8 @@ train, test, y_train, y_test = train_test_split(
 # Features and a linear classifier
 # --------------------------------
 #
-# The pipeline is searched over the layers of the network and the C of the classifier. Each image goes through
-# the network once, whatever the number of folds and candidates.
+# The pipeline is searched over the layers of the network and the C of the classifier. Each image
+# goes through the network once, whatever the number of folds and candidates.
 
 extractor = DeepFeatureExtractor("resnet10_slim", "layer2", pooling="flatten", image_size=32)
 search = GridSearchCV(
@@ -61,7 +62,8 @@ print(f"the mistakes are drawn in     {Path('confusion_matrix.png').resolve()}")
 # Fine-tuning
 # -----------
 #
-# The same task with the network itself as the classifier: a new head, and the last two blocks trained.
+# The same task with the network itself as the classifier: a new head, and the last two blocks
+# trained.
 
 classifier = FineTuneClassifier(
     "resnet10_slim",

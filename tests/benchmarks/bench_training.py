@@ -93,7 +93,8 @@ def compare(backbone: str, paths: list[str], image_size: int | None, repeats: in
         f"  fit(paths), one epoch            {count / statistics.median(ours):7.1f} images/s: "
         f"{ratio:.2f} x the bare loop's throughput, aim {AIM_OF_BARE}"
     )
-    print(f"  first of {EPOCHS} epochs                {count / statistics.median(first):7.1f} images/s")
+    rate = count / statistics.median(first)
+    print(f"  first of {EPOCHS} epochs                {rate:7.1f} images/s")
     print(
         f"  later epochs, activations kept   {count / statistics.median(kept):7.1f} images/s: "
         f"{gain:.2f} x as fast as an epoch without, aim {AIM_OF_KEPT}"

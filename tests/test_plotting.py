@@ -289,7 +289,8 @@ def test_the_parameters_of_vgg16_are_in_its_linear_layers():
     assert width_of["relu6"] == 0
     assert texts_of(left)[names.index("pool5")] == "512 × 7 × 7"
     right.figure.canvas.draw()
-    assert max(text.get_window_extent().x1 for text in right.texts) <= right.bbox.x1
+    for axes in (left, right):
+        assert max(text.get_window_extent().x1 for text in axes.texts) <= axes.bbox.x1
 
 
 def test_outputs_are_as_wide_as_the_maps():

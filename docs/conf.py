@@ -26,6 +26,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": r"/(plot_|quickstart)",
     "show_memory": False,
+    "remove_config_comments": True,
     "download_all_examples": False,
 }
 

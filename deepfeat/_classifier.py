@@ -56,6 +56,7 @@ from ._parameters import (
 )
 from ._preprocessing import Preprocessing, Resize
 from ._samples import Augment, ImageSamples, count_views, keep_activations
+from ._trace import first_tensor
 from ._training import Learner, OptimizerName, Recipe, Samples, ScheduleName, train
 
 
@@ -830,7 +831,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         ) as bar:
             for batch in run_in_batches(
                 module,
-                lambda images: {"logits": module(steps.normalize(images)).float()},
+                lambda images: {"logits": first_tensor(module(steps.normalize(images))).float()},
                 records,
                 lambda record: steps.prepare(record.open()),
                 device=device,

@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import (
 
 from ._engine import Precision, autocast, empty_cache, is_out_of_memory
 from ._freezing import Trained, group_parameters, set_train_mode
+from ._trace import first_tensor
 
 OptimizerName: TypeAlias = Literal["adamw", "sgd"]
 ScheduleName: TypeAlias = Literal["cosine", "one-cycle", "constant"]
@@ -251,7 +252,9 @@ class Learner:
                 if len(target) == 1:
                     _normalize_as_learned(self.module, undo)
                 output = samples.forward(inputs[here])
-            logits, *auxiliary = output if isinstance(output, tuple) else (output,)
+            logits = first_tensor(output)
+            # A tuple of others than GoogLeNet and Inception may hold anything after the logits.
+            auxiliary = output[1:] if len(self.trained.head) > 1 else ()
             smoothing = self.recipe.label_smoothing if learn else 0.0
             losses = F.cross_entropy(
                 logits.float(), target, reduction="none", label_smoothing=smoothing
@@ -271,12 +274,12 @@ class Learner:
     def _check(self, loss: Tensor, number: int) -> float:
         value = loss.item()
         if not math.isfinite(value):
+            or_wider = " or precision='bfloat16'" * (self.recipe.precision == "float16")
             raise ValueError(
                 f"the loss became {value} in epoch {number}: lower learning_rate "
                 f"({self.recipe.learning_rate:g}) or backbone_learning_rate "
                 f"({self.recipe.backbone_learning_rate:g}), or set max_grad_norm=1.0"
-                + ", or precision='bfloat16'."
-                * (self.recipe.precision == "float16")
+                f"{or_wider}."
             )
         return value
 
@@ -288,7 +291,7 @@ class _Totals:
         self._sums: Tensor | None = None
 
     def add(self, *sums: Tensor) -> None:
-        stacked = torch.stack(sums).double()
+        stacked = torch.stack(sums)
         self._sums = stacked if self._sums is None else self._sums + stacked
 
     def means(self) -> tuple[float, float]:

@@ -197,8 +197,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     >>> from sklearn.datasets import load_digits
     >>> images, labels = load_digits(n_class=2, return_X_y=True)
     >>> classifier = FineTuneClassifier(
-    ...     "squeezenet1_1", weights=None, unfreeze="all", image_shape=(8, 8), image_size=32,
-    ...     max_epochs=2, random_state=0,
+    ...     "resnet10_slim", unfreeze="layer4", image_shape=(8, 8), image_size=32, max_epochs=5,
+    ...     random_state=0,
     ... )
     >>> classifier.fit(images[:64] / 16, labels[:64]).predict_proba(images[:3] / 16).shape
     (3, 2)

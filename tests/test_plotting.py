@@ -193,8 +193,10 @@ def test_bars_are_the_most_probable_classes(digits, classifier):
     ):
         ranked = sorted(zip(row, classifier.classes_, strict=True), reverse=True)[:4]
         assert_allclose([bar.get_width() for bar in right.patches], [p for p, _ in ranked])
-        labels = [tick.get_text().split(maxsplit=1) for tick in right.get_yticklabels()]
-        assert labels == [[f"{p:.1%}", name] for p, name in ranked]
+        labels = [
+            tick.get_text().replace("\N{FIGURE SPACE}", " ") for tick in right.get_yticklabels()
+        ]
+        assert labels == [f"{p:6.1%}  {name}" for p, name in ranked]
         places = [bar.get_y() + bar.get_height() / 2 for bar in right.patches]
         assert_allclose(places, right.get_yticks())
         assert right.get_ylim()[0] > right.get_ylim()[1]  # the first one is on top

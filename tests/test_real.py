@@ -16,7 +16,7 @@ from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 from torchvision import models
 
-from deepfeat import DeepFeatureExtractor, predict_categories
+from deepfeat import DeepFeatureExtractor, FineTuneClassifier, predict_categories
 from deepfeat.datasets import load_image_folder, load_scene15
 
 pytestmark = [

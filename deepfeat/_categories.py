@@ -1,6 +1,5 @@
 """Knows how images are classified by a network's own head, in the words of its weights."""
 
-import numbers
 from typing import Any, get_args
 
 import numpy as np
@@ -10,6 +9,7 @@ from torch import Tensor
 from ._backbones import Backbone, Weights, find_backbone
 from ._engine import Precision, Workers, find_device, run_in_batches
 from ._images import ImageError, Record, as_records, is_tabular, unwrap_tensor
+from ._parameters import Counts, check_choices, check_counts
 from ._preprocessing import Resize
 
 
@@ -81,17 +81,25 @@ def predict_categories(
     >>> photographs = load_sample_images().images
     >>> for categories in predict_categories(photographs, top=1):  # doctest: +SKIP
     ...     print(categories)
+
+    The backbone that comes with deepfeat needs no download, but knows no such categories:
+
+    >>> predictions = predict_categories(photographs, "resnet10_slim", top=3)
+    >>> [len(pairs) for pairs in predictions]
+    [3, 3]
     """
     if not isinstance(backbone, str):
         raise TypeError(
             f"backbone is a {type(backbone).__name__}; a name is expected: what the outputs of a "
             "module of your own stand for is not known."
         )
-    _check_choices(resize, precision, batch_size, num_workers)
+    check_choices({"resize": resize, "precision": precision}, _CHOICES)
+    counts = {"batch_size": batch_size, "num_workers": num_workers, "top": top}
+    check_counts(counts, _COUNTS)
     found = find_backbone(backbone, weights, resize=resize, image_size=image_size)
     names = _name_outputs(found, weights)
-    if not (_is_count(top) and 1 <= top <= len(names)):
-        raise ValueError(f"top={top!r}: a whole number from 1 to {len(names)} is expected.")
+    if top > len(names):
+        raise ValueError(f"top={top}: {found.name} has no more than {len(names)} categories.")
     records = _find_records(images, image_shape)
     target = find_device(device)
     module = found.load(target)
@@ -139,20 +147,5 @@ def _find_records(images: Any, image_shape: tuple[int, ...] | None) -> list[Reco
     return as_records(images, image_shape)
 
 
-def _check_choices(resize: Any, precision: Any, batch_size: Any, num_workers: Any) -> None:
-    for name, choice, choices in (
-        ("resize", resize, get_args(Resize)),
-        ("precision", precision, get_args(Precision)),
-    ):
-        if choice not in choices:
-            raise ValueError(f"{name}={choice!r} is none of {choices}.")
-    if not (_is_count(batch_size) and batch_size >= 1):
-        raise ValueError(f"batch_size={batch_size!r}: a whole number from 1 is expected.")
-    if num_workers != "auto" and not (_is_count(num_workers) and num_workers >= 0):
-        raise ValueError(
-            f"num_workers={num_workers!r}: a whole number from 0 or 'auto' is expected."
-        )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+_CHOICES = {"resize": get_args(Resize), "precision": get_args(Precision)}
+_COUNTS: Counts = (("batch_size", 1, ()), ("num_workers", 0, ("auto",)), ("top", 1, ()))

@@ -187,8 +187,8 @@ def test_a_module_of_ones_own_is_refused(images):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"top": 0}, "top=0: a whole number from 1 to 1000"),
-        ({"top": 1001}, "top=1001: "),
+        ({"top": 0}, "top=0: a whole number from 1"),
+        ({"top": 1001}, "top=1001: squeezenet1_1 has no more than 1000 categories"),
         ({"top": 2.5}, "top=2.5: "),
         ({"top": True}, "top=True: "),
         ({"resize": "crop"}, "resize='crop' is none of"),

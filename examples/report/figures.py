@@ -1,0 +1,55 @@
+"""The pictures of the report: a network's architecture, what it sees in photographs, its maps."""
+
+import numpy as np
+from _report import (
+    choose_network,
+    load_images,
+    parse_arguments,
+    save_figure,
+    write_table,
+)
+from sklearn.datasets import load_sample_images
+
+from deepfeat import DeepFeatureExtractor, list_layers, predict_categories
+from deepfeat.plotting import ActivationMapDisplay, ArchitectureDisplay, PredictionDisplay
+
+FULLY_CONNECTED = 123_642_856  # the parameters that the report counts in VGG16's fc6, fc7 and fc8
+
+args = parse_arguments(__doc__, backbones=["vgg16"], quick_backbones=["vgg16", "resnet10_slim"])
+images = load_images(args)
+one_of_each = np.unique(images.target, return_index=True)[1][:4]
+photographs = [*load_sample_images().images, *images.data[one_of_each]]
+
+rows = []
+for backbone in args.backbones:
+    network = choose_network(args, backbone)
+    display = ArchitectureDisplay.from_backbone(backbone)
+    save_figure(display.figure_, args.out / f"architecture_{backbone}.png")
+    layers = list_layers(backbone)
+    linear = sum(layer.parameters for layer in layers if layer.kind == "Linear")
+    rows.append(
+        {
+            "backbone": backbone,
+            "parameters": sum(layer.parameters for layer in layers),
+            "of these fully connected": linear,
+            "report": FULLY_CONNECTED if backbone == "vgg16" else "",
+        }
+    )
+
+    relus = [layer for layer in layers if layer.kind == "ReLU"]
+    for layer in [layers[0], *relus[:1]]:  # the first convolution and its ReLU
+        display = ActivationMapDisplay.from_extractor(
+            DeepFeatureExtractor(**network), photographs[0], layer=layer.name
+        )
+        save_figure(display.figure_, args.out / f"maps_{backbone}_{layer.name}.png")
+
+    if network["weights"] is None:
+        print(f"{backbone} has random weights, which know no categories")
+        continue
+    predictions = predict_categories(photographs, **network)
+    display = PredictionDisplay.from_predictions(photographs, predictions)
+    save_figure(display.figure_, args.out / f"predictions_{backbone}.png")
+    for pairs in predictions:
+        print("  ".join(f"{name} {probability:.1%}" for name, probability in pairs))
+
+write_table(rows, args.out / "figures.csv")

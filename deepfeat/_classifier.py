@@ -319,6 +319,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         goes_on = self.warm_start and hasattr(self, "module_")
         classes = self.classes_ if goes_on else np.unique(images.labels)
         _check_known(images.labels, classes, "y")
+        images = _leave_out_weightless(images)
         seed = self._draw_seed()
         validation = None
         if X_val is not None or y_val is not None:
@@ -375,7 +376,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         if classes is not None and not np.array_equal(np.unique(classes), known):
             raise ValueError(f"classes={classes!r} are not those of the first call, {known!r}.")
         _check_known(images.labels, known, "y")
-        images = self._weigh(images, known)
+        images = self._weigh(_leave_out_weightless(images), known)
         seed = self._draw_seed()
         network = self._begin(backbone, known, seed, goes_on)
         plan = self._plan(network, backbone, blocks, known, seed, None)
@@ -466,7 +467,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             With the device, precision, batch size and workers of this classifier, and for the
             rest default parameters.
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "module_")
         return DeepFeatureExtractor(
             copy.deepcopy(self.module_).cpu(),
             layer,
@@ -495,7 +496,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             If a parameter is code, which only a pickle can hold: a network, preprocessing or
             augmentation of your own.
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "module_")
         params = {name: _to_json(name, value) for name, value in self.get_params(False).items()}
         description = {
             "format": _FORMAT,
@@ -543,7 +544,14 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         classes = np.array(labels, dtype=dtype)
         backbone = classifier._find_backbone(with_file=False)
         n_outputs = description["n_outputs"]
-        network = rebuild_network(backbone, classifier.head, len(classes), n_outputs, state)
+        network = rebuild_network(
+            backbone,
+            classifier.head,
+            len(classes),
+            n_outputs,
+            state,
+            pretrained=classifier.weights is not None,
+        )
         count, names = description["columns"]
         if count is not None:
             classifier.n_features_in_ = count
@@ -603,7 +611,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         return int(np.random.SeedSequence().generate_state(1)[0])
 
     def _read(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> "_Images":
-        """Check images, labels and weights against each other; leave out images of weight 0."""
+        """Check images, labels and weights against each other."""
         if y is None:
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
@@ -627,17 +635,19 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
                     f"sample_weight has shape {weights.shape}, and {labels.shape} is expected: "
                     "one weight an image."
                 )
-        if not weights.any():
-            raise ValueError("sample_weight is zero for every image.")
-        return _Images(records, labels, weights).take(np.flatnonzero(weights))
+        return _Images(records, labels, weights)
 
     def _weigh(self, images: "_Images", classes: NDArray[Any]) -> "_Images":
-        """Join the weights of classes and samples; their mean is 1."""
+        """Let weights of classes and samples together have mean 1."""
         if len(classes) < 2:
             raise ValueError(
                 f"y has one class, {classes[0]!r}, and a classifier needs at least 2 classes."
             )
         weights = images.weights * compute_sample_weight(self.class_weight, images.labels)
+        if not (np.isfinite(weights).all() and (weights >= 0).all()):
+            raise ValueError(
+                f"class_weight={self.class_weight!r}: finite weights from 0 are expected."
+            )
         if not weights.any():
             raise ValueError("class_weight leaves no image a weight above 0.")
         return replace(images, weights=weights / weights.mean())
@@ -746,6 +756,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
                     stacklevel=3,
                 )
         best.restore()
+        plan.module.zero_grad()  # gradients are as large as what was trained
         return best.score, learner.state_dict()
 
     def _make_samples(self, plan: "_Plan", images: "_Images", augment: Augment) -> Samples:
@@ -820,7 +831,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
 
     def _compute_logits(self, X: Any) -> NDArray[np.float64]:
         """Run the network over images, in eval mode."""
-        check_is_fitted(self)
+        check_is_fitted(self, "module_")
         check_counts(self.get_params(deep=False), _COUNTS)
         records = find_records(self, X, self.image_shape, reset=False)
         device = find_device(self.device)
@@ -933,6 +944,13 @@ def _check_known(labels: NDArray[Any], classes: NDArray[Any], name: str) -> None
             f"{name} has labels that are none of the classes: {unknown[:5].tolist()}. The classes "
             f"are {classes[:20].tolist()}."
         )
+
+
+def _leave_out_weightless(images: _Images) -> _Images:
+    images = images.take(np.flatnonzero(images.weights))
+    if not images.records:
+        raise ValueError("sample_weight is zero for every image.")
+    return images
 
 
 def _split(images: _Images, fraction: float, seed: int) -> tuple[_Images, _Images]:

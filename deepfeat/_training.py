@@ -169,7 +169,7 @@ class Learner:
         """Learn from each sample once, in random order; return mean loss and accuracy."""
         set_train_mode(self.module, self.trained)
         rng = np.random.default_rng([self.recipe.seed, number])
-        _seed_generators(self.recipe.device, int(rng.integers(2**62)))
+        _seed_dropout(self.recipe.device, int(rng.integers(2**62)))
         places = rng.permutation(len(samples.targets))
         totals = _Totals()
         draws = samples.draw(places, self.recipe.batch_size, number)
@@ -328,9 +328,10 @@ def make_schedule(
         return ConstantLR(optimizer, factor=1.0)
     steps = batches * epochs
     warmup = min(steps - 1, round(recipe.warmup_epochs * batches))
-    if recipe.schedule == "one-cycle":
+    if recipe.schedule == "one-cycle" and steps > 2:
         peaks = [group["lr"] for group in optimizer.param_groups]
-        rise = warmup / steps if warmup else _RISE
+        # torch divides by the lengths of rise and fall; the rise ends a step before this share.
+        rise = max(2, warmup or _RISE * steps) / steps
         return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=rise)
     main: LRScheduler = ConstantLR(optimizer, factor=1.0)
     if recipe.schedule == "cosine":
@@ -341,11 +342,13 @@ def make_schedule(
     return SequentialLR(optimizer, [rise_linearly, main], milestones=[warmup])
 
 
-def _seed_generators(device: torch.device, seed: int) -> None:
-    """Seed what dropout draws from; `torch.manual_seed` would seed all other devices as well."""
+def _seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed the generators that dropout draws from; `torch.manual_seed` seeds all devices'."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _normalize_as_learned(module: nn.Module, undo: ExitStack) -> None:

@@ -16,6 +16,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build"]
+myst_heading_anchors = 2  # for links to the sections of a page
 templates_path = ["_templates"]
 
 html_theme = "pydata_sphinx_theme"

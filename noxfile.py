@@ -15,7 +15,11 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 OLDEST_PYTHON = nox.project.python_versions(PYPROJECT)[0]
 
 # A proxy that does not exist: what claims to need no download fails when it tries one.
-OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+OFFLINE = {
+    "http_proxy": "http://127.0.0.1:9",
+    "https_proxy": "http://127.0.0.1:9",
+    "MPLBACKEND": "Agg",
+}
 
 # An environment with torch takes gigabytes, so the sessions below `dev` share that of `dev`.
 in_dev = functools.partial(nox.session, venv_backend="none", requires=["dev"])
@@ -87,7 +91,7 @@ def quickstart(session):
 def examples(session):
     """Run every example, without a download."""
     for script in scripts_in(session, "examples"):
-        run_python(session, script, env=OFFLINE | {"MPLBACKEND": "Agg"})
+        run_python(session, script, env=OFFLINE)
 
 
 @on_request()
@@ -129,7 +133,7 @@ def build(session):
         for file in ("deepfeat/py.typed", "deepfeat/resnet10_slim.safetensors"):
             if file not in archive.namelist():
                 session.error(f"{wheel.name} holds no {file}.")
-    session.install(wheel)
+    session.install(f"{wheel}[plot]")
     session.run("python", "examples/quickstart.py", env=OFFLINE)
 
 

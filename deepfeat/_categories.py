@@ -119,8 +119,8 @@ def predict_categories(
         batch_size=batch_size,
         num_workers=num_workers,
     ):
-        for _, error in batch.failures:
-            raise error
+        for record, error in batch.failures:
+            raise record.error(error)
         for record, row in zip(batch.samples, batch.rows["probabilities"], strict=True):
             if not np.isfinite(row).all():
                 raise ImageError(str(record), "the network gave NaN or infinity for it")

@@ -56,6 +56,7 @@ from ._parameters import (
 )
 from ._preprocessing import Preprocessing, Resize
 from ._samples import Augment, ImageSamples, count_views, keep_activations
+from ._trace import first_tensor
 from ._training import Learner, OptimizerName, Recipe, Samples, ScheduleName, train
 
 
@@ -197,8 +198,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     >>> from sklearn.datasets import load_digits
     >>> images, labels = load_digits(n_class=2, return_X_y=True)
     >>> classifier = FineTuneClassifier(
-    ...     "squeezenet1_1", weights=None, unfreeze="all", image_shape=(8, 8), image_size=32,
-    ...     max_epochs=2, random_state=0,
+    ...     "resnet10_slim", unfreeze="layer4", image_shape=(8, 8), image_size=32, max_epochs=5,
+    ...     random_state=0,
     ... )
     >>> classifier.fit(images[:64] / 16, labels[:64]).predict_proba(images[:3] / 16).shape
     (3, 2)
@@ -318,6 +319,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         goes_on = self.warm_start and hasattr(self, "module_")
         classes = self.classes_ if goes_on else np.unique(images.labels)
         _check_known(images.labels, classes, "y")
+        images = _leave_out_weightless(images)
         seed = self._draw_seed()
         validation = None
         if X_val is not None or y_val is not None:
@@ -374,7 +376,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         if classes is not None and not np.array_equal(np.unique(classes), known):
             raise ValueError(f"classes={classes!r} are not those of the first call, {known!r}.")
         _check_known(images.labels, known, "y")
-        images = self._weigh(images, known)
+        images = self._weigh(_leave_out_weightless(images), known)
         seed = self._draw_seed()
         network = self._begin(backbone, known, seed, goes_on)
         plan = self._plan(network, backbone, blocks, known, seed, None)
@@ -465,7 +467,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             With the device, precision, batch size and workers of this classifier, and for the
             rest default parameters.
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "module_")
         return DeepFeatureExtractor(
             copy.deepcopy(self.module_).cpu(),
             layer,
@@ -494,7 +496,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             If a parameter is code, which only a pickle can hold: a network, preprocessing or
             augmentation of your own.
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "module_")
         params = {name: _to_json(name, value) for name, value in self.get_params(False).items()}
         description = {
             "format": _FORMAT,
@@ -542,7 +544,14 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         classes = np.array(labels, dtype=dtype)
         backbone = classifier._find_backbone(with_file=False)
         n_outputs = description["n_outputs"]
-        network = rebuild_network(backbone, classifier.head, len(classes), n_outputs, state)
+        network = rebuild_network(
+            backbone,
+            classifier.head,
+            len(classes),
+            n_outputs,
+            state,
+            pretrained=classifier.weights is not None,
+        )
         count, names = description["columns"]
         if count is not None:
             classifier.n_features_in_ = count
@@ -557,7 +566,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__().copy()
         if "module_" in state:  # it shall open on machines without this device
-            state["module_"] = copy.deepcopy(self.module_).cpu()
+            if any(value.device.type != "cpu" for value in self.module_.state_dict().values()):
+                state["module_"] = copy.deepcopy(self.module_).cpu()
             state["_optimizer_state"] = _to_cpu(self._optimizer_state)
         return state
 
@@ -582,10 +592,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
 
     def _find_backbone(self, *, with_file: bool = True) -> Backbone:
         """Find the backbone; without a weights file, its structure and preprocessing."""
-        weights = self.weights if with_file or not is_weights_file(self.weights) else None
         return find_backbone(
             self.backbone,
-            weights,
+            self.weights if with_file or not is_weights_file(self.weights) else None,
             preprocessing=self.preprocessing,
             resize=self.resize,
             image_size=self.image_size,
@@ -629,15 +638,16 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         return _Images(records, labels, weights)
 
     def _weigh(self, images: "_Images", classes: NDArray[Any]) -> "_Images":
-        """Leave out images of no weight, and let those of classes and samples have mean 1."""
-        images = images.take(np.flatnonzero(images.weights))
-        if not images.records:
-            raise ValueError("sample_weight is zero for every image.")
+        """Let weights of classes and samples together have mean 1."""
         if len(classes) < 2:
             raise ValueError(
                 f"y has one class, {classes[0]!r}, and a classifier needs at least 2 classes."
             )
         weights = images.weights * compute_sample_weight(self.class_weight, images.labels)
+        if not (np.isfinite(weights).all() and (weights >= 0).all()):
+            raise ValueError(
+                f"class_weight={self.class_weight!r}: finite weights from 0 are expected."
+            )
         if not weights.any():
             raise ValueError("class_weight leaves no image a weight above 0.")
         return replace(images, weights=weights / weights.mean())
@@ -746,6 +756,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
                     stacklevel=3,
                 )
         best.restore()
+        plan.module.zero_grad()  # gradients are as large as what was trained
         return best.score, learner.state_dict()
 
     def _make_samples(self, plan: "_Plan", images: "_Images", augment: Augment) -> Samples:
@@ -789,7 +800,10 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         """Return a preparation of images that crops nothing off, for what is cropped already."""
         if self.preprocessing is not None:
             return preprocessing.prepare
-        squashed = find_backbone(self.backbone, None, resize="squash", image_size=self.image_size)
+        weights = None if is_weights_file(self.weights) else self.weights
+        squashed = find_backbone(
+            self.backbone, weights, resize="squash", image_size=self.image_size
+        )
         return squashed.preprocessing.prepare
 
     def _keep(
@@ -817,7 +831,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
 
     def _compute_logits(self, X: Any) -> NDArray[np.float64]:
         """Run the network over images, in eval mode."""
-        check_is_fitted(self)
+        check_is_fitted(self, "module_")
         check_counts(self.get_params(deep=False), _COUNTS)
         records = find_records(self, X, self.image_shape, reset=False)
         device = find_device(self.device)
@@ -828,7 +842,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         ) as bar:
             for batch in run_in_batches(
                 module,
-                lambda images: {"logits": module(steps.normalize(images)).float()},
+                lambda images: {"logits": first_tensor(module(steps.normalize(images))).float()},
                 records,
                 lambda record: steps.prepare(record.open()),
                 device=device,
@@ -930,6 +944,13 @@ def _check_known(labels: NDArray[Any], classes: NDArray[Any], name: str) -> None
             f"{name} has labels that are none of the classes: {unknown[:5].tolist()}. The classes "
             f"are {classes[:20].tolist()}."
         )
+
+
+def _leave_out_weightless(images: _Images) -> _Images:
+    images = images.take(np.flatnonzero(images.weights))
+    if not images.records:
+        raise ValueError("sample_weight is zero for every image.")
+    return images
 
 
 def _split(images: _Images, fraction: float, seed: int) -> tuple[_Images, _Images]:

@@ -162,11 +162,11 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     >>> from deepfeat import DeepFeatureExtractor
     >>> from sklearn.datasets import load_digits
     >>> images = load_digits().images[:4] / 16
-    >>> extractor = DeepFeatureExtractor("squeezenet1_1", "stage2", weights=None, image_size=64)
+    >>> extractor = DeepFeatureExtractor("resnet10_slim", "layer3")
     >>> extractor.fit_transform(images).shape
     (4, 128)
     >>> extractor.get_feature_names_out()[17]
-    'stage2_0017'
+    'layer3_0017'
     """
 
     def __init__(

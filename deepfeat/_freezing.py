@@ -132,11 +132,16 @@ def find_cut(
         whole = first_tensor(module(noise))
         try:
             activations = run_prefix(module, cut, noise)
-            parts = first_tensor(run_suffix(module, cut, activations, input_shape))
+            # In another order: tokens may come first, and images second.
+            parts = first_tensor(
+                run_suffix(module, cut, activations.flip(0), input_shape, fill=_nans_like)
+            )
         except Exception:  # a module of the user may be put together in any way
             return None
-    is_same = parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-4, atol=1e-5)
-    return cut if is_same else None
+    is_same = parts.shape == whole.shape and torch.allclose(
+        parts.flip(0), whole, rtol=1e-4, atol=1e-5
+    )
+    return cut if is_same and len(activations) == len(noise) else None
 
 
 def _find_boundary(module: nn.Module, index: LayerIndex, trained: Trained) -> Cut | None:
@@ -144,11 +149,21 @@ def _find_boundary(module: nn.Module, index: LayerIndex, trained: Trained) -> Cu
     for path, call in index.calls.items():
         if path in trained.active or (path in index.units and _is_touched(module, path, trained)):
             unit = next((unit for unit in index.units if _lies_in(path, [unit])), path)
-            return Cut(unit, skipped) if skipped else None
+            return Cut(_widest(unit, index, trained), skipped) if skipped else None
         if path in index.units:
             channels, *sides = call.shape
             skipped[path] = (*sides, channels) if call.channels_last else call.shape
     return None
+
+
+def _widest(path: str, index: LayerIndex, trained: Trained) -> str:
+    """Return the largest trained container that begins with a module; what has none, as it is.
+
+    It may have parameters of its own, and dropouts, before the first of its layers.
+    """
+    places = [place for place, letter in enumerate(path) if letter == "."]
+    containers = (path[:place] for place in places)
+    return next((one for one in containers if one in trained and one in index.calls), path)
 
 
 def run_prefix(module: nn.Module, cut: Cut, batch: Tensor) -> Tensor:
@@ -168,12 +183,18 @@ def run_prefix(module: nn.Module, cut: Cut, batch: Tensor) -> Tensor:
 
 
 def run_suffix(
-    module: nn.Module, cut: Cut, activations: Tensor, input_shape: tuple[int, ...]
+    module: nn.Module,
+    cut: Cut,
+    activations: Tensor,
+    input_shape: tuple[int, ...],
+    *,
+    fill: Callable[..., Tensor] = Tensor.new_empty,
 ) -> Any:
     """Run the rest of a network on what its boundary takes: return what the network does.
 
-    The frozen layers before give memory that nobody has filled, in the right shapes. What the
-    network makes of that between them is lost where the boundary takes `activations` instead.
+    The frozen layers before give memory that nobody has filled, in the right shapes, or what
+    `fill` makes. What the network makes of that between them is lost where the boundary takes
+    `activations` instead.
     """
     count = len(activations)
 
@@ -181,7 +202,7 @@ def run_suffix(
         return (activations, *inputs[1:])
 
     def skip(shape: tuple[int, ...]) -> Callable[..., Tensor]:
-        return lambda *_inputs, **_options: activations.new_empty(count, *shape)
+        return lambda *_inputs, **_options: fill(activations, (count, *shape))
 
     with ExitStack() as undo:
         handle = module.get_submodule(cut.boundary).register_forward_pre_hook(resume)
@@ -190,7 +211,12 @@ def run_suffix(
             layer = module.get_submodule(path)
             layer.forward = skip(shape)
             undo.callback(delattr, layer, "forward")
-        return module(activations.new_empty(count, *input_shape))
+        return module(fill(activations, (count, *input_shape)))
+
+
+def _nans_like(activations: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Fill with what shows wherever it is used; old memory may hold the right values."""
+    return activations.new_full(shape, math.nan)
 
 
 class _AtBoundary(Exception):

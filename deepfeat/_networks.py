@@ -41,7 +41,13 @@ def build_network(
 
 
 def rebuild_network(
-    backbone: Backbone, head: Head, n_classes: int, n_outputs: int, state: dict[str, Tensor]
+    backbone: Backbone,
+    head: Head,
+    n_classes: int,
+    n_outputs: int,
+    state: dict[str, Tensor],
+    *,
+    pretrained: bool,
 ) -> Network:
     """Build a network around the state dict of one like it, on the CPU.
 
@@ -51,15 +57,21 @@ def rebuild_network(
         If the state dict is that of another network.
     """
     module = copy.deepcopy(backbone.skeleton)
+    if hasattr(module, "transform_input"):  # what the weights were trained on is rescaled inside
+        module.transform_input = pretrained  # type: ignore[assignment]
     place = find_head(module, backbone.preprocessing.input_shape)
     if n_outputs != place.n_outputs:  # its weights knew other classes than the default ones do
         add_head(module, place, "replace", n_outputs, 0)
         place = replace(place, n_outputs=n_outputs)
     path = add_head(module, place, head, n_classes, 0)
-    drop_auxiliary(module, [name for name in AUXILIARY if f"{name}.conv1.weight" not in state])
+    drop_auxiliary(module, _missing_auxiliary(state))
     kept = module.state_dict()  # with the metadata that MNASNet insists on
     kept.clear()
     kept.update(state)
     module.load_state_dict(kept, strict=True, assign=True)
     module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return Network(module, path, n_outputs)
+
+
+def _missing_auxiliary(state: dict[str, Tensor]) -> list[str]:
+    return [name for name in AUXILIARY if not any(key.startswith(f"{name}.") for key in state)]

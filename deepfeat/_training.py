@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import (
 
 from ._engine import Precision, autocast, empty_cache, is_out_of_memory
 from ._freezing import Trained, group_parameters, set_train_mode
+from ._trace import first_tensor
 
 OptimizerName: TypeAlias = Literal["adamw", "sgd"]
 ScheduleName: TypeAlias = Literal["cosine", "one-cycle", "constant"]
@@ -168,7 +169,7 @@ class Learner:
         """Learn from each sample once, in random order; return mean loss and accuracy."""
         set_train_mode(self.module, self.trained)
         rng = np.random.default_rng([self.recipe.seed, number])
-        torch.manual_seed(int(rng.integers(2**62)))  # which dropout draws from
+        _seed_dropout(self.recipe.device, int(rng.integers(2**62)))
         places = rng.permutation(len(samples.targets))
         totals = _Totals()
         draws = samples.draw(places, self.recipe.batch_size, number)
@@ -251,7 +252,9 @@ class Learner:
                 if len(target) == 1:
                     _normalize_as_learned(self.module, undo)
                 output = samples.forward(inputs[here])
-            logits, *auxiliary = output if isinstance(output, tuple) else (output,)
+            logits = first_tensor(output)
+            # A tuple of others than GoogLeNet and Inception may hold anything after the logits.
+            auxiliary = output[1:] if len(self.trained.head) > 1 else ()
             smoothing = self.recipe.label_smoothing if learn else 0.0
             losses = F.cross_entropy(
                 logits.float(), target, reduction="none", label_smoothing=smoothing
@@ -271,12 +274,12 @@ class Learner:
     def _check(self, loss: Tensor, number: int) -> float:
         value = loss.item()
         if not math.isfinite(value):
+            or_wider = " or precision='bfloat16'" * (self.recipe.precision == "float16")
             raise ValueError(
                 f"the loss became {value} in epoch {number}: lower learning_rate "
                 f"({self.recipe.learning_rate:g}) or backbone_learning_rate "
                 f"({self.recipe.backbone_learning_rate:g}), or set max_grad_norm=1.0"
-                + ", or precision='bfloat16'."
-                * (self.recipe.precision == "float16")
+                f"{or_wider}."
             )
         return value
 
@@ -288,7 +291,7 @@ class _Totals:
         self._sums: Tensor | None = None
 
     def add(self, *sums: Tensor) -> None:
-        stacked = torch.stack(sums).double()
+        stacked = torch.stack(sums)
         self._sums = stacked if self._sums is None else self._sums + stacked
 
     def means(self) -> tuple[float, float]:
@@ -325,9 +328,10 @@ def make_schedule(
         return ConstantLR(optimizer, factor=1.0)
     steps = batches * epochs
     warmup = min(steps - 1, round(recipe.warmup_epochs * batches))
-    if recipe.schedule == "one-cycle":
+    if recipe.schedule == "one-cycle" and steps > 2:
         peaks = [group["lr"] for group in optimizer.param_groups]
-        rise = warmup / steps if warmup else _RISE
+        # torch divides by the lengths of rise and fall; the rise ends a step before this share.
+        rise = max(2, warmup or _RISE * steps) / steps
         return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=rise)
     main: LRScheduler = ConstantLR(optimizer, factor=1.0)
     if recipe.schedule == "cosine":
@@ -336,6 +340,15 @@ def make_schedule(
         return main
     rise_linearly = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
     return SequentialLR(optimizer, [rise_linearly, main], milestones=[warmup])
+
+
+def _seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed the generators that dropout draws from; `torch.manual_seed` seeds all devices'."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _normalize_as_learned(module: nn.Module, undo: ExitStack) -> None:

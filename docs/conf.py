@@ -16,6 +16,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build"]
+myst_heading_anchors = 2  # for links to the sections of a page
 templates_path = ["_templates"]
 
 html_theme = "pydata_sphinx_theme"
@@ -24,9 +25,9 @@ html_title = "deepfeat"
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
-    "filename_pattern": r"/plot_",
-    "ignore_pattern": r"quickstart\.py",
+    "filename_pattern": r"/(plot_|quickstart)",
     "show_memory": False,
+    "remove_config_comments": True,
     "download_all_examples": False,
 }
 

@@ -26,7 +26,7 @@ from torchvision import models, transforms
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import deepfeat
-from deepfeat import DeepFeatureExtractor, LayerNotFoundError, list_layers
+from deepfeat import DeepFeatureExtractor, FineTuneClassifier, LayerNotFoundError, list_layers
 from deepfeat.plotting import (
     ActivationMapDisplay,
     ArchitectureDisplay,
@@ -193,12 +193,33 @@ def test_bars_are_the_most_probable_classes(digits, classifier):
     ):
         ranked = sorted(zip(row, classifier.classes_, strict=True), reverse=True)[:4]
         assert_allclose([bar.get_width() for bar in right.patches], [p for p, _ in ranked])
-        labels = [tick.get_text().split(maxsplit=1) for tick in right.get_yticklabels()]
-        assert labels == [[f"{p:.1%}", name] for p, name in ranked]
+        labels = [
+            tick.get_text().replace("\N{FIGURE SPACE}", " ") for tick in right.get_yticklabels()
+        ]
+        assert labels == [f"{p:6.1%}  {name}" for p, name in ranked]
         places = [bar.get_y() + bar.get_height() / 2 for bar in right.patches]
         assert_allclose(places, right.get_yticks())
         assert right.get_ylim()[0] > right.get_ylim()[1]  # the first one is on top
         assert_allclose(left.images[0].get_array()[..., 0], np.round(image * 255), atol=1)
+
+
+def test_a_backbone_predicts_its_own_categories(photograph, tmp_path):
+    """Names and probabilities are those of torchvision's network, without a classifier."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = models.squeezenet1_1(weights=None).eval()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    meant = models.SqueezeNet1_1_Weights.DEFAULT
+    with torch.no_grad():
+        (expected,) = net(meant.transforms()(photograph)[None]).softmax(dim=1).numpy()
+    display = PredictionDisplay.from_backbone(
+        "squeezenet1_1", [photograph], weights=tmp_path / "net.pth", top=3
+    )
+    bars = display.axes_[0, 1]
+    ranked = np.argsort(-expected)[:3]
+    assert_allclose([bar.get_width() for bar in bars.patches], expected[ranked], rtol=1e-4)
+    labels = [tick.get_text().split(maxsplit=1)[1] for tick in bars.get_yticklabels()]
+    assert labels == [meant.meta["categories"][place] for place in ranked]
 
 
 def test_no_more_classes_than_there_are(digits, classifier):
@@ -269,6 +290,9 @@ def test_the_parameters_of_vgg16_are_in_its_linear_layers():
     assert width_of["fc6"] == net.classifier[0].weight.numel() + 4096
     assert width_of["relu6"] == 0
     assert texts_of(left)[names.index("pool5")] == "512 × 7 × 7"
+    right.figure.canvas.draw()
+    for axes in (left, right):
+        assert max(text.get_window_extent().x1 for text in axes.texts) <= axes.bbox.x1
 
 
 def test_outputs_are_as_wide_as_the_maps():
@@ -453,13 +477,34 @@ def test_curves_are_the_history():
     """Loss to the left, score to the right, training and validation in each."""
     display = LearningCurveDisplay.from_estimator(SimpleNamespace(history_=HISTORY))
     left, right = display.axes_
-    for axes, quantity in ((left, "loss"), (right, "score")):
-        assert axes.get_ylabel() == quantity
+    for axes, quantity, words in ((left, "loss", "loss"), (right, "score", "accuracy")):
+        assert axes.get_ylabel() == words
         for line, part in zip(axes.lines, ("train", "validation"), strict=True):
             assert_array_equal(line.get_xdata(), range(1, 11))
             expected = [entry[f"{part}_{quantity}"] for entry in HISTORY]
             assert_array_equal(line.get_ydata(), expected)
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["training", "validation"]
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_a_fitted_classifier_shows_its_epochs(digits, early_stopping):
+    """Its history has the entries that are drawn, with and without validation images."""
+    classifier = FineTuneClassifier(
+        "squeezenet1_1",
+        weights=None,
+        unfreeze=None,
+        image_size=32,
+        max_epochs=2,
+        num_workers=0,
+        early_stopping=early_stopping,
+        validation_fraction=0.3,
+        random_state=0,
+    ).fit(digits[0][:40], digits[1][:40])
+    display = LearningCurveDisplay.from_estimator(classifier)
+    assert len(display.lines_) == (4 if early_stopping else 2)
+    for name, line in display.lines_.items():
+        assert_array_equal(line.get_xdata(), [1, 2])
+        assert_array_equal(line.get_ydata(), [entry[name] for entry in classifier.history_])
 
 
 def test_without_validation_there_is_no_such_curve():

@@ -1,4 +1,4 @@
-"""Knows how to show the training of a classifier: loss and score of each epoch."""
+"""Knows how to show the training of a classifier: loss and accuracy of each epoch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,28 +9,33 @@ from sklearn.exceptions import NotFittedError
 
 from ._axes import BLUE, VERMILION, find_axes
 
+_LABELS = {"loss": "loss", "score": "accuracy"}
 _PARTS = {"train": ("training", BLUE, "o"), "validation": ("validation", VERMILION, "s")}
 
 
 class LearningCurveDisplay:
-    """Loss and score of each epoch, on the training data and on the validation data.
+    """Loss and accuracy of each epoch, on the training data and on the validation data.
 
     It is recommended to use `from_estimator`. All parameters are stored as attributes.
 
     Parameters
     ----------
     history : sequence of dict
-        One entry an epoch: "epoch", "train_loss", "train_score", "validation_loss" and
-        "validation_score". The last two are None where there were no validation data.
+        The `history_` of a `FineTuneClassifier`. Of each epoch are drawn "train_loss",
+        "train_score", "validation_loss" and "validation_score", the last two unless they are None.
 
     Attributes
     ----------
     figure_ : matplotlib Figure
         Figure of the picture.
     axes_ : ndarray of matplotlib Axes of shape (2,)
-        Axes of the losses and of the scores.
+        Axes of the losses and of the accuracies.
     lines_ : dict of str to matplotlib Line2D
         The curves, by their names in the history.
+
+    See Also
+    --------
+    deepfeat.FineTuneClassifier : What all the entries of a history are.
 
     Examples
     --------
@@ -78,7 +83,7 @@ class LearningCurveDisplay:
         return cls(estimator.history_).plot(ax)
 
     def plot(self, ax: Any = None) -> "LearningCurveDisplay":
-        """Draw the losses and the scores, side by side.
+        """Draw the losses and the accuracies, side by side.
 
         Parameters
         ----------
@@ -95,7 +100,7 @@ class LearningCurveDisplay:
         self.axes_: NDArray[Any] = np.array(axes, dtype=object)
         self.lines_: dict[str, Any] = {}
         epochs = [entry["epoch"] for entry in self.history]
-        for axis, quantity in zip(axes, ("loss", "score"), strict=True):
+        for axis, (quantity, words) in zip(axes, _LABELS.items(), strict=True):
             for part, (label, color, marker) in _PARTS.items():
                 values = [entry[f"{part}_{quantity}"] for entry in self.history]
                 if all(value is None for value in values):
@@ -109,7 +114,7 @@ class LearningCurveDisplay:
                     label=label,
                 )
             axis.locator_params(axis="x", integer=True, min_n_ticks=1)
-            axis.set(xlabel="epoch", ylabel=quantity)
+            axis.set(xlabel="epoch", ylabel=words)
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].legend(frameon=False)

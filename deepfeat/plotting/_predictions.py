@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.utils.validation import check_is_fitted
 
+from deepfeat import predict_categories
+
 from .._images import as_records
 from ._axes import SKY, find_axes
 
@@ -16,8 +18,8 @@ from ._axes import SKY, find_axes
 class PredictionDisplay:
     """Images, each beside a bar for every class that it was probably taken for.
 
-    It is recommended to use `from_estimator` or `from_predictions`. All parameters are stored as
-    attributes.
+    It is recommended to use `from_estimator`, `from_backbone` or `from_predictions`. All parameters
+    are stored as attributes.
 
     Parameters
     ----------
@@ -142,6 +144,45 @@ class PredictionDisplay:
         for probabilities in estimator.predict_proba(images):
             order = np.argsort(-probabilities, kind="stable")[:top]
             predictions.append([(estimator.classes_[k], float(probabilities[k])) for k in order])
+        return cls.from_predictions(images, predictions, ax=ax, n_cols=n_cols)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str,
+        images: Any,
+        *,
+        weights: Any = "DEFAULT",
+        top: int = 5,
+        ax: Any = None,
+        n_cols: int = 2,
+    ) -> "PredictionDisplay":
+        """Draw what a pretrained network sees in images, in the words of its weights.
+
+        Of the choices of `predict_categories` these are the common ones; for others give what it
+        returns to `from_predictions`.
+
+        Parameters
+        ----------
+        backbone : str
+            As for `predict_categories`.
+        images : sequence or array of n images
+            As for `predict_categories`, but no flattened rows.
+        weights : str, path or torchvision weights, default="DEFAULT"
+            As for `predict_categories`.
+        top : int, default=5
+            How many categories an image is shown with.
+        ax : matplotlib Axes or sequence of these, default=None
+            As for `plot`.
+        n_cols : int, default=2
+            As for `plot`.
+
+        Returns
+        -------
+        display : PredictionDisplay
+            The display, drawn.
+        """
+        predictions = predict_categories(images, backbone, weights=weights, top=top)
         return cls.from_predictions(images, predictions, ax=ax, n_cols=n_cols)
 
     def plot(self, ax: Any = None, *, n_cols: int = 2) -> "PredictionDisplay":

@@ -1,0 +1,503 @@
+"""Tests of freezing: what is trained changes, and what is frozen stays as it is, to the bit."""
+
+import pytest
+import torch
+from small_networks import (
+    make_classifier,
+    make_images,
+    make_plain,
+    make_vit,
+    seeded,
+    state_of,
+    to_16_pixels,
+)
+from torch import nn
+from torchvision import models
+
+from deepfeat import LayerNotFoundError, _training
+from deepfeat._freezing import (
+    Trained,
+    find_blocks,
+    find_cut,
+    find_trained,
+    freeze,
+    group_parameters,
+    run_prefix,
+    run_suffix,
+    set_train_mode,
+)
+from deepfeat._heads import add_head, find_head
+from deepfeat._layers import LayerIndex
+
+
+def prepare(module, unfreeze, side=16):
+    """Give a network a head of 3 outputs, find what is trained, and freeze the rest."""
+    shape = (3, side, side)
+    blocks = find_blocks(LayerIndex(module, shape), module, unfreeze)
+    head = add_head(module, find_head(module, shape), "replace", 3, 0)
+    index = LayerIndex(module, shape)
+    trained = find_trained(module, index, blocks, head)
+    freeze(module, trained)
+    return module, index, trained
+
+
+# Frozen means frozen ----------------------------------------------------------------------------
+
+# What is trained, as paths that parameters and buffers begin with, is written down by hand.
+VGG_END = ("features.22.", "features.23.", "features.25.", "features.26.", "classifier.")
+DENSE_END = ("features.denseblock4.", "features.norm5.", "classifier.")
+TRAINED = {
+    ("resnet18", None): ("fc.",),
+    ("resnet18", "layer4"): ("layer4.", "fc."),
+    ("resnet18", "stage3"): ("layer2.", "layer3.", "layer4.", "fc."),
+    ("resnet18", ("layer2",)): ("layer2.", "fc."),
+    ("resnet18", ("bn1", "layer3.1")): ("bn1.", "layer3.1.", "fc."),
+    ("resnet18", "layer4.0.conv2"): ("layer4.0.conv2.", "layer4.0.bn2.", "layer4.0.downsample.")
+    + ("layer4.1.", "fc."),
+    ("resnet18", -3): ("layer4.1.", "fc."),
+    ("vgg11_bn", ("bn5_2",)): ("features.26.", "classifier.6."),
+    ("densenet121", "features.denseblock4"): DENSE_END,
+    ("densenet121", ("features.norm5",)): ("features.norm5.", "classifier."),
+    ("mobilenet_v2", "features.17"): ("features.17.", "features.18.", "classifier."),
+    ("mobilenet_v2", "stage5"): tuple(f"features.{i}." for i in range(14, 19)) + ("classifier.",),
+    ("mobilenet_v2", ("features.0", "features.18.1")): ("features.0.", "features.18.1.")
+    + ("classifier.",),
+    ("mobilenet_v2", "features.17.conv.1.0"): ("features.17.conv.1.", "features.17.conv.2.")
+    + ("features.17.conv.3.", "features.18.", "classifier."),
+    ("mobilenet_v2", "all"): ("",),
+}
+# Wide layers make these slow, and each repeats on one network what another shows faster.
+SLOW_TRAINED = {
+    ("vgg11_bn", None): ("classifier.6.",),
+    ("vgg11_bn", "conv5_1"): VGG_END,
+    ("vgg11_bn", "pool4"): VGG_END,
+    ("vgg11_bn", "stage5"): VGG_END,
+    ("vgg11_bn", ("fc7",)): ("classifier.3.", "classifier.6."),
+    ("vgg11_bn", "all"): ("",),
+    ("densenet121", None): ("classifier.",),
+    ("densenet121", "all"): ("",),
+    ("resnet18", "all"): ("",),
+}
+BY_SGD = [("mobilenet_v2", "features.17"), ("resnet18", "layer4")]
+
+
+def assert_frozen(before, after, trained):
+    """Raise unless exactly the trained part has changed, and all of it."""
+    assert after.keys() == before.keys()
+    for name, value in after.items():
+        if name.startswith(trained):
+            if value.shape == before[name].shape:  # else it is the new head
+                assert not torch.equal(value, before[name]), f"{name} was not trained"
+        else:
+            assert torch.equal(value, before[name]), f"{name} is not frozen"
+
+
+def check_frozen(case, **params):
+    """Fine-tune a network of torchvision, and compare it with the same one untrained."""
+    name, unfreeze = case
+    before = seeded(models.get_model, name, weights=None).state_dict()
+    X, y = make_images(6, 32)
+    unfreeze = list(unfreeze) if isinstance(unfreeze, tuple) else unfreeze
+    params = {"weight_decay": 0.1, "batch_size": 3, "backbone_learning_rate": 1e-3} | params
+    classifier = make_classifier(name, unfreeze=unfreeze, **params).fit(X, y)
+    assert_frozen(before, state_of(classifier), (TRAINED | SLOW_TRAINED)[case])
+
+
+@pytest.mark.parametrize(
+    "case", [*TRAINED, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_TRAINED)]
+)
+def test_frozen_means_frozen(case):
+    """Weights and statistics, with weight decay and dropout, and a prefix that is computed once."""
+    check_frozen(case, augment=None, max_epochs=3)
+
+
+@pytest.mark.parametrize("case", BY_SGD)
+def test_frozen_means_frozen_for_each_optimizer(case):
+    """And where each image runs through the whole network anew."""
+    check_frozen(case, augment="crop", optimizer="sgd")
+
+
+def test_freezing_by_requires_grad_alone_would_not_pass(monkeypatch):
+    """The statistics of BatchNorm drift in train mode: the law above sees that."""
+    monkeypatch.setattr(_training, "set_train_mode", lambda module, trained: module.train())
+    with pytest.raises(AssertionError, match=r"features.0.1.running_mean is not frozen"):
+        check_frozen(("mobilenet_v2", "features.17"), augment="crop")
+
+
+def test_a_frozen_parameter_without_weight_decay_would_not_pass(monkeypatch):
+    """The law above sees a single weight that decays."""
+
+    def freeze_gradients(module, trained):
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(True)
+        module.features[3].conv[0][0].weight.data *= 1 - 1e-6
+
+    monkeypatch.setattr("deepfeat._classifier.freeze", freeze_gradients)
+    with pytest.raises(AssertionError, match="is not frozen"):
+        check_frozen(("mobilenet_v2", "features.17"), augment="crop")
+
+
+VIT_TRAINED = {
+    None: ("heads.",),
+    "encoder.layers.encoder_layer_2": ("encoder.layers.encoder_layer_2.", "encoder.ln.", "heads."),
+    "encoder.layers.encoder_layer_1": ("encoder.layers.encoder_layer_1.",)
+    + ("encoder.layers.encoder_layer_2.", "encoder.ln.", "heads."),
+    "encoder": ("encoder.", "heads."),
+    "encoder.layers": ("encoder.layers.", "encoder.ln.", "heads."),
+    ("encoder.ln", "conv_proj"): ("encoder.ln.", "conv_proj.", "heads."),
+    "encoder.layers.encoder_layer_2.mlp": ("encoder.layers.encoder_layer_2.mlp.", "encoder.ln.")
+    + ("heads.",),
+    "all": ("",),
+}
+
+
+@pytest.mark.parametrize("augment", [None, "crop"])
+@pytest.mark.parametrize("unfreeze", VIT_TRAINED, ids=str)
+def test_frozen_means_frozen_in_a_transformer(unfreeze, augment):
+    """Positions and the class token belong to what holds them."""
+    vit = make_vit(dropout=0.1, attention_dropout=0.1)
+    before = make_vit().state_dict()
+    X, y = make_images(6)
+    names = list(unfreeze) if isinstance(unfreeze, tuple) else unfreeze
+    # SGD: AdamW would let noise move the biases of keys, whose gradients are zero but for rounding.
+    params = {"max_epochs": 3, "augment": augment, "weight_decay": 0.1, "optimizer": "sgd"}
+    make = make_classifier(vit, unfreeze=names, backbone_learning_rate=0.1, **params)
+    assert_frozen(before, state_of(make.fit(X, y)), VIT_TRAINED[unfreeze])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unfreeze", [None, "encoder.layers.encoder_layer_11"])
+def test_frozen_means_frozen_in_a_large_transformer(unfreeze):
+    """As torchvision has it, too."""
+    trained = ("heads.",) if unfreeze is None else (f"{unfreeze}.", "encoder.ln.", "heads.")
+    X, y = make_images(4, 64)
+    before = seeded(models.vit_b_32, weights=None, image_size=64).state_dict()
+    classifier = make_classifier("vit_b_32", unfreeze=unfreeze, image_size=64, optimizer="sgd")
+    assert_frozen(before, state_of(classifier.fit(X, y)), trained)
+
+
+def test_the_network_of_the_user_stays_as_it_was():
+    """Its weights, its mode, its gradients and its hooks: what is trained is a copy."""
+    net = make_plain(norm=True).train()
+    net.fc.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    classifier = make_classifier(net).fit(*make_images())
+    assert classifier.module_ is not net
+    assert_frozen(before, net.state_dict(), ("none",))
+    assert net.training
+    assert net.blocks.training
+    assert [name for name, value in net.named_parameters() if not value.requires_grad] == [
+        "fc.weight"
+    ]
+    assert all(value.grad is None for value in net.parameters())
+    assert net.fc.out_features == 7
+
+
+def test_a_named_network_is_not_shared_with_what_is_trained():
+    """The next classifier, and the extractor, get the network as it was."""
+    X, y = make_images(4, 32)
+    params = {"unfreeze": "all", "learning_rate": 0.1, "backbone_learning_rate": 0.1}
+    make_classifier("squeezenet1_1", **params).fit(X, y)
+    before = seeded(models.squeezenet1_1, weights=None).state_dict()
+    again = make_classifier("squeezenet1_1", unfreeze=None).fit(X, y)
+    assert_frozen(before, state_of(again), ("classifier.1.",))
+
+
+# Which names mean what --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("unfreeze", "trained"),
+    [
+        (None, ("fc",)),
+        ("fc", ("fc",)),
+        ("drop", ("fc",)),
+        ("hidden", ("hidden", "fc")),
+        ("blocks.2", ("blocks.2", "hidden", "fc")),
+        ("blocks.1.1", ("blocks.1.1", "blocks.2", "hidden", "fc")),
+        ("blocks.0", ("blocks", "hidden", "fc")),
+        ("blocks", ("blocks", "hidden", "fc")),
+        (0, ("blocks", "hidden", "fc")),
+        (-1, ("fc",)),
+        (["blocks.0"], ("blocks.0", "fc")),
+        (["blocks.0.0", "hidden"], ("blocks.0.0", "hidden", "fc")),
+        (("blocks.1",), ("blocks.1", "fc")),
+        ([], ("fc",)),
+        ("all", ("",)),
+    ],
+    ids=str,
+)
+def test_a_name_means_it_and_all_that_follows_and_a_list_just_these(unfreeze, trained):
+    """Gradients are asked for there alone."""
+    module, _, _ = prepare(make_plain(norm=True), unfreeze)
+    wanted = [name for name, value in module.named_parameters() if value.requires_grad]
+    starts = tuple(f"{path}." if path else "" for path in trained)
+    assert wanted == [name for name, _ in module.named_parameters() if name.startswith(starts)]
+
+
+class Backwards(nn.Module):
+    """Call what is defined last first."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 5)
+        self.second = nn.Conv2d(4, 4, 3)
+        self.unused = nn.Linear(2, 2)
+        self.first = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images):
+        return self.fc(self.second(self.first(images).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("unfreeze", "trained"),
+    [("first", {"fc", "second", "first"}), ("second", {"fc", "second"}), (["first"], {"first"})],
+    ids=str,
+)
+def test_what_follows_is_a_matter_of_computation_not_of_definition(unfreeze, trained):
+    """The order is that of the calls."""
+    module, _, _ = prepare(Backwards(), unfreeze)
+    children = {name.partition(".")[0] for name, p in module.named_parameters() if p.requires_grad}
+    assert children - {"unused"} == trained | {"fc"}
+
+
+@pytest.mark.parametrize(
+    ("unfreeze", "error", "words"),
+    [
+        ("blocks.3", LayerNotFoundError, r"no layer 'blocks.3'. Close matches: 'blocks.2'"),
+        (["hidden", "hiden"], LayerNotFoundError, r"no layer 'hiden'. Close matches: 'hidden'"),
+        ("ALL", LayerNotFoundError, "no layer 'ALL'"),
+        (["all"], LayerNotFoundError, "no layer 'all'"),
+        ("", LayerNotFoundError, "no layer ''"),
+        (99, LayerNotFoundError, "there is no layer 99"),
+        (1.5, TypeError, "a name or a whole number is expected"),
+        (True, TypeError, "a name or a whole number is expected"),
+        ([None], TypeError, "a name or a whole number is expected"),
+        (["blocks.0.2"], ValueError, r"unfreeze: 'blocks.0.2' has no weights that could be tr"),
+    ],
+    ids=str,
+)
+def test_a_wrong_name_says_what_there_is(unfreeze, error, words):
+    """Also from `fit`, before any image is opened."""
+    with pytest.raises(error, match=words):
+        make_classifier(unfreeze=unfreeze).fit(["nowhere.png"] * 2, [0, 1])
+
+
+def test_a_typo_in_a_named_backbone_is_found_before_weights_are_loaded(monkeypatch):
+    """Nobody waits for a download to be told."""
+    monkeypatch.setattr("deepfeat._backbones._download", pytest.fail)
+    with pytest.raises(LayerNotFoundError, match=r"Close matches: .*'layer4'"):
+        make_classifier("resnet18", weights="DEFAULT", unfreeze="layer_4").fit(*make_images())
+
+
+# Modes and groups -------------------------------------------------------------------------------
+
+
+def test_what_is_frozen_is_in_eval_mode():
+    """Between two trained blocks as well; the dropout before a trained layer acts."""
+    module, _, trained = prepare(make_plain(dropout=0.5, norm=True), ["blocks.1"])
+    set_train_mode(module.train(), trained)
+    modes = {path: child.training for path, child in module.named_modules()}
+    assert {path for path, mode in modes.items() if mode} == {
+        *("blocks.1", "blocks.1.0", "blocks.1.1", "blocks.1.2", "drop", "fc")
+    }
+
+
+@pytest.mark.parametrize(
+    ("unfreeze", "active"),
+    [
+        (None, {"classifier.5"}),
+        ("fc7", {"classifier.2", "classifier.5"}),
+        (["fc7"], {"classifier.2", "classifier.5"}),
+        (["fc6"], {"classifier.5"}),
+        ("relu6", {"classifier.2", "classifier.5"}),
+        (["conv5_2"], {"classifier.5"}),
+    ],
+    ids=str,
+)
+def test_a_dropout_acts_where_the_layer_after_it_is_trained(unfreeze, active):
+    """Those of VGG lie between its linear layers."""
+    with torch.device("meta"):
+        vgg = models.vgg11(weights=None, init_weights=False)
+    module, _, trained = prepare(vgg, unfreeze, 32)
+    set_train_mode(module, trained)
+    dropouts = {path for path, child in module.named_modules() if isinstance(child, nn.Dropout)}
+    assert dropouts == {"classifier.2", "classifier.5"}
+    assert {path for path in dropouts if module.get_submodule(path).training} == active
+
+
+def test_the_head_has_a_group_of_its_own():
+    """Each parameter that is trained is in one group, and no other is in any."""
+    module, _, trained = prepare(make_plain(), "hidden")
+    head, backbone = group_parameters(module, trained)
+    assert [id(value) for value in head] == [id(value) for value in module.fc.parameters()]
+    assert [id(value) for value in backbone] == [id(v) for v in module.hidden.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("path", "is_trained"),
+    [("a.b", True), ("a.b.c", True), ("a.bc", False), ("a", False), ("h", True), ("hh", False)],
+)
+def test_a_path_lies_in_a_module_not_in_one_of_a_longer_name(path, is_trained):
+    """`layer1` has nothing of `layer10`."""
+    assert (path in Trained(("h",), ("a.b",), ())) is is_trained
+
+
+# The cut ----------------------------------------------------------------------------------------
+
+
+def cut_of(module, unfreeze, side=16):
+    module, index, trained = prepare(module, unfreeze, side)
+    return module, find_cut(module, index, trained, (3, side, side))
+
+
+@pytest.mark.parametrize(
+    ("unfreeze", "boundary"),
+    [
+        (None, "drop"),
+        ("fc", "drop"),
+        ("hidden", "hidden"),
+        ("blocks.2", "blocks.2"),
+        ("blocks.2.1", "blocks.2"),
+        (["blocks.1"], "blocks.1"),
+        (["blocks.1.1", "hidden"], "blocks.1"),
+        ("blocks", None),
+        ("all", None),
+    ],
+    ids=str,
+)
+def test_a_network_is_cut_before_the_first_layer_that_changes(unfreeze, boundary):
+    """Dropout changes from draw to draw; where nothing before is frozen, there is no cut."""
+    _, cut = cut_of(make_plain(dropout=0.5, norm=True), unfreeze)
+    found = cut and cut.boundary
+    # Whether a boundary is named by the block or by its first layer makes no difference.
+    assert found == boundary or f"{found}.".startswith(f"{boundary}.")
+
+
+def test_the_parts_give_what_the_whole_gives():
+    """For other images, and another number of them, than those that the cut was tried with."""
+    module, cut = cut_of(make_vit(), "encoder.layers.encoder_layer_1")
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    module.eval()
+    with torch.no_grad():
+        activations = run_prefix(module, cut, images)
+        assert activations.shape == (5, 17, 16)
+        parts = run_suffix(module, cut, activations, (3, 16, 16))
+        torch.testing.assert_close(parts, module(images), rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_left_behind_on_the_network():
+    """Neither hooks nor the functions that took the place of layers, also after an error."""
+    module, cut = cut_of(make_plain(), "hidden")
+    images = torch.rand(2, 3, 16, 16)
+    expected = module(images)
+    activations = run_prefix(module, cut, images)
+    with pytest.raises(RuntimeError):
+        run_suffix(module, cut, activations[:, :1], (3, 16, 16))
+    run_suffix(module, cut, activations, (3, 16, 16))
+    for child in module.modules():
+        assert "forward" not in vars(child)
+        assert not child._forward_pre_hooks
+        assert not child._forward_hooks
+    torch.testing.assert_close(module(images), expected, rtol=0, atol=0)
+
+
+class Skipping(nn.Module):
+    """Hand what the first layer gives past the second one, in some measure."""
+
+    def __init__(self, measure=1.0):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.third = nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 5)
+        self.measure = measure
+
+    def forward(self, images):
+        early = self.first(images).relu()
+        late = self.third(self.second(early).relu())
+        return self.fc((late + self.measure * early).mean((2, 3)))
+
+
+class Sequence(nn.Module):
+    """Let tokens come first and images second, as torch's transformers do by default."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        self.first = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+        self.second = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).permute(2, 0, 1)
+        return self.fc(self.second(self.first(tokens)).mean(0))
+
+
+class ByName(nn.Module):
+    """Hand on what was computed as a keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.second = Keyword()
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, images):
+        return self.fc(self.second(maps=self.first(images)).mean((2, 3)))
+
+
+class Keyword(nn.Conv2d):
+    def __init__(self):
+        super().__init__(4, 4, 3)
+
+    def forward(self, *, maps):
+        return super().forward(maps)
+
+
+class Twice(nn.Module):
+    """Use one layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, images):
+        return self.fc(self.second(self.second(self.first(images)).relu()).mean((2, 3)))
+
+
+IMPOSSIBLE = {
+    "skip": (Skipping, "third"),
+    # Old memory times nearly nothing: only NaN shows that it was used.
+    "skip, hardly": (lambda: Skipping(1e-12), "third"),
+    "tokens first": (Sequence, "second"),
+    "keywords": (ByName, "second"),
+    "called twice": (Twice, "second"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_a_network_that_cannot_be_cut_is_not_cut(case):
+    """And it learns as ever."""
+    make, unfreeze = IMPOSSIBLE[case]
+    assert cut_of(seeded(make), unfreeze)[1] is None
+    X, y = make_images()
+    params = {"unfreeze": unfreeze, "max_epochs": 3}
+    classifier = make_classifier(seeded(make), augment=None, **params).fit(X, y)
+    assert len(classifier.history_) == 3
+
+
+def test_a_container_that_is_trained_begins_with_what_it_does_itself():
+    """A transformer adds its positions before its first layer: they would not be trained."""
+    _, cut = cut_of(make_vit(), "encoder")
+    assert cut.boundary == "encoder"
+    assert list(cut.skipped) == ["conv_proj"]
+
+
+def test_the_picture_of_the_input_may_be_prepared_in_any_way():
+    """The cut is tried with noise of the shape that the preprocessing gives."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    classifier = make_classifier(net, preprocessing=to_16_pixels, unfreeze=None, max_epochs=3)
+    assert len(classifier.fit(*make_images()).history_) == 3

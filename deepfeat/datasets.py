@@ -193,14 +193,7 @@ def load_scene15(
     >>> len(scenes.data), len(scenes.train), len(scenes.test)  # doctest: +SKIP
     (4485, 1500, 2985)
     """
-    if split not in ("fixed", "random"):
-        raise ValueError(f"split={split!r} is none of ('fixed', 'random').")
-    fewest = min(_SCENES.values())
-    if not 0 < train_per_class < fewest:
-        raise ValueError(
-            f"train_per_class={train_per_class!r}: a number from 1 to {fewest - 1} is expected, "
-            f"since one class has {fewest} images."
-        )
+    _check_choices(split, train_per_class)
     folder = _as_path(root)
     scenes = _list_scenes(folder)
     names = list(_SCENES)
@@ -286,6 +279,7 @@ def fetch_scene15(
     >>> scenes = fetch_scene15(random_state=0)  # doctest: +SKIP
     >>> X_train, y_train = scenes.data[scenes.train], scenes.target[scenes.train]  # doctest: +SKIP
     """
+    _check_choices(split, train_per_class)  # before a long download
     home = Path(get_data_home(data_home))
     folder = home / "scene15"
     if not folder.is_dir():
@@ -367,6 +361,17 @@ def _scan(
 
 
 # 15-Scene ---------------------------------------------------------------------------------------
+
+
+def _check_choices(split: Any, train_per_class: Any) -> None:
+    if split not in ("fixed", "random"):
+        raise ValueError(f"split={split!r} is none of ('fixed', 'random').")
+    most = min(_SCENES.values()) - 1
+    if not (isinstance(train_per_class, (int, np.integer)) and 0 < train_per_class <= most):
+        raise ValueError(
+            f"train_per_class={train_per_class!r}: a whole number from 1 to {most} is expected, "
+            f"since one class has {most + 1} images."
+        )
 
 
 class _Scene(NamedTuple):

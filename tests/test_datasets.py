@@ -445,10 +445,10 @@ def test_a_folder_that_holds_but_a_link_to_itself_is_an_error(tmp_path: Path) ->
         load_scene15(tmp_path)
 
 
-@pytest.mark.parametrize("count", [0, 210, -5])
+@pytest.mark.parametrize("count", [0, 210, -5, 2.5, None])
 def test_the_smallest_class_limits_the_training_images(scenes_root: Path, count: int) -> None:
     """None would be left to test on."""
-    with pytest.raises(ValueError, match=f"train_per_class={count}: a number from 1 to 209"):
+    with pytest.raises(ValueError, match=f"train_per_class={count}: a whole number from 1 to 209"):
         load_scene15(scenes_root, split="random", train_per_class=count)
 
 
@@ -567,6 +567,15 @@ def test_what_is_missing_and_may_not_be_downloaded_is_an_error(tmp_path: Path) -
     """As scikit-learn's fetch functions have it."""
     with pytest.raises(OSError, match=r"there is no '.*scene15', and download_if_missing is False"):
         fetch_scene15(tmp_path, download_if_missing=False)
+
+
+def test_wrong_arguments_download_nothing(server: Server, tmp_path: Path) -> None:
+    """They are refused first."""
+    with pytest.raises(ValueError, match="train_per_class=0: "):
+        fetch(server, tmp_path, train_per_class=0)
+    with pytest.raises(ValueError, match="split='train' is none of"):
+        fetch(server, tmp_path, split="train")
+    assert server.ranges == []
 
 
 def test_data_lie_where_those_of_scikit_learn_do(

@@ -89,9 +89,11 @@ def quickstart(session):
 
 @on_request()
 def examples(session):
-    """Run every example, without a download."""
+    """Run every example, and try every script of the report, without a download."""
     for script in scripts_in(session, "examples"):
         run_python(session, script, env=OFFLINE)
+    for script in scripts_in(session, "examples/report"):
+        run_python(session, script, "--quick", "--out", session.create_tmp(), env=OFFLINE)
 
 
 @on_request()

@@ -47,6 +47,7 @@ for backbone in args.backbones:
         )
         classifier.fit(X[images.train], y[images.train])
         accuracy = classifier.score(X[images.test], y[images.test])
+        print(f"{backbone}, {block}: {100 * accuracy:.2f} %")  # the next one may take long
         rows.append(make_row({"backbone": backbone, "unfrozen from": block}, accuracy, figure))
 for backbone in [name for name in REPORT if name not in args.backbones]:
     for block, figure in zip(BLOCKS, REPORT[backbone], strict=True):

@@ -1,0 +1,300 @@
+"""Tests of the scripts that redo the report: what they write, against pipelines by hand."""
+
+import csv
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from PIL import Image
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
+from torchvision import models
+
+from deepfeat import DeepFeatureExtractor, FineTuneClassifier, datasets
+
+SCRIPTS = Path(__file__).parents[1] / "examples/report"
+NET = "resnet10_slim"
+Rows = list[dict[str, str]]
+Run = Callable[..., Rows]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of twelve small pictures each: more than --quick takes."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for label, high in {"dark": 200, "bright": 256, "soft": 230}.items():
+        (root / label).mkdir()
+        for number in range(12):
+            pixels = rng.integers(0, high, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / label / f"{number:02}.png")
+    return root
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run a script of the report and read the table that it wrote; `names` are what it defined."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.delitem(sys.modules, "_report", raising=False)
+
+    def run(script: str, *arguments: object, table: str | None = None) -> Rows:
+        out = tmp_path / "out"
+        argv = [script, "--out", out, *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        run.names = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+        with (out / f"{table or script}.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    with mpl.rc_context(), plt.ioff():
+        mpl.use("agg")
+        yield run
+    plt.close("all")
+
+
+def few(photos: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Take what --quick promises: of ten images a class every other one, to train on."""
+    folders = sorted(path for path in photos.iterdir())
+    paths = [[str(path) for path in sorted(folder.iterdir())[:10]] for folder in folders]
+    labels = np.repeat([folder.name for folder in folders], 5)
+    train = np.concatenate([images[::2] for images in paths])
+    test = np.concatenate([images[1::2] for images in paths])
+    return train, labels, test, labels
+
+
+def pictures(out: Path) -> set[str]:
+    """Name the pictures in a folder, all of which must show something."""
+    for path in out.glob("*.png"):
+        with Image.open(path) as image:
+            assert np.ptp(np.asarray(image.convert("L"))) > 100, path
+    return {path.name for path in out.glob("*.png")}
+
+
+def test_table3_is_that_of_a_pipeline_by_hand(run: Run, photos: Path, tmp_path: Path) -> None:
+    """The SVM of the report, on the layer before the scores; its figures stand beside."""
+    rows = run("table3", "--quick", "--data", photos)
+    X, y, X_test, y_test = few(photos)
+    extractor = DeepFeatureExtractor(NET, "avgpool", image_size=96)
+    pipe = make_pipeline(extractor, LinearSVC(C=1, random_state=0)).fit(X, y)
+    accuracy = f"{100 * pipe.score(X_test, y_test):.2f}"
+    assert rows[0] == {
+        "backbone": NET,
+        "layer": "avgpool",
+        "accuracy %": accuracy,
+        "report %": "",
+    }
+    assert [(row["backbone"], row["layer"], row["report %"]) for row in rows[1:]] == [
+        ("alexnet", "relu7", "87.14"),
+        ("vgg16", "relu7", "88.81"),
+        ("vgg19", "relu7", "88.91"),
+        ("resnet34", "avgpool", "90.52"),
+        ("resnet50", "avgpool", "91.02"),
+        ("resnet152", "avgpool", "92.26"),
+    ]
+    assert {row["accuracy %"] for row in rows[1:]} == {""}
+    assert pictures(tmp_path / "out") == {"table3.png"}
+
+
+def test_given_weights_are_used(run: Run, photos: Path, tmp_path: Path) -> None:
+    """A network that the report has stands once, its figure beside what was reached here."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        torch.save(models.alexnet().state_dict(), tmp_path / "net=1.pth")
+    weights = tmp_path / "net=1.pth"
+    given = run(
+        *("table3", "--quick", "--data", photos, "--backbones", "alexnet"),
+        *("--weights", f"alexnet={weights}"),
+    )
+    X, y, X_test, y_test = few(photos)
+    extractor = DeepFeatureExtractor("alexnet", weights=weights, image_size=96)
+    pipe = make_pipeline(extractor, LinearSVC(C=1, random_state=0)).fit(X, y)
+    assert given[0]["accuracy %"] == f"{100 * pipe.score(X_test, y_test):.2f}"
+    assert given[0]["report %"] == "87.14"
+    assert [row["backbone"] for row in given].count("alexnet") == 1
+
+
+@pytest.mark.filterwarnings("ignore:Liblinear failed to converge")
+def test_tables_1_and_2_are_those_of_pipelines_by_hand(
+    run: Run, photos: Path, tmp_path: Path
+) -> None:
+    """A cell of each, and the best of each row beside the report's."""
+    best = run("table1_2", "--quick", "--data", photos, "--backbones", NET)
+    X, y, X_test, y_test = few(photos)
+    for table, norm in {"1": None, "2": "l2"}.items():
+        with (tmp_path / f"out/table{table}_{NET}.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["layer"] for row in rows] == ["stage4", "stage5", "fc"]
+        assert len(rows[0]) == 1 + 11
+        for layer, c in (("stage4", "0.1"), ("fc", "5")):
+            extractor = DeepFeatureExtractor(NET, layer, norm=norm, image_size=96)
+            pipe = make_pipeline(extractor, LinearSVC(C=float(c), random_state=0)).fit(X, y)
+            (row,) = [row for row in rows if row["layer"] == layer]
+            assert row[c] == f"{100 * pipe.score(X_test, y_test):.2f}"
+        for row in rows:
+            layer = row.pop("layer")
+            (found,) = [one for one in best if (one["table"], one["layer"]) == (table, layer)]
+            assert float(found["accuracy %"]) == max(map(float, row.values()))
+            assert row[found["best C"]] == found["accuracy %"]
+    assert [row["report %"] for row in best[6:]] == [
+        *("90.85", "88.98", "87.34"),
+        *("90.82", "88.81", "87.37"),
+    ]
+    assert pictures(tmp_path / "out") == {f"table1_2_{NET}.png"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Liblinear failed to converge")
+def test_tables_1_and_2_run_with_vgg16_and_random_weights(run: Run, tmp_path: Path) -> None:
+    """As the report has them, on the patches that need no data."""
+    rows = run("table1_2", "--quick")
+    assert [(row["backbone"], row["layer"], row["report %"]) for row in rows] == [
+        ("vgg16", "relu6", "90.85"),
+        ("vgg16", "relu7", "88.98"),
+        ("vgg16", "relu8", "87.34"),
+        ("vgg16", "relu6", "90.82"),
+        ("vgg16", "relu7", "88.81"),
+        ("vgg16", "relu8", "87.37"),
+    ]
+    assert all(row["accuracy %"] for row in rows)
+
+
+def test_the_appended_layer_is_that_of_a_classifier_by_hand(
+    run: Run, photos: Path, tmp_path: Path
+) -> None:
+    """With its learning curve."""
+    rows = run("replace_svm", "--quick", "--data", photos)
+    X, y, X_test, y_test = few(photos)
+    classifier = FineTuneClassifier(
+        NET, unfreeze=None, head="append", max_epochs=2, image_size=96, random_state=0
+    ).fit(X, y)
+    # So few images are classified alike by much that is wrong.
+    losses, expected = (
+        [epoch["train_loss"] for epoch in one.history_]
+        for one in (run.names["classifier"], classifier)
+    )
+    assert_allclose(losses, expected, rtol=1e-4)
+    assert rows == [
+        {
+            "backbone": NET,
+            "accuracy %": f"{100 * classifier.score(X_test, y_test):.2f}",
+            "report %": "",
+        },
+        {"backbone": "vgg16", "accuracy %": "", "report %": "85.56"},
+    ]
+    assert pictures(tmp_path / "out") == {"replace_svm.png", f"replace_svm_{NET}.png"}
+
+
+def test_table4_is_that_of_classifiers_by_hand(run: Run, photos: Path, tmp_path: Path) -> None:
+    """One for each block from which on it is trained."""
+    rows = run("table4", "--quick", "--data", photos)
+    X, y, X_test, y_test = few(photos)
+    blocks = ["layer4", "layer3", "layer2", "all"]
+    for block, row in zip(blocks, rows, strict=False):
+        classifier = FineTuneClassifier(
+            NET, unfreeze=block, max_epochs=2, image_size=96, random_state=0
+        ).fit(X, y)
+        assert row == {
+            "backbone": NET,
+            "unfrozen from": block,
+            "accuracy %": f"{100 * classifier.score(X_test, y_test):.2f}",
+            "report %": "",
+        }
+    assert [row["unfrozen from"] for row in rows] == blocks * 4
+    assert [row["report %"] for row in rows[4:]] == [
+        *("92.56", "92.56", "92.70", "92.10"),
+        *("93.03", "93.20", "93.37", "91.50"),
+        *("92.50", "93.60", "92.60", "92.46"),
+    ]
+    assert pictures(tmp_path / "out") == {"table4.png"}
+
+
+def test_figures_are_drawn(run: Run, photos: Path, tmp_path: Path) -> None:
+    """The architecture, the first convolution and ReLU, and predictions."""
+    rows = run("figures", "--quick", "--data", photos, "--backbones", NET)
+    assert [row["backbone"] for row in rows] == [NET]
+    assert pictures(tmp_path / "out") == {
+        f"architecture_{NET}.png",
+        f"maps_{NET}_conv1.png",
+        f"maps_{NET}_relu.png",
+        f"predictions_{NET}.png",
+    }
+
+
+@pytest.mark.slow
+def test_the_parameters_of_vgg16_are_those_that_the_report_counts(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Counted by the script; and random weights predict nothing."""
+    rows = run("figures", "--quick", "--backbones", "vgg16")
+    assert rows[0]["of these fully connected"] == rows[0]["report"] == "123642856"
+    assert rows[0]["parameters"] == str(sum(map(torch.numel, models.vgg16().parameters())))
+    assert "random weights" in capsys.readouterr().out
+    assert pictures(tmp_path / "out") == {
+        *("architecture_vgg16.png", "maps_vgg16_conv1_1.png", "maps_vgg16_relu1_1.png"),
+    }
+
+
+def test_all_of_15_scene_is_used_with_its_split(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --quick: here with a smaller data set in its place, on the fixed split."""
+    root = tmp_path / "scenes"
+    counts = {"sea": 103, "sky": 104}
+    monkeypatch.setattr(datasets, "_SCENES", counts)
+    split = ["split,class,file"]
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            grey = 40 * (name == "sky") + number
+            Image.new("L", (9, 9), grey).save(root / name / f"{number}.png")
+            split.append(f"{'test' if number >= 100 else 'train'},{name},{number}.png")
+    (tmp_path / "scene15_split.csv").write_text("\n".join(split))
+    rows = run("table3", "--data", root, "--backbones", NET)
+    assert "15-Scene, fixed split: 200 images to train on, 7 to test on" in capsys.readouterr().out
+    accuracy = float(rows[0]["accuracy %"]) / 100
+    assert accuracy * 7 == pytest.approx(round(accuracy * 7), abs=1e-3)
+    run("table3", "--data", root, "--backbones", NET, "--split", "random")
+    assert "15-Scene, random split: 200 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "net.pth"], "--weights net.pth: NAME=PATH is expected"),
+        (["--weights", "net="], "--weights net=: NAME=PATH is expected"),
+        (["--weights", "vgg19=x.pth"], "--weights of vgg19, which --backbones does not name"),
+        (["--split", "own"], "invalid choice: 'own'"),
+    ],
+)
+def test_unclear_arguments_are_refused(
+    run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    """Before anything is loaded."""
+    with pytest.raises(SystemExit):
+        run("table3", "--quick", "--backbones", NET, *arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.real
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif("DEEPFEAT_DATA" not in os.environ, reason="DEEPFEAT_DATA is not set")
+def test_table3_on_real_data(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The figures that the library is measured by."""
+    folder = Path(os.environ["DEEPFEAT_DATA"])
+    least = {"mobilenet_v2": 90, "squeezenet1_1": 87}
+    weights = [f"{name}={folder / 'weights' / name}.pth" for name in least]
+    rows = run(
+        *("table3", "--data", folder / "scene15", "--backbones", *least, "--weights", *weights)
+    )
+    with capsys.disabled():
+        for row in rows[:2]:
+            print(f"\nTable 3, {row['backbone']}: {row['accuracy %']} %")
+    for row in rows[:2]:
+        assert float(row["accuracy %"]) >= least[row["backbone"]]

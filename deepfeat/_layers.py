@@ -346,8 +346,8 @@ def _stages(paths: list[str], calls: dict[str, Call]) -> list[str]:
 
 
 def _last_learned(group: list[str], calls: dict[str, Call]) -> list[str]:
-    """Return the end of a group of one resolution; nothing if it only pools."""
-    return group[-1:] if any("Pool" not in calls[path].kind for path in group) else []
+    """Return the end of a group of one resolution, before what only pools there."""
+    return [path for path in group if "Pool" not in calls[path].kind][-1:]
 
 
 def _opens_down_sampler(group: list[str], path: str, calls: dict[str, Call]) -> bool:

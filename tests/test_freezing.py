@@ -52,18 +52,31 @@ TRAINED = {
     ("resnet18", "stage3"): ("layer2.", "layer3.", "layer4.", "fc."),
     ("resnet18", ("layer2",)): ("layer2.", "fc."),
     ("resnet18", ("bn1", "layer3.1")): ("bn1.", "layer3.1.", "fc."),
-    ("resnet18", "layer4.0.conv2"): ("layer4.0.conv2.", "layer4.0.bn2.", "layer4.0.downsample.")
-    + ("layer4.1.", "fc."),
+    ("resnet18", "layer4.0.conv2"): (
+        "layer4.0.conv2.",
+        "layer4.0.bn2.",
+        "layer4.0.downsample.",
+        "layer4.1.",
+        "fc.",
+    ),
     ("resnet18", -3): ("layer4.1.", "fc."),
     ("vgg11_bn", ("bn5_2",)): ("features.26.", "classifier.6."),
     ("densenet121", "features.denseblock4"): DENSE_END,
     ("densenet121", ("features.norm5",)): ("features.norm5.", "classifier."),
     ("mobilenet_v2", "features.17"): ("features.17.", "features.18.", "classifier."),
-    ("mobilenet_v2", "stage5"): tuple(f"features.{i}." for i in range(14, 19)) + ("classifier.",),
-    ("mobilenet_v2", ("features.0", "features.18.1")): ("features.0.", "features.18.1.")
-    + ("classifier.",),
-    ("mobilenet_v2", "features.17.conv.1.0"): ("features.17.conv.1.", "features.17.conv.2.")
-    + ("features.17.conv.3.", "features.18.", "classifier."),
+    ("mobilenet_v2", "stage5"): (*tuple(f"features.{i}." for i in range(14, 19)), "classifier."),
+    ("mobilenet_v2", ("features.0", "features.18.1")): (
+        "features.0.",
+        "features.18.1.",
+        "classifier.",
+    ),
+    ("mobilenet_v2", "features.17.conv.1.0"): (
+        "features.17.conv.1.",
+        "features.17.conv.2.",
+        "features.17.conv.3.",
+        "features.18.",
+        "classifier.",
+    ),
     ("mobilenet_v2", "all"): ("",),
 }
 # Wide layers make these slow, and each repeats on one network what another shows faster.
@@ -104,14 +117,16 @@ def check_frozen(case, **params):
 
 
 @pytest.mark.parametrize(
-    "case", [*TRAINED, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_TRAINED)]
+    "case",
+    [*TRAINED, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_TRAINED)],
+    ids=str,
 )
 def test_frozen_means_frozen(case):
     """Weights and statistics, with weight decay and dropout, and a prefix that is computed once."""
     check_frozen(case, augment=None, max_epochs=3)
 
 
-@pytest.mark.parametrize("case", BY_SGD)
+@pytest.mark.parametrize("case", BY_SGD, ids=str)
 def test_frozen_means_frozen_for_each_optimizer(case):
     """And where each image runs through the whole network anew."""
     check_frozen(case, augment="crop", optimizer="sgd")
@@ -128,7 +143,7 @@ def test_a_frozen_parameter_without_weight_decay_would_not_pass(monkeypatch):
     """The law above sees a single weight that decays."""
 
     def freeze_gradients(module, trained):
-        for name, parameter in module.named_parameters():
+        for _name, parameter in module.named_parameters():
             parameter.requires_grad_(True)
         module.features[3].conv[0][0].weight.data *= 1 - 1e-6
 
@@ -140,13 +155,20 @@ def test_a_frozen_parameter_without_weight_decay_would_not_pass(monkeypatch):
 VIT_TRAINED = {
     None: ("heads.",),
     "encoder.layers.encoder_layer_2": ("encoder.layers.encoder_layer_2.", "encoder.ln.", "heads."),
-    "encoder.layers.encoder_layer_1": ("encoder.layers.encoder_layer_1.",)
-    + ("encoder.layers.encoder_layer_2.", "encoder.ln.", "heads."),
+    "encoder.layers.encoder_layer_1": (
+        "encoder.layers.encoder_layer_1.",
+        "encoder.layers.encoder_layer_2.",
+        "encoder.ln.",
+        "heads.",
+    ),
     "encoder": ("encoder.", "heads."),
     "encoder.layers": ("encoder.layers.", "encoder.ln.", "heads."),
     ("encoder.ln", "conv_proj"): ("encoder.ln.", "conv_proj.", "heads."),
-    "encoder.layers.encoder_layer_2.mlp": ("encoder.layers.encoder_layer_2.mlp.", "encoder.ln.")
-    + ("heads.",),
+    "encoder.layers.encoder_layer_2.mlp": (
+        "encoder.layers.encoder_layer_2.mlp.",
+        "encoder.ln.",
+        "heads.",
+    ),
     "all": ("",),
 }
 

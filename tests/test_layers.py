@@ -533,6 +533,14 @@ def test_stages_end_before_each_down_sampling(name: str) -> None:
         index.resolve(f"stage{len(ends) + 1}")
 
 
+def test_a_stage_of_one_pixel_ends_on_what_is_learned() -> None:
+    """ResNet's last maps of 32-pixel images have one pixel; the global pooling is no stage."""
+    index = LayerIndex(models.resnet18(weights=None), (3, 32, 32))
+    assert index.resolve("layer4").output_shape == (512, 1, 1)
+    assert index.resolve("stage5").path == "layer4.1"
+    assert [layer.path for layer in index.stages()][-2:] == ["layer4.1", "avgpool"]
+
+
 def test_modules_called_stage_keep_their_names() -> None:
     """ShuffleNet has modules `stage2` to `stage4`, which are meant by these names."""
     index = index_of("shufflenet_v2_x1_0")

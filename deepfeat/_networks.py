@@ -34,10 +34,14 @@ def build_network(
     OSError
         If the weights cannot be downloaded.
     """
-    place = find_head(backbone.skeleton, backbone.preprocessing.input_shape)
+    input_shape = backbone.preprocessing.input_shape
+    place = find_head(backbone.skeleton, input_shape)
     module = backbone.load(device)
     module = copy.deepcopy(module) if backbone.shared else module
-    return Network(module, add_head(module, place, head, n_classes, seed), place.n_outputs)
+    path = add_head(module, place, head, n_classes, seed)
+    if not backbone.shared:  # a network of the user may compute in ways that no module shows
+        _check_head(module, head, input_shape)
+    return Network(module, path, place.n_outputs)
 
 
 def rebuild_network(
@@ -75,3 +79,10 @@ def rebuild_network(
 
 def _missing_auxiliary(state: dict[str, Tensor]) -> list[str]:
     return [name for name in AUXILIARY if not any(key.startswith(f"{name}.") for key in state)]
+
+
+def _check_head(module: nn.Module, head: Head, input_shape: tuple[int, ...]) -> None:
+    try:
+        find_head(module, input_shape)
+    except ValueError as error:
+        raise ValueError(f"{type(module).__name__} has no place for {head=}: {error}") from error

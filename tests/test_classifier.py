@@ -541,10 +541,10 @@ def test_an_image_that_cannot_be_read_is_named(scene_paths, scene_labels, tmp_pa
     data = {"X": scene_paths, "y": scene_labels, "X_val": scene_paths, "y_val": scene_labels}
     data[where] = [*scene_paths[:11], str(bad)]
     classifier = make_classifier(augment=augment, unfreeze="hidden", max_epochs=3)
-    with pytest.raises(ValueError, match="bad.jpg"):
+    with pytest.raises(ValueError, match=r"bad\.jpg"):
         classifier.fit(**data)
     classifier.fit(scene_paths, scene_labels)
-    with pytest.raises(ValueError, match="bad.jpg"):
+    with pytest.raises(ValueError, match=r"bad\.jpg"):
         classifier.predict([str(bad)])
 
 

@@ -321,7 +321,7 @@ def test_preprocessing_of_ones_own_cannot_be_saved(images, file):
     classifier = make_classifier(
         SMALL, unfreeze=None, preprocessing=to_16_pixels, image_size=None, max_epochs=1
     )
-    with pytest.raises(ValueError, match="preprocessing=.* is code"):
+    with pytest.raises(ValueError, match=r"preprocessing=.* use pickle"):
         classifier.fit(*images).save(file)
 
 

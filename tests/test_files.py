@@ -320,7 +320,7 @@ def test_preprocessing_of_ones_own_cannot_be_saved(images, file):
     """For it is code too."""
     params = {"unfreeze": None, "image_size": None, "max_epochs": 1}
     classifier = make_classifier("mobilenet_v2", preprocessing=to_16_pixels, **params)
-    with pytest.raises(ValueError, match=r"preprocessing=.* is code"):
+    with pytest.raises(ValueError, match=r"(?s)preprocessing=.* is code"):
         classifier.fit(*images).save(file)
 
 

@@ -1,5 +1,6 @@
 """Tests of fine-tuning end to end: when it stops, how it goes on, and every way to fail."""
 
+import json
 import pickle
 
 import numpy as np
@@ -147,8 +148,6 @@ def test_validation_images_are_scored_as_the_classifier_would(images):
 
 def test_the_history_is_plain_data(images):
     """A dict an epoch, of numbers that JSON knows."""
-    import json
-
     classifier = make_classifier(max_epochs=3).fit(*images)
     frame = pd.DataFrame(json.loads(json.dumps(classifier.history_)))
     assert list(frame.columns) == [
@@ -448,7 +447,8 @@ def test_rows_of_a_table_are_images_of_a_shape():
     with pytest.raises(ValueError, match="feature names"):
         classifier.predict(X[X.columns[::-1]])
     with pytest.raises(ValueError, match="X has 32 features, but FineTuneClassifier is expecting"):
-        classifier.predict(X.to_numpy()[:, :32])
+        classifier.fit(X.to_numpy(), y).predict(X.to_numpy()[:, :32])
+    classifier.fit(X, y)
     with pytest.raises(ValueError, match="feature names"):
         classifier.fit(X, y, X_val=X[X.columns[::-1]], y_val=y)
 
@@ -532,7 +532,7 @@ def test_class_weights_that_make_no_sense_are_refused(images, weights, words):
         make_classifier(class_weight=weights).fit(*images)
 
 
-@pytest.mark.parametrize("augment", [None, "flip", "crop", ImageFunction := (lambda image: image)])
+@pytest.mark.parametrize("augment", [None, "flip", "crop", lambda image: image])
 @pytest.mark.parametrize("where", ["X", "X_val"])
 def test_an_image_that_cannot_be_read_is_named(scene_paths, scene_labels, tmp_path, augment, where):
     """Whether what it gives is kept or not."""

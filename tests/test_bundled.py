@@ -15,6 +15,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 from torch.testing import assert_close
+from torchvision import transforms
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from deepfeat import DeepFeatureExtractor, list_backbones, list_layers
@@ -94,13 +95,22 @@ def test_its_layers_have_the_names_of_a_resnet():
 
 
 @pytest.mark.parametrize("size", [(250, 300), (96, 96), (8, 8), (640, 427)])
-def test_images_are_prepared_as_its_weights_say(size):
-    """The pixels are those of `transforms()`, of at most 96 a side."""
+def test_images_are_prepared_as_in_training(size):
+    """The shorter side becomes 96, its middle is cut; 0.5 and 0.25 are mean and deviation."""
     noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     steps = find_backbone(NAME).preprocessing
     assert steps.input_shape == (3, 96, 96)
     batch = steps.normalize(steps.prepare(image)[None])
+    by_hand = transforms.Compose(
+        [
+            transforms.Resize(96),
+            transforms.CenterCrop(96),
+            transforms.ToTensor(),
+            transforms.Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+        ]
+    )
+    assert_close(batch[0], by_hand(image), rtol=0, atol=0)
     assert_close(batch[0], ResNet10Slim_Weights.DEFAULT.transforms()(image), rtol=0, atol=0)
 
 

@@ -256,10 +256,11 @@ def _load_shared(name: str, key: Any, seed: int, size: int, device: torch.device
 
 @functools.lru_cache(maxsize=4)
 def _load_cached(name: str, key: Any, seed: int, size: int, device: torch.device) -> nn.Module:
-    if key is None:
-        return _for_reading(_build(name, size, seed=seed), device)
-    state = _read_file(key[0]) if isinstance(key, tuple) else _download(name, key)
-    return _for_reading(_with_state(name, size, state), device)
+    with torch.inference_mode(False):  # the caller's would stick to tensors that others train
+        if key is None:
+            return _for_reading(_build(name, size, seed=seed), device)
+        state = _read_file(key[0]) if isinstance(key, tuple) else _download(name, key)
+        return _for_reading(_with_state(name, size, state), device)
 
 
 def _for_reading(module: nn.Module, device: torch.device) -> nn.Module:

@@ -10,17 +10,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.model_selection import train_test_split
-from sklearn.utils import Tags, assert_all_finite, check_array, check_consistent_length
-from sklearn.utils.class_weight import compute_sample_weight
-from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
@@ -41,9 +38,17 @@ from ._freezing import (
     run_suffix,
 )
 from ._heads import Head
-from ._images import Record
 from ._inputs import find_records, tag_images
-from ._layers import LayerIndex
+from ._labels import (
+    ClassWeight,
+    LabelledImages,
+    check_known,
+    label_images,
+    leave_out_weightless,
+    set_aside,
+    weigh,
+)
+from ._layers import LayerIndex, LayerNotFoundError
 from ._networks import Network, build_network, rebuild_network
 from ._parameters import (
     Choices,
@@ -100,21 +105,24 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Weight decay of all that is trained.
     schedule : {"cosine", "one-cycle", "constant"}, default="cosine"
         How the learning rates change with the steps: they fall to zero; they rise during the
-        warm-up, or the first 30 % of the steps, and fall; or they stay.
+        warm-up, or the first 30 % of the steps, and fall; or they stay. `partial_fit` leaves them
+        as they are.
     warmup_epochs : float, default=0
-        Epochs in which the learning rates rise to their values, step by step.
+        Epochs in which the learning rates rise to their values, step by step; fewer than
+        `max_epochs`.
     augment : {"flip", "crop"}, callable or None, default="flip"
         What happens to a training image before its preprocessing. "flip": every other one is
         mirrored, at random. "crop": a random part of 8 to 100 % of the area and ratio 3:4 to 4:3
-        takes the place of the preprocessing's resizing and cropping, every other one mirrored. A
-        callable gets an upright RGB PIL image and returns one; it is called for one image after
-        the other in one thread, and may draw from torch's global generator, which is seeded.
+        takes the place of the weights' resizing and cropping, or comes before `preprocessing` of
+        your own, every other one mirrored. A callable gets an upright RGB PIL image and returns
+        one; it is called for one image after the other in one thread, and may draw from torch's
+        global generator, which is seeded.
     label_smoothing : float, default=0.0
         Probability in [0, 1) that is shared out among all classes (Szegedy et al., 2016).
     max_grad_norm : float, default=None
         Norm to which the gradients of a step are clipped; None for any.
     class_weight : dict, "balanced" or None, default=None
-        Weights of the classes in the loss, as in scikit-learn.
+        Weights of the classes in the loss, as in scikit-learn. `fit` scales all weights to mean 1.
     early_stopping : bool, default=False
         Whether to stop when the validation score has not risen by `tol` for `n_iter_no_change`
         epochs, and to restore the best epoch's weights. The score is the accuracy on
@@ -179,8 +187,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
 
     What the frozen beginning of the network gives for an image does not change from epoch to
     epoch. With `augment` None or "flip" it is computed once for each image, and its mirror image,
-    if there are more epochs than these views. It is kept in memory up to 2 GiB, else in a
-    temporary file, so that an epoch costs the trained part alone.
+    if there are more epochs than these views. It is kept in memory up to 2 GiB (and as much for
+    validation images), else in a temporary file, so that an epoch costs the trained part alone.
 
     A dropout between two layers acts where the layer after it is trained. A batch of one image, or
     a part of one, is normalised with BatchNorm's running statistics. An image whose
@@ -224,7 +232,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         augment: Augment = "flip",
         label_smoothing: float = 0.0,
         max_grad_norm: float | None = None,
-        class_weight: Mapping[Any, float] | Literal["balanced"] | None = None,
+        class_weight: ClassWeight = None,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 3,
@@ -313,29 +321,26 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             If the weights cannot be downloaded.
         """
         self._check_parameters()
-        backbone = self._find_backbone()
-        blocks = self._find_blocks(backbone)
-        images = self._read(X, y, sample_weight, reset=True)
         goes_on = self.warm_start and hasattr(self, "module_")
-        classes = self.classes_ if goes_on else np.unique(images.labels)
-        _check_known(images.labels, classes, "y")
-        images = _leave_out_weightless(images)
-        seed = self._draw_seed()
-        validation = None
-        if X_val is not None or y_val is not None:
-            if X_val is None or y_val is None:
-                raise ValueError("X_val and y_val go together, and one of them is missing.")
-            validation = self._read(X_val, y_val, None, reset=False)
-            _check_known(validation.labels, classes, "y_val")
-        elif self.early_stopping:
-            images, validation = _split(images, self.validation_fraction, seed)
-        images = self._weigh(images, classes)
-        network = self._begin(backbone, classes, seed, goes_on)
-        plan = self._plan(network, backbone, blocks, classes, seed, self.max_epochs)
-        history = list(self.history_) if goes_on else []
-        with _own_generators(plan.recipe.device):
-            best, _ = self._run_epochs(plan, images, validation, history)
-        return self._keep(network, backbone, classes, history, best)
+        with self._unchanged_on_error():
+            images = self._label(X, y, sample_weight, reset=not goes_on)
+            classes = self.classes_ if goes_on else np.unique(images.labels)
+            check_known(images.labels, classes, "y")
+            images = leave_out_weightless(images)
+            seed = self._draw_seed(goes_on)
+            validation = None
+            if X_val is not None or y_val is not None:
+                if X_val is None or y_val is None:
+                    raise ValueError("X_val and y_val go together, and one of them is missing.")
+                validation = self._label(X_val, y_val, None, reset=False, of="_val")
+                check_known(validation.labels, classes, "y_val")
+            elif self.early_stopping:
+                images, validation = set_aside(images, self.validation_fraction, seed)
+            images = weigh(images, classes, self.class_weight)
+            # What is large in all of them is a matter of the learning rate.
+            scaled = images.weights / images.weights.max()
+            images = replace(images, weights=scaled / scaled.mean())
+            return self._learn(images, validation, classes, seed, goes_on, self.max_epochs)
 
     def partial_fit(
         self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
@@ -366,25 +371,23 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             If `classes` is missing in the first call, or different in a later one; else as `fit`.
         """
         self._check_parameters()
-        backbone = self._find_backbone()
-        blocks = self._find_blocks(backbone)
+        if isinstance(self.class_weight, str):
+            raise ValueError(
+                "class_weight='balanced' is not possible with partial_fit, which does not see all "
+                "labels at once: use sklearn.utils.class_weight.compute_class_weight on all of "
+                "them, and give the weights as a dict."
+            )
         goes_on = hasattr(self, "module_")
-        images = self._read(X, y, sample_weight, reset=not goes_on)
-        if classes is None and not goes_on:
-            raise ValueError("classes must be passed on the first call to partial_fit.")
-        known = self.classes_ if goes_on else np.unique(column_or_1d(classes))
-        if classes is not None and not np.array_equal(np.unique(classes), known):
-            raise ValueError(f"classes={classes!r} are not those of the first call, {known!r}.")
-        _check_known(images.labels, known, "y")
-        images = self._weigh(_leave_out_weightless(images), known)
-        seed = self._draw_seed()
-        network = self._begin(backbone, known, seed, goes_on)
-        plan = self._plan(network, backbone, blocks, known, seed, None)
-        history = list(self.history_) if goes_on else []
-        state = self._optimizer_state if goes_on else None
-        with _own_generators(plan.recipe.device):
-            best, state = self._run_epochs(plan, images, None, history, state)
-        return self._keep(network, backbone, known, history, best, state)
+        with self._unchanged_on_error():
+            images = self._label(X, y, sample_weight, reset=not goes_on)
+            if classes is None and not goes_on:
+                raise ValueError("classes must be passed on the first call to partial_fit.")
+            known = self.classes_ if goes_on else np.unique(column_or_1d(classes))
+            if classes is not None and not np.array_equal(np.unique(classes), known):
+                raise ValueError(f"classes={classes!r} are not those of the first call, {known!r}.")
+            check_known(images.labels, known, "y")
+            images = weigh(leave_out_weightless(images), known, self.class_weight)
+            return self._learn(images, None, known, self._draw_seed(goes_on), goes_on, None)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Classify images.
@@ -498,11 +501,13 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self, "module_")
         params = {name: _to_json(name, value) for name, value in self.get_params(False).items()}
+        labels = [_to_json("label", label) for label in self.classes_.tolist()]
         description = {
             "format": _FORMAT,
             "params": params,
             "n_outputs": self._n_outputs,
-            "classes": [str(self.classes_.dtype), self.classes_.tolist()],
+            "seed": self._seed,
+            "classes": [str(self.classes_.dtype), labels],
             "columns": [
                 getattr(self, "n_features_in_", None),
                 list(getattr(self, "feature_names_in_", [])),
@@ -524,7 +529,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         classifier : FineTuneClassifier
-            As it was when it was saved, with its network on the CPU.
+            As it was when it was saved, with its network on the CPU; an optimizer that
+            `partial_fit` was to go on with starts anew.
 
         Raises
         ------
@@ -534,31 +540,39 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             If it is damaged, of a later release, or none that `save` wrote.
         """
         state, description = read_network(path)
-        if description["format"] != _FORMAT:
+        try:
+            if description["format"] != _FORMAT:
+                raise ValueError(f"its format is {description['format']}, not {_FORMAT}")
+            return cls(**_from_json(description["params"]))._restore(state, description)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{os.fspath(path)} has format {description['format']}, and this release reads "
-                f"{_FORMAT}: use the release of deepfeat that wrote it."
-            )
-        classifier = cls(**_from_json(description["params"]))
+                f"{os.fspath(path)} is damaged, or was written by another release of deepfeat: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _restore(
+        self, state: dict[str, Tensor], description: dict[str, Any]
+    ) -> "FineTuneClassifier":
+        """Become the classifier that a file describes."""
         dtype, labels = description["classes"]
         classes = np.array(labels, dtype=dtype)
-        backbone = classifier._find_backbone(with_file=False)
-        n_outputs = description["n_outputs"]
+        backbone = self._find_backbone(with_file=False)
         network = rebuild_network(
             backbone,
-            classifier.head,
+            self.head,
             len(classes),
-            n_outputs,
+            description["n_outputs"],
             state,
-            pretrained=classifier.weights is not None,
+            pretrained=self.weights is not None,
         )
         count, names = description["columns"]
         if count is not None:
-            classifier.n_features_in_ = count
+            self.n_features_in_ = count
         if names:
-            classifier.feature_names_in_ = np.array(names, dtype=object)
-        history, best = description["history"], description["best_validation_score"]
-        return classifier._keep(network, backbone, classes, history, best)
+            self.feature_names_in_ = np.array(names, dtype=object)
+        seed, history = description["seed"], description["history"]
+        best = description["best_validation_score"]
+        return self._keep(network, backbone, classes, seed, history, best)
 
     def __sklearn_tags__(self) -> Tags:
         return tag_images(super().__sklearn_tags__(), self.image_shape)
@@ -579,15 +593,23 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         check_counts(params, _COUNTS)
         check_ranges(params, _RANGES)
         check_device(self.device)
-        if not (callable(self.augment) or self.augment in ("flip", "crop", None)):
-            raise ValueError(
-                f"augment={self.augment!r}: 'flip', 'crop', None or a callable is expected."
-            )
-        if self.class_weight not in ("balanced", None) and not isinstance(
-            self.class_weight, Mapping
-        ):
+        if not callable(self.augment):
+            check_choices(params, {"augment": ("flip", "crop", None)})
+        weight = self.class_weight
+        is_balanced = isinstance(weight, str) and weight == "balanced"
+        if not (weight is None or is_balanced or isinstance(weight, Mapping)):
             raise ValueError(
                 f"class_weight={self.class_weight!r}: a dict, 'balanced' or None is expected."
+            )
+        for name in ("early_stopping", "warm_start"):
+            if not isinstance(params[name], (bool, np.bool_)):
+                raise ValueError(f"{name}={params[name]!r}: True or False is expected.")
+        if self.random_state is not None and self.random_state >= 2**32:
+            raise ValueError(f"random_state={self.random_state}: less than 2**32 is expected.")
+        if self.max_epochs <= self.warmup_epochs:
+            raise ValueError(
+                f"warmup_epochs={self.warmup_epochs}: less than max_epochs={self.max_epochs} is "
+                "expected."
             )
 
     def _find_backbone(self, *, with_file: bool = True) -> Backbone:
@@ -603,72 +625,90 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
 
     def _find_blocks(self, backbone: Backbone) -> tuple[str, ...]:
         index = LayerIndex(backbone.skeleton, backbone.preprocessing.input_shape)
-        return find_blocks(index, backbone.skeleton, self.unfreeze)
+        try:
+            return find_blocks(index, backbone.skeleton, self.unfreeze)
+        except (LayerNotFoundError, TypeError) as error:
+            kind = LayerNotFoundError if isinstance(error, LayerNotFoundError) else ValueError
+            raise kind(
+                f"unfreeze={self.unfreeze!r} is neither 'all' nor None, and names no block: {error}"
+            ) from error
 
-    def _draw_seed(self) -> int:
+    def _draw_seed(self, goes_on: bool) -> int:
         if self.random_state is not None:
             return int(self.random_state)
+        if goes_on:  # else images that were learned from might be set aside
+            return self._seed
         return int(np.random.SeedSequence().generate_state(1)[0])
 
-    def _read(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> "_Images":
-        """Check images, labels and weights against each other."""
+    def _label(
+        self, X: Any, y: Any, sample_weight: Any, *, reset: bool, of: str = ""
+    ) -> LabelledImages:
+        """Take X and y apart, or X_val and y_val (`of` "_val"), and check them."""
         if y is None:
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
             )
-        records = find_records(self, X, self.image_shape, reset=reset)
-        labels = column_or_1d(y, warn=True)
-        assert_all_finite(labels, input_name="y")
-        check_classification_targets(labels)
-        check_consistent_length(records, labels)
-        weights = np.ones(len(records))
-        if sample_weight is not None:
-            weights = check_array(
-                sample_weight,
-                ensure_2d=False,
-                dtype=np.float64,
-                ensure_non_negative=True,
-                input_name="sample_weight",
-            )
-            if weights.shape != labels.shape:
-                raise ValueError(
-                    f"sample_weight has shape {weights.shape}, and {labels.shape} is expected: "
-                    "one weight an image."
-                )
-        return _Images(records, labels, weights)
+        try:
+            records = find_records(self, X, self.image_shape, reset=reset)
+            records = [replace(record, of=f"X{of}") for record in records]
+            return label_images(records, y, sample_weight, name=f"y{of}")
+        except ValueError as error:
+            if not of:
+                raise
+            raise ValueError(f"X{of} and y{of}: {error}") from error
 
-    def _weigh(self, images: "_Images", classes: NDArray[Any]) -> "_Images":
-        """Let weights of classes and samples together have mean 1."""
-        if len(classes) < 2:
-            raise ValueError(
-                f"y has one class, {classes[0]!r}, and a classifier needs at least 2 classes."
-            )
-        weights = images.weights * compute_sample_weight(self.class_weight, images.labels)
-        if not (np.isfinite(weights).all() and (weights >= 0).all()):
-            raise ValueError(
-                f"class_weight={self.class_weight!r}: finite weights from 0 are expected."
-            )
-        if not weights.any():
-            raise ValueError("class_weight leaves no image a weight above 0.")
-        return replace(images, weights=weights / weights.mean())
+    @contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        """Forget the columns of X where training fails; see to gradients, which may be off."""
+        names = ("n_features_in_", "feature_names_in_")
+        before = {name: self.__dict__[name] for name in names if name in self.__dict__}
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+        except BaseException:
+            for name in names:
+                self.__dict__.pop(name, None)
+            self.__dict__.update(before)
+            raise
 
     # Training -----------------------------------------------------------------------------------
 
-    def _begin(
-        self, backbone: Backbone, classes: NDArray[Any], seed: int, goes_on: bool
-    ) -> Network:
-        """Build a new network, or copy that which is there: it stays as it is if this fails."""
-        if not goes_on:
+    def _learn(
+        self,
+        images: LabelledImages,
+        validation: LabelledImages | None,
+        classes: NDArray[Any],
+        seed: int,
+        goes_on: bool,
+        epochs: int | None,
+    ) -> "FineTuneClassifier":
+        """Train, and keep what was learned; for one epoch where no number of them is given."""
+        backbone = self._find_backbone(with_file=not goes_on)
+        blocks = self._find_blocks(backbone)
+        if goes_on:
+            self._check_origin()
+            # A copy: what is there stays as it is if this fails.
+            network = Network(copy.deepcopy(self.module_), self._head, self._n_outputs)
+        else:
             device = find_device(self.device)
-            return build_network(backbone, self.head, len(classes), device, seed)
+            network = build_network(backbone, self.head, len(classes), device, seed)
+        plan = self._plan(network, backbone, blocks, classes, seed, epochs)
+        history = list(self.history_) if goes_on else []
+        state = self._optimizer_state if goes_on and epochs is None else None
+        with _own_generators(plan.recipe.device):
+            best, state = self._run_epochs(plan, images, validation, history, state)
+        state = state if epochs is None else None
+        return self._keep(network, backbone, classes, seed, history, best, state)
+
+    def _check_origin(self) -> None:
+        """Raise if the network in training comes from something else than the parameters say."""
         for name, value in self._origin.items():
-            now = getattr(self, name)
+            now = _plain(getattr(self, name))
             if now is not value and now != value:
                 raise ValueError(
                     f"{name} was {value!r} when the training began, and is {now!r} now: set it "
                     "back, or begin anew with a clone."
                 )
-        return Network(copy.deepcopy(self.module_), self._head, self._n_outputs)
 
     def _plan(
         self,
@@ -714,8 +754,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     def _run_epochs(
         self,
         plan: "_Plan",
-        images: "_Images",
-        validation: "_Images | None",
+        images: LabelledImages,
+        validation: LabelledImages | None,
         history: list[dict[str, Any]],
         optimizer_state: Any = None,
     ) -> tuple[float | None, Any]:
@@ -759,7 +799,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         plan.module.zero_grad()  # gradients are as large as what was trained
         return best.score, learner.state_dict()
 
-    def _make_samples(self, plan: "_Plan", images: "_Images", augment: Augment) -> Samples:
+    def _make_samples(self, plan: "_Plan", images: LabelledImages, augment: Augment) -> Samples:
         """Say where the training gets its images from, or the activations kept of them."""
         recipe = plan.recipe
         drawn = ImageSamples(
@@ -811,6 +851,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         network: Network,
         backbone: Backbone,
         classes: NDArray[Any],
+        seed: int,
         history: list[dict[str, Any]],
         best: float | None,
         optimizer_state: Any = None,
@@ -825,7 +866,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         self._head = network.head
         self._n_outputs = network.n_outputs
         self._preprocessing = backbone.preprocessing
-        self._origin = {name: getattr(self, name) for name in _ORIGIN}
+        self._origin = {name: _plain(getattr(self, name)) for name in _ORIGIN}
+        self._seed = seed
         self._optimizer_state = optimizer_state
         return self
 
@@ -855,19 +897,6 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
                 logits[[record.index for record in batch.samples]] = batch.rows["logits"]
                 bar.update(len(batch.samples))
         return logits
-
-
-@dataclass(frozen=True)
-class _Images:
-    """Images with labels and weights."""
-
-    records: list[Record]
-    labels: NDArray[Any]
-    weights: NDArray[np.float64]
-
-    def take(self, places: NDArray[np.intp]) -> "_Images":
-        records = [self.records[place] for place in places]
-        return _Images(records, self.labels[places], self.weights[places])
 
 
 @dataclass(frozen=True)
@@ -937,43 +966,6 @@ _RANGES: Ranges = (
 )
 
 
-def _check_known(labels: NDArray[Any], classes: NDArray[Any], name: str) -> None:
-    unknown = np.setdiff1d(labels, classes)
-    if len(unknown):
-        raise ValueError(
-            f"{name} has labels that are none of the classes: {unknown[:5].tolist()}. The classes "
-            f"are {classes[:20].tolist()}."
-        )
-
-
-def _leave_out_weightless(images: _Images) -> _Images:
-    images = images.take(np.flatnonzero(images.weights))
-    if not images.records:
-        raise ValueError("sample_weight is zero for every image.")
-    return images
-
-
-def _split(images: _Images, fraction: float, seed: int) -> tuple[_Images, _Images]:
-    """Set a stratified part of the images aside."""
-    classes, counts = np.unique(images.labels, return_counts=True)
-    if counts.min() < 2:
-        raise ValueError(
-            f"class {classes[counts.argmin()]!r} has one image, of which none can be set aside for "
-            "early stopping: give X_val and y_val, or more images."
-        )
-    count = math.ceil(fraction * len(images.records))
-    if not len(classes) <= count <= len(images.records) - len(classes):
-        raise ValueError(
-            f"validation_fraction={fraction} sets {count} of {len(images.records)} images aside, "
-            f"and at least one of each of the {len(classes)} classes is needed on either side."
-        )
-    places = train_test_split(
-        np.arange(len(images.records)), test_size=count, stratify=images.labels, random_state=seed
-    )
-    learned, checked = map(images.take, places)
-    return learned, checked
-
-
 @contextmanager
 def _own_generators(device: torch.device) -> Iterator[None]:
     """Leave torch's global generators as they were."""
@@ -990,24 +982,27 @@ def _to_cpu(value: Any) -> Any:
     return [_to_cpu(item) for item in value] if isinstance(value, list) else value
 
 
-def _to_json(name: str, value: Any) -> Any:
-    """Turn a parameter into what JSON can hold."""
+def _plain(value: Any) -> Any:
+    """Return weights, paths, devices and numbers of NumPy as plain words and numbers."""
     if isinstance(value, WeightsEnum):
         return value.name
     if isinstance(value, (os.PathLike, torch.device)):
         return str(value)
-    if isinstance(value, np.generic):
-        return value.item()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _to_json(name: str, value: Any) -> Any:
+    """Turn a parameter into what JSON can hold."""
+    value = _plain(value)
     if isinstance(value, Mapping):  # its keys may be numbers, which JSON would make strings of
-        return {
-            "items": [[_to_json(name, key), _to_json(name, item)] for key, item in value.items()]
-        }
+        items = value.items()
+        return {"items": [[_to_json(name, key), _to_json(name, item)] for key, item in items]}
     if isinstance(value, (list, tuple)):
         return [_to_json(name, item) for item in value]
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     raise ValueError(
-        f"{name}={value!r} is code, which a file without pickle cannot hold: use pickle or joblib."
+        f"{name}={value!r} cannot be held by a file without pickle: use pickle or joblib."
     )
 
 

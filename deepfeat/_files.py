@@ -20,10 +20,17 @@ def write_network(
     """Write a state dict to a safetensors file, whose header has the description as JSON.
 
     A file that is there already is replaced in one step: it is never lost or half-written.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder.
     """
     header = {_KEY: json.dumps(description)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     target = Path(path).expanduser()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {os.fspath(target.parent)!r}.")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".deepfeat-") as folder:
         draft = Path(folder, "draft")
         save_file(tensors, draft, metadata=header)

@@ -85,10 +85,22 @@ def find_trained(
 
 
 def freeze(module: nn.Module, trained: Trained) -> None:
-    """Freeze all that is not trained, and take away auxiliary classifiers that would be."""
+    """Freeze all that is not trained, and take away auxiliary classifiers that would be.
+
+    Raises
+    ------
+    ValueError
+        If a parameter belongs to both.
+    """
     idle = [name for name in auxiliary_of(module) if name not in trained.head]
     drop_auxiliary(module, idle)
-    for name, parameter in module.named_parameters():
+    is_trained: dict[nn.Parameter, bool] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if is_trained.setdefault(parameter, name in trained) != (name in trained):
+            raise ValueError(
+                f"{name} is shared between a module that is trained and one that is frozen: "
+                "unfreeze both, or neither."
+            )
         parameter.requires_grad_(name in trained)
         parameter.grad = None
 

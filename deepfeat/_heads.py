@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import GoogLeNet, Inception3
 
 from ._trace import first_tensor, trace_calls
 
@@ -73,10 +74,12 @@ def add_head(module: nn.Module, place: HeadPlace, head: Head, n_classes: int, se
     generator = torch.Generator().manual_seed(seed)
     if head == "append":
         drop_auxiliary(module, list(AUXILIARY))
-        end = module.get_submodule(place.end)
+        end, layer = module.get_submodule(place.end), module.get_submodule(place.layer)
         anywhere = next(module.parameters())
         linear = nn.Linear(place.n_outputs, n_classes, device="meta")
         _fill(linear, anywhere, generator)
+        if not anywhere.is_meta and not any(bool(value.any()) for value in layer.parameters()):
+            _fill(layer, anywhere, generator)  # a new ViT's is all zero: ReLU would keep it so
         steps = nn.Sequential(end, nn.ReLU(), linear)
         if place.end != place.layer:  # what pools at the end leaves maps of one pixel
             steps = nn.Sequential(end, nn.Flatten(), nn.ReLU(), linear)
@@ -92,6 +95,8 @@ def add_head(module: nn.Module, place: HeadPlace, head: Head, n_classes: int, se
 
 def auxiliary_of(module: nn.Module) -> list[str]:
     """Return the names of a network's auxiliary classifiers."""
+    if not isinstance(module, (GoogLeNet, Inception3)):
+        return []
     return [name for name in AUXILIARY if isinstance(getattr(module, name, None), nn.Module)]
 
 
@@ -138,4 +143,11 @@ def _output_shape(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int,
     anywhere = next(module.parameters())
     image = torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
     with torch.no_grad():
-        return tuple(first_tensor(copy.deepcopy(module).eval()(image)).shape[1:])
+        output = copy.deepcopy(module).eval()(image)
+    try:
+        return tuple(first_tensor(output).shape[1:])
+    except TypeError as error:
+        raise ValueError(
+            f"{type(module).__name__} puts out a {type(output).__name__}, and a tensor of logits "
+            "is needed: wrap it in a module that returns these."
+        ) from error

@@ -41,9 +41,10 @@ class Record:
     index: int
     source: Any
     channels_last: bool = False
+    of: str = "X"  # what it was given as
 
     def __str__(self) -> str:
-        return f"X[{self.index}] ({_describe(self.source)})"
+        return f"{self.of}[{self.index}] ({_describe(self.source)})"
 
     def open(self) -> Image.Image:
         """Return the upright RGB image.

@@ -1,13 +1,14 @@
 """Knows how a backbone becomes a network for certain classes: from its weights, or from a file."""
 
 import copy
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ._backbones import Backbone
-from ._heads import AUXILIARY, Head, add_head, drop_auxiliary, find_head
+from ._heads import AUXILIARY, Head, add_head, auxiliary_of, drop_auxiliary, find_head
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,15 @@ def build_network(
     OSError
         If the weights cannot be downloaded.
     """
-    place = find_head(backbone.skeleton, backbone.preprocessing.input_shape)
+    input_shape = backbone.preprocessing.input_shape
+    place = find_head(backbone.skeleton, input_shape)
     module = backbone.load(device)
     module = copy.deepcopy(module) if backbone.shared else module
-    return Network(module, add_head(module, place, head, n_classes, seed), place.n_outputs)
+    path = add_head(module, place, head, n_classes, seed)
+    _drop_unfit_auxiliary(module, input_shape)
+    if not backbone.shared:  # a network of the user may compute in ways that no module shows
+        _check_head(module, head, input_shape)
+    return Network(module, path, place.n_outputs)
 
 
 def rebuild_network(
@@ -73,5 +79,35 @@ def rebuild_network(
     return Network(module, path, n_outputs)
 
 
+def _drop_unfit_auxiliary(module: nn.Module, input_shape: tuple[int, ...]) -> None:
+    """Take auxiliary classifiers away that do not take the maps of such small images."""
+    if not auxiliary_of(module):
+        return
+    anywhere = next(module.parameters())
+    image = torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
+    module.eval().training = (
+        True  # of the outermost module alone: it calls them, and nothing learns
+    )
+    try:
+        with torch.no_grad():
+            module(image)
+    except RuntimeError:
+        drop_auxiliary(module, list(AUXILIARY))
+        warnings.warn(
+            f"images of shape {input_shape} are too small for the auxiliary classifiers of "
+            f"{type(module).__name__}, which are left out.",
+            UserWarning,
+            stacklevel=2,
+        )
+    module.eval()
+
+
 def _missing_auxiliary(state: dict[str, Tensor]) -> list[str]:
     return [name for name in AUXILIARY if not any(key.startswith(f"{name}.") for key in state)]
+
+
+def _check_head(module: nn.Module, head: Head, input_shape: tuple[int, ...]) -> None:
+    try:
+        find_head(module, input_shape)
+    except ValueError as error:
+        raise ValueError(f"{type(module).__name__} has no place for {head=}: {error}") from error

@@ -94,7 +94,13 @@ class ImageSamples:
         if epoch is None or self.augment in (None, "flip"):
             return self.preprocessing.prepare(image)
         if callable(self.augment):
-            return self.preprocessing.prepare(self.augment(image))
+            image = self.augment(image)
+            if not isinstance(image, Image.Image):
+                raise TypeError(
+                    f"augment gave a {type(image).__name__}, and a PIL image is expected: "
+                    "normalising and turning into a tensor is done by the preprocessing."
+                )
+            return self.preprocessing.prepare(image.convert("RGB"))
         assert self.squash is not None
         rng = np.random.default_rng([self.seed, epoch, place])
         return self.squash(crop_at_random(image, rng))

@@ -1,5 +1,6 @@
 """Knows how a network learns: loss, steps, learning rates, epochs."""
 
+import copy
 import itertools
 import math
 import time
@@ -14,14 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    CosineAnnealingLR,
-    LinearLR,
-    LRScheduler,
-    OneCycleLR,
-    SequentialLR,
-)
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from ._engine import Precision, autocast, empty_cache, is_out_of_memory
 from ._freezing import Trained, group_parameters, set_train_mode
@@ -100,6 +94,8 @@ def train(
         loss, score = learner.run_epoch(samples, number, report)
         seconds = time.perf_counter() - begin
         checks = (None, None) if validation is None else learner.evaluate(validation)
+        if checks[0] is not None and not math.isfinite(checks[0]):
+            raise learner.diverged(f"the validation loss became {checks[0]}", number)
         yield Epoch(
             epoch=number,
             train_loss=loss,
@@ -148,15 +144,22 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state, and the names of what it trains."""
         names = [name for name, _ in self.module.named_parameters() if name in self.trained]
-        return {"names": names, "optimizer": self.optimizer.state_dict()}
+        return {
+            "names": names,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the state of an optimizer, where it trained the same parameters likewise."""
         mine = self.state_dict()
         groups, mine_groups = state["optimizer"]["param_groups"], mine["optimizer"]["param_groups"]
         if state["names"] == mine["names"] and groups[0].keys() == mine_groups[0].keys():
-            moments = state["optimizer"]["state"]
+            # A copy: an optimizer goes on in the very tensors that it is given.
+            moments = copy.deepcopy(state["optimizer"]["state"])
             self.optimizer.load_state_dict({"state": moments, "param_groups": mine_groups})
+            if self._scaler.is_enabled() and state["scaler"]:
+                self._scaler.load_state_dict(state["scaler"])
 
     def learning_rates(self) -> tuple[float, float]:
         """Return the learning rates of now, of the head and of the backbone."""
@@ -186,6 +189,8 @@ class Learner:
             latest = sums[0] / sums[2].clamp(min=1e-12)
         if latest is not None:
             report(self._check(latest, number))
+        if not all(bool(torch.isfinite(value).all()) for value in self._parameters):
+            raise self.diverged("the weights became infinite or NaN", number)
         return totals.means()
 
     def evaluate(self, samples: Samples) -> tuple[float, float]:
@@ -201,18 +206,31 @@ class Learner:
                 totals.add(*self._in_parts(samples, inputs, chosen, learn=False))
         return totals.means()
 
+    def diverged(self, what: str, number: int) -> ValueError:
+        """Return an error that tells what to lower."""
+        or_wider = " or precision='bfloat16'" * (self.recipe.precision == "float16")
+        return ValueError(
+            f"{what} in epoch {number}: lower learning_rate ({self.recipe.learning_rate:g}) or "
+            f"backbone_learning_rate ({self.recipe.backbone_learning_rate:g}), or set "
+            f"max_grad_norm=1.0{or_wider}."
+        )
+
     def _learn(self, samples: Samples, inputs: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
         """Take one step; return the sums of losses, of weights where right, and of weights."""
-        sums = self._in_parts(samples, inputs, chosen, learn=True)
-        if self.recipe.max_grad_norm is not None:
-            self._scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._parameters, self.recipe.max_grad_norm)
-        scale = self._scaler.get_scale()
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        if self._scaler.get_scale() >= scale:  # else the step was left out
-            self._schedule.step()
-        return sums
+        while True:
+            sums = self._in_parts(samples, inputs, chosen, learn=True)
+            if self.recipe.max_grad_norm is not None:
+                self._scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self._parameters, self.recipe.max_grad_norm)
+            scale = self._scaler.get_scale()
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+            if self._scaler.get_scale() >= scale:
+                self._schedule.step()
+                return sums
+            # Gradients overflowed in half precision, and the step was left out.
+            if not torch.isfinite(sums[0]) or scale < 1:
+                return sums
 
     def _in_parts(
         self, samples: Samples, inputs: Tensor, chosen: Tensor, *, learn: bool
@@ -274,13 +292,7 @@ class Learner:
     def _check(self, loss: Tensor, number: int) -> float:
         value = loss.item()
         if not math.isfinite(value):
-            or_wider = " or precision='bfloat16'" * (self.recipe.precision == "float16")
-            raise ValueError(
-                f"the loss became {value} in epoch {number}: lower learning_rate "
-                f"({self.recipe.learning_rate:g}) or backbone_learning_rate "
-                f"({self.recipe.backbone_learning_rate:g}), or set max_grad_norm=1.0"
-                f"{or_wider}."
-            )
+            raise self.diverged(f"the loss became {value}", number)
         return value
 
 
@@ -324,22 +336,23 @@ def make_schedule(
     After a linear warm-up, "cosine" falls to zero (Loshchilov and Hutter, 2017). "one-cycle"
     rises and falls (Smith and Topin, 2019), the former during the warm-up if there is one.
     """
-    if epochs is None:
-        return ConstantLR(optimizer, factor=1.0)
-    steps = batches * epochs
-    warmup = min(steps - 1, round(recipe.warmup_epochs * batches))
-    if recipe.schedule == "one-cycle" and steps > 2:
+    steps = 1 if epochs is None else batches * epochs
+    warmup = round(recipe.warmup_epochs * batches)
+    if epochs is not None and recipe.schedule == "one-cycle":
         peaks = [group["lr"] for group in optimizer.param_groups]
-        # torch divides by the lengths of rise and fall; the rise ends a step before this share.
-        rise = max(2, warmup or _RISE * steps) / steps
-        return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=rise)
-    main: LRScheduler = ConstantLR(optimizer, factor=1.0)
-    if recipe.schedule == "cosine":
-        main = CosineAnnealingLR(optimizer, T_max=steps - warmup)
-    if not warmup:
-        return main
-    rise_linearly = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    return SequentialLR(optimizer, [rise_linearly, main], milestones=[warmup])
+        rise = warmup / steps if warmup else _RISE
+        return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=rise, cycle_momentum=False)
+
+    def factor(step: int) -> float:
+        if epochs is None:
+            return 1.0
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if recipe.schedule == "constant":
+            return 1.0
+        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+    return LambdaLR(optimizer, factor)
 
 
 def _seed_dropout(device: torch.device, seed: int) -> None:

@@ -20,7 +20,7 @@ FLOORS = {
     5: {"_classifier"},
     4: {"_categories", "_extractor"},
     3: {"_features", "_samples", "_training", "_networks"},
-    2: {"_engine", "_freezing", "_inputs"},
+    2: {"_engine", "_freezing", "_inputs", "_labels"},
     1: {"_images", "_cache", "_backbones", "_heads", "_layers", "datasets"},
     0: {
         *("_archive", "_bundled", "_files", "_fingerprint", "_optional", "_parameters"),
@@ -58,6 +58,7 @@ STRANGERS = {
     "_engine": {"sklearn"},
     "_freezing": {"sklearn", "PIL"},
     "_heads": {"sklearn", "PIL"},
+    "_labels": {"torch", "torchvision", "PIL"},
     "_training": {"sklearn", "PIL"},
     "plotting": {"torch", "torchvision"},
 }

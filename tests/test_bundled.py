@@ -10,6 +10,10 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
 from torch.testing import assert_close
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -148,6 +152,29 @@ def test_a_file_of_weights_is_taken(tmp_path):
     """Weights of one's own, of any number of classes, take the place of those of the package."""
     save_file(SlimResNet(7).state_dict(), tmp_path / "own.safetensors")
     assert find_backbone(NAME, tmp_path / "own.safetensors").skeleton.fc.out_features == 7
+
+
+def test_digits_are_read_better_than_from_pixels(capsys):
+    """On a held-out half of scikit-learn's digits, with a linear SVM; it was not trained on any."""
+    digits = load_digits()
+    train, test, y_train, y_test = train_test_split(
+        digits.images / 16, digits.target, test_size=0.5, stratify=digits.target, random_state=0
+    )
+    accuracy = {}
+    for name, weights in (("weights of the package", "DEFAULT"), ("random weights", None)):
+        extractor = DeepFeatureExtractor(
+            *(NAME, ["layer3", "layer4"]),
+            **{"weights": weights, "pooling": "flatten", "image_size": 48, "random_state": 0},
+        )
+        pipe = make_pipeline(extractor, LinearSVC(random_state=0)).fit(train, y_train)
+        accuracy[name] = pipe.score(test, y_test)
+    pixels = [half.reshape(len(half), -1) for half in (train, test)]
+    svm = LinearSVC(random_state=0, max_iter=10_000).fit(pixels[0], y_train)
+    accuracy["raw pixels"] = svm.score(pixels[1], y_test)
+    with capsys.disabled():
+        print("\ndigits:", *(f"{name} {value:.4f};" for name, value in accuracy.items()))
+    assert accuracy["weights of the package"] >= accuracy["raw pixels"]
+    assert accuracy["weights of the package"] > accuracy["random weights"]
 
 
 # Without a network ------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from small_networks import (
     assert_same_state,
     make_classifier,
     make_images,
+    make_plain,
     seeded,
     state_of,
     to_a_line,
@@ -194,14 +195,15 @@ def test_a_pickle_has_its_tensors_on_the_cpu(images):
 # Tools ------------------------------------------------------------------------------------------
 
 
-def test_a_search_chooses_what_to_unfreeze(images):
-    """And how fast to learn, in two processes."""
+@pytest.mark.parametrize("n_jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_search_chooses_what_to_unfreeze(n_jobs):
+    """And how fast to learn, also in two processes."""
     X, y = make_images(12)
     search = GridSearchCV(
-        make_classifier(max_epochs=15, backbone_learning_rate=0.01),
+        make_classifier(make_plain(norm=True), max_epochs=15, backbone_learning_rate=0.01),
         {"unfreeze": [None, "hidden", ["blocks.1"]], "learning_rate": [1e-30, 0.02]},
         cv=2,
-        n_jobs=2,
+        n_jobs=n_jobs,
         error_score="raise",
     )
     search.fit(X, y)

@@ -1,4 +1,6 @@
-"""Tests of new heads: on every family of torchvision, and on networks that have no place for one."""
+"""Tests of new heads: on every family of torchvision, and on networks without a place for one."""
+
+import copy
 
 import pytest
 import torch
@@ -56,8 +58,6 @@ def logits_of(module, shape, count=2):
 
 def skeleton_of(name):
     backbone = find_backbone(name, None)
-    import copy
-
     return copy.deepcopy(backbone.skeleton), backbone.preprocessing.input_shape
 
 
@@ -73,14 +73,15 @@ def test_the_classification_layer_gives_way(name):
     changed = {
         path.rpartition(".")[0]
         for path, value in module.state_dict().items()
-        if value.shape != before[path]
+        if value.shape != before.get(path)
     }
     auxiliary = {
         "googlenet": {"aux1.fc2", "aux2.fc2"},
         "inception_v3": {"AuxLogits.fc"},
     }
     assert changed == {FAMILIES[name]} | auxiliary.get(name, set())
-    assert before.keys() == module.state_dict().keys()
+    # The classification layer of MaxViT has no bias; that in its place has.
+    assert module.state_dict().keys() - before.keys() <= {f"{FAMILIES[name]}.bias"}
 
 
 def before_outputs(module):
@@ -201,10 +202,8 @@ def test_auxiliary_classifiers_learn_where_what_they_teach_does(unfreeze):
 def test_auxiliary_classifiers_learn(name, side, layers):
     """With the whole network: their weights change, and they do not classify."""
     X, y = make_images(4, side)
-    make = lambda epochs: make_classifier(  # noqa: E731
-        name, unfreeze="all", image_size=side, max_epochs=epochs, augment=None, batch_size=2
-    )
-    one, two = make(1).fit(X, y), make(2).fit(X, y)
+    params = {"unfreeze": "all", "image_size": side, "augment": None, "batch_size": 2}
+    one, two = (make_classifier(name, max_epochs=count, **params).fit(X, y) for count in (1, 2))
     for layer in layers:
         weights = [fit.module_.get_submodule(layer).weight for fit in (one, two)]
         assert not torch.equal(*weights)
@@ -270,15 +269,14 @@ def test_a_head_replaces_a_layer_before_pooling_by_function():
 
 
 def test_a_head_cannot_be_appended_before_pooling_by_function():
-    """Its place would be where maps are; the error is clear, not one of matrices."""
-    with pytest.raises(ValueError, match="head='append'"):
+    """Its place would be where maps are."""
+    with pytest.raises(ValueError, match=r"PoolingByFunction has no place for head='append': Poo"):
         make_classifier(seeded(PoolingByFunction), head="append").fit(*make_images())
 
 
 def test_a_network_of_two_branches_has_no_layer_to_replace():
     """One branch would have three outputs and the other five."""
-
-    with pytest.raises(ValueError, match="head='replace'|head='append'"):
+    with pytest.raises(ValueError, match=r"Branches has no place for head='replace': Branches"):
         make_classifier(seeded(Branches)).fit(*make_images())
 
 

@@ -604,6 +604,88 @@ def test_what_is_no_name_is_refused(layer: Any) -> None:
         index_of("vgg16").resolve(layer)
 
 
+# Blocks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "paths"),
+    [
+        ("resnet18", "layer3", ["layer3"]),
+        ("resnet18", "layer3.1", ["layer3.1"]),
+        ("resnet18", "layer3.1.conv2", ["layer3.1.conv2"]),
+        ("resnet18", "stage1", ["conv1", "bn1", "relu"]),
+        ("resnet18", "stage2", ["maxpool", "layer1.0", "layer1.1"]),
+        ("resnet18", "stage4", ["layer3.0", "layer3.1"]),
+        ("resnet18", -1, ["fc"]),
+        ("resnet18", 0, ["conv1"]),
+        ("vgg11", "conv5_2", ["features.18"]),
+        ("vgg11", "features", ["features"]),
+        ("vgg11", "classifier", ["classifier"]),
+        ("vgg11", "fc8", ["classifier.6"]),
+        ("vgg11", "relu8", ["classifier.6"]),
+        ("vgg11", "stage2", ["features.2", "features.3", "features.4"]),
+        ("squeezenet1_1", "stage4", [f"features.{place}" for place in range(8, 13)]),
+        # A module of that name comes before a stage.
+        ("shufflenet_v2_x0_5", "stage2", ["stage2"]),
+        ("vit_b_32", "encoder", ["encoder"]),
+        ("vit_b_32", "encoder.layers", ["encoder.layers"]),
+    ],
+)
+def test_a_name_stands_for_a_block(name: str, layer: str | int, paths: list[str]) -> None:
+    """Of a container that is all of it, of a stage all layers since the stage before."""
+    assert list(index_of(name).block(layer)) == paths
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stages_share_out_the_layers_of_a_network(name: str) -> None:
+    """In order, without a gap, from the first layer to the last stage's last."""
+    index = index_of(name)
+    stages = [alias for layer in index.table for alias in layer.aliases if alias[:5] == "stage"]
+    stages = [stage for stage in stages if stage not in index.calls]
+    blocks = [index.block(stage) for stage in stages]
+    if stages[:1] == ["stage1"]:
+        shared = [path for block in blocks for path in block]
+        assert shared == list(index.units[: len(shared)])
+    assert all(block[-1] == index.resolve(s).path for s, block in zip(stages, blocks, strict=True))
+
+
+@pytest.mark.parametrize("layer", ["layer5", "", "layer3.", "stage9", 99])
+def test_a_block_that_is_not_there_is_answered_like_a_layer(layer: str | int) -> None:
+    """With close matches."""
+    with pytest.raises(LayerNotFoundError, match=r"has no layer|there is no layer"):
+        index_of("resnet18").block(layer)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_units_are_the_layers_of_the_list(name: str) -> None:
+    """As paths of modules, in the order of computation; `calls` tells of each."""
+    index = index_of(name)
+    listed = [index.resolve(layer.name).path for layer in index.table if layer.name != "relu8"]
+    assert list(index.units) == listed
+    places = [list(index.calls).index(path) for path in index.units]
+    assert places == sorted(places)
+    skeleton = find_backbone(name).skeleton
+    for path in index.units:
+        kind = type(skeleton.get_submodule(path)).__name__
+        assert index.calls[path].kind == kind
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "mobilenet_v2", "vit_b_32"])
+def test_calls_tell_of_every_module_that_gives_a_tensor(name: str) -> None:
+    """In order of return, as hooks see it."""
+    net, batch = build(name, 64), images(1, 64)
+    seen: list[str] = []
+    for path, module in net.named_modules():
+        if path:
+            module.register_forward_hook(lambda _m, _i, _o, path=path: seen.append(path))
+    with torch.inference_mode():
+        net(batch)
+    expected = list(dict.fromkeys(seen))
+    for module in net.modules():
+        module._forward_hooks.clear()
+    assert list(LayerIndex(net, (3, 64, 64)).calls) == expected
+
+
 def test_the_list_prints_as_a_table() -> None:
     """The representation of a list is a table with aligned columns."""
     net = nn.Sequential()

@@ -11,8 +11,9 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import normalize
+from sklearn.preprocessing import FunctionTransformer, Normalizer, normalize
 from sklearn.svm import LinearSVC
 from torchvision import models
 
@@ -81,6 +82,40 @@ def test_scenes_are_told_apart_by_fine_tuning(folder, split, capsys):
             f"{minutes:.1f} CPU minutes"
         )
     assert accuracy >= 0.915
+
+
+@pytest.mark.parametrize(("image_size", "least"), [(96, 0.75), (128, 0.78)])
+def test_the_bundled_backbone_tells_scenes_apart(split, capsys, image_size, least):
+    """Its own weights, random ones and raw pixels; the training part alone decides on C."""
+    train, test = (split[split["split"] == part] for part in ("train", "test"))
+    steps = {
+        name: DeepFeatureExtractor(
+            *("resnet10_slim", ["layer1", "layer2", "layer3", "layer4"]),
+            **{"weights": weights, "image_size": image_size, "resize": "squash"},
+            random_state=0,
+        )
+        for name, weights in (("its weights", "DEFAULT"), ("random weights", None))
+    }
+    steps["32 x 32 pixels"] = make_pipeline(FunctionTransformer(small_grey), Normalizer())
+    accuracy = {}
+    for name, step in steps.items():
+        rows = [step.fit_transform(part["path"]) for part in (train, test)]
+        svm = LinearSVC(random_state=0, max_iter=20_000)
+        search = GridSearchCV(svm, {"C": [0.3, 1, 3, 10, 30]}).fit(rows[0], train["class"])
+        accuracy[name] = search.score(rows[1], test["class"])
+        with capsys.disabled():
+            print(
+                f"\n15-Scene, resnet10_slim at {image_size} pixels, {name}: "
+                f"accuracy {accuracy[name]:.4f} (C={search.best_params_['C']:g})"
+            )
+    assert accuracy["its weights"] >= least
+    assert accuracy["its weights"] > max(accuracy["random weights"], accuracy["32 x 32 pixels"])
+
+
+def small_grey(paths):
+    """Read images as the rows of their 32 x 32 grey pixels."""
+    images = (Image.open(path).convert("L").resize((32, 32)) for path in paths)
+    return np.stack([np.asarray(image).ravel() for image in images])
 
 
 @pytest.mark.parametrize("backbone", ["mobilenet_v2", "squeezenet1_1"])

@@ -285,6 +285,15 @@ def test_partial_fit_goes_on_from_fit_and_anew_with_other_blocks(images):
     assert not torch.equal(before["fc.weight"], state_of(classifier)["fc.weight"])
 
 
+def test_partial_fit_takes_the_learning_rates_of_now(images):
+    """Not those that the optimizer had when its moments were kept."""
+    X, y = images
+    classifier = make_classifier().partial_fit(X, y, classes=["dark", "light"])
+    classifier.set_params(learning_rate=0.5, backbone_learning_rate=0.25).partial_fit(X, y)
+    rates = [(e["learning_rate"], e["backbone_learning_rate"]) for e in classifier.history_]
+    assert rates == [(1e-3, 1e-4), (0.5, 0.25)]
+
+
 def test_fit_begins_anew_without_a_warm_start(images):
     """Other classes and all."""
     X, y = images

@@ -200,15 +200,16 @@ def test_a_search_chooses_what_to_unfreeze(n_jobs):
     """And how fast to learn, also in two processes."""
     X, y = make_images(12)
     search = GridSearchCV(
-        make_classifier(make_plain(norm=True), max_epochs=15, backbone_learning_rate=0.01),
-        {"unfreeze": [None, "hidden", ["blocks.1"]], "learning_rate": [1e-30, 0.02]},
+        make_classifier(make_plain(norm=True), max_epochs=25, backbone_learning_rate=0.01),
+        {"unfreeze": [None, ["blocks.1"], "all"], "learning_rate": [1e-30, 0.02]},
         cv=2,
         n_jobs=n_jobs,
         error_score="raise",
     )
     search.fit(X, y)
-    assert search.best_score_ == search.score(X, y) == 1
-    assert len(set(search.cv_results_["mean_test_score"])) > 1
+    assert search.best_params_["unfreeze"] == "all"
+    assert search.best_score_ > 0.9
+    assert search.score(X, y) == 1
 
 
 def test_scores_of_folds_are_those_of_classifiers_fitted_on_them(images):

@@ -162,6 +162,8 @@ VIT_TRAINED = {
         "heads.",
     ),
     "encoder": ("encoder.", "heads."),
+    # The class token is the whole network's own, and comes after nothing that is frozen.
+    "conv_proj": ("",),
     "encoder.layers": ("encoder.layers.", "encoder.ln.", "heads."),
     ("encoder.ln", "conv_proj"): ("encoder.ln.", "conv_proj.", "heads."),
     "encoder.layers.encoder_layer_2.mlp": (

@@ -541,6 +541,20 @@ def test_a_lower_precision_learns_as_well(images, precision, max_grad_norm):
     assert losses[0] != losses[1]
 
 
+def test_gradients_of_float16_are_clipped_without_their_scale(images):
+    """Clipped with it, SGD would hardly move."""
+    params = {"optimizer": "sgd", "max_grad_norm": 1.0, "max_epochs": 6, "augment": None}
+    params |= {"learning_rate": 0.1, "backbone_learning_rate": 0.1, "schedule": "constant"}
+    net = make_plain(norm=True)
+    fits = [
+        make_classifier(net, precision=name, **params).fit(*images)
+        for name in ("float32", "float16")
+    ]
+    falls = [fit.history_[0]["train_loss"] - fit.history_[-1]["train_loss"] for fit in fits]
+    assert falls[0] > 0.001
+    assert_allclose(falls[1], falls[0], rtol=0.2)
+
+
 def test_the_error_of_float16_names_bfloat16(images):
     """Whose range is that of float32."""
     classifier = make_classifier(learning_rate=1e36, precision="float16", max_epochs=20)

@@ -321,6 +321,11 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             If the weights cannot be downloaded.
         """
         self._check_parameters()
+        if self.max_epochs <= self.warmup_epochs:
+            raise ValueError(
+                f"warmup_epochs={self.warmup_epochs}: less than max_epochs={self.max_epochs} is "
+                "expected."
+            )
         goes_on = self.warm_start and hasattr(self, "module_")
         with self._unchanged_on_error():
             images = self._label(X, y, sample_weight, reset=not goes_on)
@@ -540,14 +545,17 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             If it is damaged, of a later release, or none that `save` wrote.
         """
         state, description = read_network(path)
+        if description.get("format") != _FORMAT:
+            raise ValueError(
+                f"{os.fspath(path)} has format {description.get('format')}, and this release "
+                f"reads {_FORMAT}: use the release of deepfeat that wrote it."
+            )
         try:
-            if description["format"] != _FORMAT:
-                raise ValueError(f"its format is {description['format']}, not {_FORMAT}")
             return cls(**_from_json(description["params"]))._restore(state, description)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{os.fspath(path)} is damaged, or was written by another release of deepfeat: "
-                f"{type(error).__name__}: {error}"
+                f"{os.fspath(path)} does not hold what its header says: {type(error).__name__}: "
+                f"{error}"
             ) from error
 
     def _restore(
@@ -606,11 +614,6 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
                 raise ValueError(f"{name}={params[name]!r}: True or False is expected.")
         if self.random_state is not None and self.random_state >= 2**32:
             raise ValueError(f"random_state={self.random_state}: less than 2**32 is expected.")
-        if self.max_epochs <= self.warmup_epochs:
-            raise ValueError(
-                f"warmup_epochs={self.warmup_epochs}: less than max_epochs={self.max_epochs} is "
-                "expected."
-            )
 
     def _find_backbone(self, *, with_file: bool = True) -> Backbone:
         """Find the backbone; without a weights file, its structure and preprocessing."""

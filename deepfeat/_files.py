@@ -52,13 +52,13 @@ def read_network(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}.")
     try:
         with safe_open(source, framework="pt") as file:
-            header = (file.metadata() or {}).get(_KEY)
-            if header is None:
+            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            if not isinstance(header, dict):
                 raise ValueError(
                     f"{source} was not written by FineTuneClassifier.save: its header does not "
                     "tell what network its weights belong to."
                 )
             names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, json.loads(header)
-    except SafetensorError as error:
+            return {name: file.get_tensor(name) for name in names}, header
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{source} is damaged or no safetensors file: {error}") from error

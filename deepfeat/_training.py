@@ -337,18 +337,17 @@ def make_schedule(
     rises and falls (Smith and Topin, 2019), the former during the warm-up if there is one.
     """
     steps = 1 if epochs is None else batches * epochs
-    warmup = round(recipe.warmup_epochs * batches)
-    if epochs is not None and recipe.schedule == "one-cycle":
+    warmup = min(steps - 1, round(recipe.warmup_epochs * batches))
+    if recipe.schedule == "one-cycle" and steps > 2:
         peaks = [group["lr"] for group in optimizer.param_groups]
-        rise = warmup / steps if warmup else _RISE
+        # torch divides by the lengths of rise and fall; the rise ends a step before this share.
+        rise = max(2, warmup or _RISE * steps) / steps
         return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=rise, cycle_momentum=False)
 
     def factor(step: int) -> float:
-        if epochs is None:
-            return 1.0
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        if recipe.schedule == "constant":
+        if epochs is None or recipe.schedule != "cosine":
             return 1.0
         return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 

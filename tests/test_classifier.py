@@ -230,7 +230,7 @@ def test_partial_fits_are_a_bare_loop(images, optimizer, pickled):
     classifier = make_classifier(**params).partial_fit(X, y, classes=["dark", "light"])
     net = make_plain()
     head = make_classifier(**params | {"learning_rate": 1e-30, "backbone_learning_rate": 1e-30})
-    head = head.set_params(weight_decay=0, max_epochs=1).fit(X, y)
+    head = head.set_params(weight_decay=0, max_epochs=1, warmup_epochs=0).fit(X, y)
     net.fc = torch.nn.Linear(16, 2)
     net.load_state_dict(state_of(head))
     groups = [
@@ -510,7 +510,7 @@ def test_data_that_does_not_go_together_is_refused(case):
     ("y", "fraction", "words"),
     [
         (["a"] * 7 + ["b"], 0.25, "class .*'b'.* has one image, of which none can be set aside"),
-        (["a", "b", "c", "d"] * 2, 0.1, "sets 1 of 8 images aside, and at least one of each of th"),
+        (["a", "b", "c", "d"] * 2, 0.1, "sets 1 of 8 images aside. As many as the 4 classes are"),
         (["a", "b"] * 4, 0.95, "sets 8 of 8 images aside"),
     ],
 )

@@ -74,7 +74,9 @@ def learn_by_hand(net, batch, epochs, recipe):
     if recipe.get("schedule", "cosine") == "cosine":
         schedule = CosineAnnealingLR(optimizer, epochs)
     if recipe.get("schedule") == "one-cycle":
-        schedule = OneCycleLR(optimizer, [*RATES.values()], total_steps=epochs, pct_start=0.3)
+        schedule = OneCycleLR(
+            optimizer, [*RATES.values()], total_steps=epochs, pct_start=0.3, cycle_momentum=False
+        )
     losses, rates = [], []
     net.requires_grad_(True).train()
     for _ in range(epochs):
@@ -103,7 +105,7 @@ RECIPES = {
     "sgd, one-cycle": {"schedule": "one-cycle", "optimizer": "sgd"},
     "weights": {"weights": torch.tensor(WEIGHTS)},
     "label smoothing": {"label_smoothing": 0.2},
-    "clipping": {"max_grad_norm": 0.05, "optimizer": "sgd"},
+    "clipping": {"max_grad_norm": 0.01, "optimizer": "sgd"},
     "weight decay": {"weight_decay": 0.3, "optimizer": "sgd"},
     "adamw, weight decay": {"weight_decay": 0.3},
     "all at once": {
@@ -155,7 +157,7 @@ def test_the_loop_by_hand_tells_recipes_apart(batch):
     names = list(trained)
     for place, name in enumerate(names):
         for other in names[:place]:
-            assert (trained[name] - trained[other]).abs().max() > 8e-4, (name, other)
+            assert (trained[name] - trained[other]).abs().max() > 4e-4, (name, other)
 
 
 def test_class_weights_count_in_the_loss_like_sample_weights(images):
@@ -497,7 +499,7 @@ def test_the_order_changes_from_epoch_to_epoch(images):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_loss_that_is_no_number_ends_the_training(images, optimizer):
     """The error says what to lower."""
-    words = r"loss became (nan|inf) in epoch [12]: lower learning_rate \(1e\+36\) or backbone_learn"
+    words = r"the (loss|weights) became .* in epoch [12]: lower learning_rate \(1e\+36\) or backb"
     classifier = make_classifier(
         learning_rate=1e36, optimizer=optimizer, max_epochs=5, schedule="constant"
     )
@@ -515,7 +517,7 @@ def test_a_training_that_fails_leaves_what_was_learned_before(images):
     state = {name: value.clone() for name, value in state_of(classifier).items()}
     history, logits = list(classifier.history_), classifier.decision_function(X)
     classifier.set_params(learning_rate=1e36, schedule="constant", max_epochs=5)
-    with pytest.raises(ValueError, match="the loss became"):
+    with pytest.raises(ValueError, match="the weights became"):
         classifier.fit(X, y)
     assert_same_state(state_of(classifier), state)
     assert classifier.history_ == history

@@ -24,7 +24,7 @@ from torchvision.models import WeightsEnum
 from tqdm import tqdm
 
 from ._backbones import Backbone, Weights, find_backbone, is_weights_file
-from ._engine import Precision, Workers, find_device, run_in_batches
+from ._engine import Precision, Workers, find_device, limit_part, run_in_batches
 from ._extractor import DeepFeatureExtractor
 from ._files import read_network, write_network
 from ._freezing import (
@@ -35,6 +35,7 @@ from ._freezing import (
     find_cut,
     find_trained,
     freeze,
+    run_in_two,
     run_suffix,
 )
 from ._heads import Head
@@ -728,8 +729,6 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         index = LayerIndex(module, shape)
         trained = find_trained(module, index, blocks, network.head)
         freeze(module, trained)
-        views = count_views(self.augment)
-        pays = epochs is not None and views is not None and epochs > views
         recipe = Recipe(
             optimizer=self.optimizer,
             learning_rate=self.learning_rate,
@@ -747,7 +746,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         return _Plan(
             module=module,
             trained=trained,
-            cut=find_cut(module, index, trained, shape) if pays else None,
+            cut=find_cut(module, index, trained, shape),
             preprocessing=backbone.preprocessing,
             classes=classes,
             recipe=recipe,
@@ -816,11 +815,17 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         )
         targets = torch.from_numpy(np.searchsorted(plan.classes, images.labels))
         weights = torch.from_numpy(images.weights.astype(np.float32))
-        samples = Samples(
-            targets.to(recipe.device), weights.to(recipe.device), drawn.draw, plan.module
-        )
+        shape = plan.preprocessing.input_shape
+        forward: Callable[[Tensor], Any] = plan.module
+        if plan.cut is not None and recipe.device.type == "cpu":
+            part = limit_part(self.batch_size, shape, recipe.device)
+            forward = functools.partial(
+                run_in_two, plan.module, plan.cut, input_shape=shape, part=part
+            )
+        samples = Samples(targets.to(recipe.device), weights.to(recipe.device), drawn.draw, forward)
         views = count_views(augment)
-        if plan.cut is None or views is None:
+        pays = plan.epochs is not None and views is not None and plan.epochs > views
+        if plan.cut is None or views is None or not pays:
             return samples
         total = views * len(images.records)
         with tqdm(total=total, desc="frozen part", unit="image", disable=not self.verbose) as bar:
@@ -835,7 +840,6 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             )
         if kept is None:
             return samples
-        shape = plan.preprocessing.input_shape
         resume = functools.partial(run_suffix, plan.module, plan.cut, input_shape=shape)
         return replace(samples, draw=kept.draw, forward=resume)
 

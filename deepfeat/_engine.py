@@ -172,6 +172,11 @@ def map_in_threads(
         threads.shutdown(cancel_futures=True)
 
 
+def limit_part(size: int, shape: tuple[int, ...], device: torch.device) -> int:
+    """Return how many images to run at a time forwards: up to `size`, and on a CPU few."""
+    return size if device.type != "cpu" else min(int(size), max(1, _CPU_VALUES // math.prod(shape)))
+
+
 # Batches ----------------------------------------------------------------------------------------
 
 
@@ -235,9 +240,7 @@ def _run(
     """Run a batch, in parts where that is faster or where memory runs out."""
     sizes = _fitting.setdefault(module, {})
     shape = tuple(batch.shape[1:])
-    size = sizes.get(shape, batch_size)
-    if device.type == "cpu":
-        size = min(size, max(1, _CPU_VALUES // math.prod(shape)))
+    size = limit_part(sizes.get(shape, batch_size), shape, device)
     parts: list[Outputs] = []
     start = 0
     while start < len(batch):

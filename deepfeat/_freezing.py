@@ -231,6 +231,17 @@ def _nans_like(activations: Tensor, shape: tuple[int, ...]) -> Tensor:
     return activations.new_full(shape, math.nan)
 
 
+def run_in_two(
+    module: nn.Module, cut: Cut, batch: Tensor, input_shape: tuple[int, ...], part: int
+) -> Any:
+    """Run a network: its frozen beginning some images at a time, and the rest on all of them."""
+    with torch.no_grad():
+        activations = torch.cat(
+            [run_prefix(module, cut, images) for images in torch.split(batch, part)]
+        )
+    return run_suffix(module, cut, activations, input_shape)
+
+
 class _AtBoundary(Exception):
     """Leaves a forward pass with what the boundary was to take."""
 

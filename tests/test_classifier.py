@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from sklearn.datasets import load_digits
 from small_networks import (
+    PlainNet,
     assert_same_state,
     make_classifier,
     make_images,
@@ -19,10 +20,10 @@ from small_networks import (
     to_16_pixels,
 )
 from torch.nn import functional as F
-from torchvision import models
+from torchvision import models, transforms
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from deepfeat import DeepFeatureExtractor, FeatureCache, _training
+from deepfeat import DeepFeatureExtractor, FeatureCache, _classifier, _training
 
 RATES = {"learning_rate": 0.02, "backbone_learning_rate": 0.01}
 
@@ -665,3 +666,163 @@ def test_progress_is_shown_if_asked_for(images, capsys):
     assert "6/6" in shown
     assert "loss=" in shown
     assert "PlainNet" in shown
+
+
+# What goes wrong leaves things as they were -------------------------------------------------------
+
+
+def test_a_call_that_fails_leaves_the_optimizer_as_it_was(images):
+    """Doing what the error says helps: the moments of the failed call are forgotten."""
+    X, y = images
+    params = {"augment": None, **RATES}
+    classifier = make_classifier(**params).partial_fit(X, y, classes=["dark", "light"])
+    undisturbed = pickle.loads(pickle.dumps(classifier)).partial_fit(X, y)
+    classifier.set_params(learning_rate=1e20, backbone_learning_rate=1e20)
+    with pytest.raises(ValueError, match="lower learning_rate"):
+        classifier.partial_fit(X, y).partial_fit(X, y)
+    classifier = make_classifier(**params).partial_fit(X, y, classes=["dark", "light"])
+    with pytest.raises(ValueError, match=r"nowhere\.png"):
+        classifier.partial_fit([*X[:7], "nowhere.png"], y)
+    assert_same_state(state_of(classifier.partial_fit(X, y)), state_of(undisturbed))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_what_diverges_in_the_last_step_is_an_error_too(images, optimizer):
+    """No loss comes after it; weights that are no numbers would classify anything as "dark"."""
+    X, y = images
+    rates = {"learning_rate": 1e36, "backbone_learning_rate": 1e36}
+    classifier = make_classifier(
+        max_epochs=1, batch_size=8, optimizer=optimizer, schedule="constant", **rates
+    )
+    with pytest.raises(ValueError, match=r"became .* in epoch 1: lower learning_rate"):
+        classifier.fit(X, y, X_val=X, y_val=y)
+    assert not hasattr(classifier, "module_")
+
+
+def test_columns_are_those_of_the_last_training_that_went_well():
+    """A table of another width fails, and is forgotten."""
+    X, y = load_digits(n_class=2, return_X_y=True)
+    X, y = X[:12] / 16, y[:12]
+    classifier = make_classifier(image_shape=(8, -1), warm_start=True).fit(X, y)
+    with pytest.raises(ValueError, match="X has 56 features, but FineTuneClassifier is expecting"):
+        classifier.fit(X[:, :56], y)
+    new = make_classifier(image_shape=(8, -1)).fit(X, y)
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        new.fit(X[:, :56], y[:5])
+    for fitted in (classifier, new):
+        assert fitted.n_features_in_ == 64
+        assert len(fitted.predict(X)) == 12
+
+
+def test_gradients_are_on_whatever_the_caller_has_set(images):
+    """In inference mode too; and what is loaded there can be trained elsewhere."""
+    X, y = images
+    with torch.inference_mode():
+        inside = make_classifier("squeezenet1_0", unfreeze="features.12").fit(X, y)
+    outside = make_classifier("squeezenet1_0", unfreeze="features.12").fit(X, y)
+    assert_same_state(state_of(inside), state_of(outside))
+    with torch.no_grad():
+        assert_same_state(
+            state_of(make_classifier().fit(X, y)), state_of(make_classifier().fit(X, y))
+        )
+
+
+# Weights and splits -------------------------------------------------------------------------------
+
+
+def test_partial_fits_keep_the_scale_of_weights(images):
+    """Half the weight of all classes is half the learning rate, for SGD; `fit` scales to mean 1."""
+    X, y = images
+    params = {"optimizer": "sgd", "augment": None, "weight_decay": 0}
+    half = make_classifier(class_weight={"dark": 0.5, "light": 0.5}, **params, **RATES)
+    rates = {name: rate / 2 for name, rate in RATES.items()}
+    slow = make_classifier(**params, **rates)
+    for classifier in (half, slow):
+        classifier.partial_fit(X, y, classes=["dark", "light"])
+    for mine, other in zip(state_of(half).values(), state_of(slow).values(), strict=True):
+        assert_allclose(mine, other, rtol=1e-5, atol=1e-7)
+    assert_same_state(
+        state_of(half.fit(X, y)), state_of(make_classifier(**params, **RATES).fit(X, y))
+    )
+    with pytest.raises(ValueError, match="class_weight='balanced' is not possible with partial"):
+        make_classifier(class_weight="balanced").partial_fit(X, y, classes=["dark", "light"])
+
+
+def test_a_warm_start_sets_the_same_images_aside(monkeypatch):
+    """Also without a `random_state`: else images that were learned from would judge."""
+    splits = []
+    weigh = _classifier.weigh
+
+    def note(images, classes, class_weight):
+        splits.append([record.index for record in images.records])
+        return weigh(images, classes, class_weight)
+
+    monkeypatch.setattr(_classifier, "weigh", note)
+    X, y = make_images(20)
+    params = {"random_state": None, "early_stopping": True, "validation_fraction": 0.3}
+    classifier = make_classifier(warm_start=True, **params).fit(X, y).fit(X, y)
+    assert splits[0] == splits[1]
+    classifier.set_params(warm_start=False).fit(X, y)
+    assert splits[2] != splits[0]
+
+
+# Networks and images of one's own -----------------------------------------------------------------
+
+
+def test_weights_shared_with_a_frozen_module_cannot_be_trained(images):
+    """They would be trained and frozen at once."""
+    net = make_plain()
+    net.blocks[2][0].bias = net.blocks[1][0].bias
+    with pytest.raises(ValueError, match=r"blocks\.2\.0\.bias is shared between a module that is"):
+        make_classifier(net, unfreeze="blocks.2").fit(*images)
+
+
+def test_an_augmentation_gives_pictures(images):
+    """Grey ones become RGB; what is none is named."""
+    grey = transforms.Grayscale()
+    classifier = make_classifier("squeezenet1_0", unfreeze=None, augment=grey).fit(*images)
+    assert classifier.n_iter_ == 2
+    with pytest.raises(ValueError, match=r"X\[\d\] .*augment gave a Tensor, and a PIL image is"):
+        make_classifier(augment=transforms.ToTensor()).fit(*images)
+
+
+def test_what_is_wrong_with_validation_images_is_said_of_them(images):
+    """Not of X and y."""
+    X, y = images
+    for params, words in (
+        ({"X_val": [], "y_val": []}, "X_val and y_val: X is empty"),
+        ({"X_val": X, "y_val": y[:3]}, "X_val and y_val: .*inconsistent numbers"),
+        ({"X_val": X[:2], "y_val": [0.0, np.nan]}, "Input y_val contains NaN"),
+        ({"X_val": X[:2], "y_val": [0.5, 1.5]}, "y_val: Unknown label type"),
+        ({"X_val": ["nowhere.png"], "y_val": y[:1]}, r"X_val\[0\] \('nowhere.png'\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make_classifier().fit(X, y, **params)
+
+
+def test_auxiliary_classifiers_need_images_of_some_size(images):
+    """Inception's takes no maps of images of 96 pixels: it is left out, with a warning."""
+    params = {"image_size": 96, "unfreeze": "Mixed_6e", "max_epochs": 1}
+    classifier = make_classifier("inception_v3", **params)
+    with pytest.warns(UserWarning, match="too small for the auxiliary classifiers of Inception3"):
+        classifier.fit(*images)
+    assert classifier.module_.AuxLogits is None
+
+
+class NetWithAux1(PlainNet):
+    """A network with a hidden layer of that name."""
+
+    def __init__(self):
+        super().__init__()
+        self.aux1 = self.hidden
+        del self.hidden
+
+    def forward(self, batch):
+        return self.fc(self.aux1(self.blocks(batch).flatten(1)).relu())
+
+
+def test_a_module_called_like_an_auxiliary_classifier_is_none(images):
+    """Of a network that is neither GoogLeNet nor Inception."""
+    net = NetWithAux1()
+    classifier = make_classifier(net).fit(*images)
+    assert classifier.module_.aux1 is not None

@@ -154,10 +154,10 @@ class Counting(nn.Conv2d):
         ("flip", 9, 2 * 8 + 3),
         # Keeping would not pay off.
         (None, 1, 8 + 3),
-        ("flip", 2, 2 * (8 + 3)),
-        # There is no end of views.
-        ("crop", 3, 3 * (8 + 3)),
-        (Image.Image.copy, 3, 3 * (8 + 3)),
+        ("flip", 2, 2 * 8 + 3),
+        # There is no end of views, but of what the images to check on are.
+        ("crop", 3, 3 * 8 + 3),
+        (Image.Image.copy, 3, 3 * 8 + 3),
     ],
 )
 def test_frozen_layers_see_each_view_of_an_image_once(augment, epochs, expected):

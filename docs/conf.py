@@ -21,6 +21,7 @@ templates_path = ["_templates"]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "deepfeat"
+html_static_path = ["_static"]
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",

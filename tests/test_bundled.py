@@ -215,7 +215,6 @@ def test_another_backbone_without_a_network_names_this_one(tmp_path):
     assert "The backbone 'resnet10_slim' needs no network" in run.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_the_quickstart_needs_no_network(tmp_path):
     """The first example of the README runs to its end where no connection can be opened."""
     script = ROOT / "examples" / "quickstart.py"

@@ -215,10 +215,12 @@ def _find_categories(
     """Name the outputs as the weights do; for a file with as many outputs, as the default ones."""
     if entry is None:
         return None
-    source = entry if isinstance(entry, WeightsEnum) else _known_weights(name)["DEFAULT"]
-    categories = source.meta["categories"]
+    if isinstance(entry, WeightsEnum):
+        categories = entry.meta["categories"]
+        return tuple(categories) if categories else None  # some VGG16 have no classifier's weights
+    categories = _known_weights(name)["DEFAULT"].meta["categories"]
     *_, head = skeleton.state_dict().values()
-    return tuple(categories) if categories and len(categories) == len(head) else None
+    return tuple(categories) if len(categories) == len(head) else None
 
 
 def _fingerprint_named(name: str, key: Any, seed: int, steps: Preprocessing) -> bytes | None:

@@ -589,8 +589,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__().copy()
         if "module_" in state:  # it shall open on machines without this device
-            if any(value.device.type != "cpu" for value in self.module_.state_dict().values()):
-                state["module_"] = copy.deepcopy(self.module_).cpu()
+            state["module_"] = copy.deepcopy(self.module_).cpu()
             state["_optimizer_state"] = _to_cpu(self._optimizer_state)
         return state
 

@@ -108,7 +108,7 @@ def docs(session):
     """Build the documentation without a warning and run its examples."""
     # A page taken from an earlier build would not repeat its warnings.
     sphinx = ("-m", "sphinx", "--fresh-env", "--nitpicky", "--fail-on-warning")
-    run_python(session, *sphinx, "-b", "html", "docs", "docs/_build/html")
+    run_python(session, *sphinx, "-b", "html", "docs", "docs/_build/html", env=OFFLINE)
     run_python(session, *sphinx, "-b", "doctest", "docs", "docs/_build/doctest", env=OFFLINE)
 
 

@@ -77,8 +77,8 @@ class LearningCurveDisplay:
         """
         if not getattr(estimator, "history_", None):
             raise NotFittedError(
-                f"this {type(estimator).__name__} has no history_: a fitted FineTuneClassifier is "
-                "expected."
+                f"this {type(estimator).__name__} has no history_, or an empty one: a "
+                "FineTuneClassifier is expected that has been trained for an epoch or more."
             )
         return cls(estimator.history_).plot(ax)
 

@@ -35,6 +35,7 @@ from ._freezing import (
     find_cut,
     find_trained,
     freeze,
+    leave_out_unfit,
     run_in_two,
     run_suffix,
 )
@@ -727,6 +728,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         module, shape = network.module.to(device), backbone.preprocessing.input_shape
         index = LayerIndex(module, shape)
         trained = find_trained(module, index, blocks, network.head)
+        trained = leave_out_unfit(module, trained, shape)
         freeze(module, trained)
         recipe = Recipe(
             optimizer=self.optimizer,

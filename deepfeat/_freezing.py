@@ -1,6 +1,7 @@
 """Knows which part of a network is trained, how the rest is frozen, and where the two meet."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -82,6 +83,29 @@ def find_trained(
     ]
     trained = Trained((head, *auxiliary), blocks, ())
     return replace(trained, active=tuple(_active_dropouts(module, index, trained)))
+
+
+def leave_out_unfit(module: nn.Module, trained: Trained, input_shape: tuple[int, ...]) -> Trained:
+    """Leave out auxiliary classifiers, with a warning, if they do not take maps so small."""
+    if len(trained.head) == 1:
+        return trained
+    anywhere = next(module.parameters())
+    image = torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
+    module.eval().training = True  # of the outermost module alone: it calls them, nothing learns
+    try:
+        with torch.no_grad():
+            module(image)
+    except RuntimeError:
+        warnings.warn(
+            f"images of shape {input_shape} are too small for the auxiliary classifiers of "
+            f"{type(module).__name__}, which are left out.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return replace(trained, head=trained.head[:1])
+    finally:
+        module.eval()
+    return trained
 
 
 def freeze(module: nn.Module, trained: Trained) -> None:

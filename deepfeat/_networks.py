@@ -1,14 +1,13 @@
 """Knows how a backbone becomes a network for certain classes: from its weights, or from a file."""
 
 import copy
-import warnings
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ._backbones import Backbone
-from ._heads import AUXILIARY, Head, add_head, auxiliary_of, drop_auxiliary, find_head
+from ._heads import AUXILIARY, Head, add_head, drop_auxiliary, find_head
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,6 @@ def build_network(
     module = backbone.load(device)
     module = copy.deepcopy(module) if backbone.shared else module
     path = add_head(module, place, head, n_classes, seed)
-    _drop_unfit_auxiliary(module, input_shape)
     if not backbone.shared:  # a network of the user may compute in ways that no module shows
         _check_head(module, head, input_shape)
     return Network(module, path, place.n_outputs)
@@ -77,29 +75,6 @@ def rebuild_network(
     module.load_state_dict(kept, strict=True, assign=True)
     module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return Network(module, path, n_outputs)
-
-
-def _drop_unfit_auxiliary(module: nn.Module, input_shape: tuple[int, ...]) -> None:
-    """Take auxiliary classifiers away that do not take the maps of such small images."""
-    if not auxiliary_of(module):
-        return
-    anywhere = next(module.parameters())
-    image = torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
-    module.eval().training = (
-        True  # of the outermost module alone: it calls them, and nothing learns
-    )
-    try:
-        with torch.no_grad():
-            module(image)
-    except RuntimeError:
-        drop_auxiliary(module, list(AUXILIARY))
-        warnings.warn(
-            f"images of shape {input_shape} are too small for the auxiliary classifiers of "
-            f"{type(module).__name__}, which are left out.",
-            UserWarning,
-            stacklevel=2,
-        )
-    module.eval()
 
 
 def _missing_auxiliary(state: dict[str, Tensor]) -> list[str]:

@@ -88,7 +88,7 @@ SLOW = {
     "efficientnet_b0": (32, "features.8"),
     "swin_t": (32, None),
     "vit_b_32": (64, None),
-    "maxvit_t": (64, None),
+    "maxvit_t": (224, None),
     "convnext_tiny": (32, None),
 }
 

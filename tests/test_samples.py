@@ -88,7 +88,6 @@ SLOW = {
     "mnasnet0_5": ("mnasnet0_5", "layers.13"),
     "efficientnet_b0": ("efficientnet_b0", "features.8"),
     "shufflenet_v2_x0_5": ("shufflenet_v2_x0_5", "stage4"),
-    "regnet_y_400mf": ("regnet_y_400mf", "trunk_output.block4"),
     "convnext_tiny": ("convnext_tiny", "features.7"),
     "swin_t": ("swin_t", "features.7"),
     "vgg11_bn": ("vgg11_bn", "fc7"),
@@ -108,7 +107,8 @@ def make_case(case, **params):
 )
 def test_what_is_kept_changes_nothing(without_cut, kept, case, augment):
     """The same history and the same weights, with dropout, weights and validation images."""
-    side = {"alexnet": 64, "swin_t": 64}.get(case, 32)
+    # On maps of one pixel BatchNorm makes much of rounding.
+    side = {"alexnet": 64, "swin_t": 64, "densenet121": 96}.get(case, 32)
     X, y = make_images(7, side)
     X_val, y_val = make_images(3, side, seed=1)
     weights = np.linspace(0.5, 2, 7)

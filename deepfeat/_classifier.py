@@ -51,7 +51,7 @@ from ._labels import (
     weigh,
 )
 from ._layers import LayerIndex, LayerNotFoundError
-from ._networks import Network, build_network, rebuild_network
+from ._networks import Network, build_network, index_layers, rebuild_network
 from ._parameters import (
     Choices,
     Counts,
@@ -616,21 +616,20 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         if self.random_state is not None and self.random_state >= 2**32:
             raise ValueError(f"random_state={self.random_state}: less than 2**32 is expected.")
 
-    def _find_backbone(self, *, with_file: bool = True) -> Backbone:
+    def _find_backbone(self, *, with_file: bool = True, resize: Resize | None = None) -> Backbone:
         """Find the backbone; without a weights file, its structure and preprocessing."""
         return find_backbone(
             self.backbone,
             self.weights if with_file or not is_weights_file(self.weights) else None,
             preprocessing=self.preprocessing,
-            resize=self.resize,
+            resize=resize or self.resize,
             image_size=self.image_size,
             seed=self.random_state or 0,
         )
 
     def _find_blocks(self, backbone: Backbone) -> tuple[str, ...]:
-        index = LayerIndex(backbone.skeleton, backbone.preprocessing.input_shape)
         try:
-            return find_blocks(index, backbone.skeleton, self.unfreeze)
+            return find_blocks(index_layers(backbone), backbone.skeleton, self.unfreeze)
         except (LayerNotFoundError, TypeError) as error:
             kind = LayerNotFoundError if isinstance(error, LayerNotFoundError) else ValueError
             raise kind(
@@ -653,8 +652,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
             )
         try:
-            records = find_records(self, X, self.image_shape, reset=reset)
-            records = [replace(record, of=f"X{of}") for record in records]
+            records = find_records(self, X, self.image_shape, reset=reset, of=f"X{of}")
             return label_images(records, y, sample_weight, name=f"y{of}")
         except ValueError as error:
             if not of:
@@ -687,6 +685,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         epochs: int | None,
     ) -> "FineTuneClassifier":
         """Train, and keep what was learned; for one epoch where no number of them is given."""
+        device = find_device(self.device)
         backbone = self._find_backbone(with_file=not goes_on)
         blocks = self._find_blocks(backbone)
         if goes_on:
@@ -694,12 +693,12 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             # A copy: what is there stays as it is if this fails.
             network = Network(copy.deepcopy(self.module_), self._head, self._n_outputs)
         else:
-            device = find_device(self.device)
             network = build_network(backbone, self.head, len(classes), device, seed)
-        plan = self._plan(network, backbone, blocks, classes, seed, epochs)
+        plan = self._plan(network, backbone, blocks, classes, device, seed, epochs)
         history = list(self.history_) if goes_on else []
         state = self._optimizer_state if goes_on and epochs is None else None
-        with _own_generators(plan.recipe.device):
+        # torch's global generators stay as they were.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             best, state = self._run_epochs(plan, images, validation, history, state)
         state = state if epochs is None else None
         return self._keep(network, backbone, classes, seed, history, best, state)
@@ -720,16 +719,18 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         backbone: Backbone,
         blocks: tuple[str, ...],
         classes: NDArray[Any],
+        device: torch.device,
         seed: int,
         epochs: int | None,
     ) -> "_Plan":
         """Freeze the network, and find out how it is trained."""
-        device = find_device(self.device)
         module, shape = network.module.to(device), backbone.preprocessing.input_shape
         index = LayerIndex(module, shape)
         trained = find_trained(module, index, blocks, network.head)
         trained = leave_out_unfit(module, trained, shape)
         freeze(module, trained)
+        # Nothing is kept in a single epoch, and only a CPU runs the two parts apart for speed.
+        is_cut = epochs is not None or device.type == "cpu"
         recipe = Recipe(
             optimizer=self.optimizer,
             learning_rate=self.learning_rate,
@@ -747,7 +748,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         return _Plan(
             module=module,
             trained=trained,
-            cut=find_cut(module, index, trained, shape),
+            cut=find_cut(module, index, trained, shape) if is_cut else None,
             preprocessing=backbone.preprocessing,
             classes=classes,
             recipe=recipe,
@@ -848,11 +849,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         """Return a preparation of images that crops nothing off, for what is cropped already."""
         if self.preprocessing is not None:
             return preprocessing.prepare
-        weights = None if is_weights_file(self.weights) else self.weights
-        squashed = find_backbone(
-            self.backbone, weights, resize="squash", image_size=self.image_size
-        )
-        return squashed.preprocessing.prepare
+        return self._find_backbone(with_file=False, resize="squash").preprocessing.prepare
 
     def _keep(
         self,
@@ -972,13 +969,6 @@ _RANGES: Ranges = (
     ("validation_fraction", "(0, 1)", ()),
     ("tol", "[0, inf)", ()),
 )
-
-
-@contextmanager
-def _own_generators(device: torch.device) -> Iterator[None]:
-    """Leave torch's global generators as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 def _to_cpu(value: Any) -> Any:

@@ -24,6 +24,7 @@ from ._features import MEMORY, Reading, read_rows
 from ._images import ImageError, Record
 from ._inputs import find_records, tag_images
 from ._layers import LayerIndex, LayerTable, ResolvedLayer
+from ._networks import index_layers
 from ._parameters import Choices, Counts, check_choices, check_counts, check_device
 from ._preprocessing import Resize, as_picture
 
@@ -65,7 +66,9 @@ def list_layers(
     >>> sum(layers[name].parameters for name in ("fc6", "fc7", "fc8"))
     123642856
     """
-    return _index(find_backbone(backbone, preprocessing=preprocessing, image_size=image_size)).table
+    return index_layers(
+        find_backbone(backbone, preprocessing=preprocessing, image_size=image_size)
+    ).table
 
 
 class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
@@ -235,7 +238,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         LayerNotFoundError
             If the backbone has no such layer.
         """
-        index = _index(self._find_backbone())
+        index = index_layers(self._find_backbone())
         self._find_sections(index)
         list(self._find_prefetched(index))
         self._find_records(X, reset=True)
@@ -263,7 +266,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             If the weights cannot be downloaded.
         """
         backbone = self._find_backbone()
-        index = _index(backbone)
+        index = index_layers(backbone)
         sections = self._find_sections(index)
         records = self._find_records(X, reset=False)
         features = np.full((len(records), sections[-1].columns.stop), np.nan, dtype=np.float32)
@@ -348,7 +351,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         if not (isinstance(shard, (list, tuple)) and len(shard) == 2 and 0 <= shard[0] < shard[1]):
             raise ValueError(f"shard={shard!r}: (i, n) with 0 <= i < n is expected.")
         backbone = self._find_backbone()
-        index = _index(backbone)
+        index = index_layers(backbone)
         self._check_kept(backbone)
         names = _as_list(self.layer if layers is None else layers)
         resolved = [index.resolve(name) for name in names]
@@ -379,7 +382,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         """
         self._check_input_features(input_features)
         names = []
-        for layer, columns in self._find_sections(_index(self._find_backbone())):
+        for layer, columns in self._find_sections(index_layers(self._find_backbone())):
             count = columns.stop - columns.start
             width = max(4, len(str(count - 1)))
             names += [f"{layer.name}_{number:0{width}d}" for number in range(count)]
@@ -575,14 +578,3 @@ def _as_list(layers: str | int | list[str | int]) -> list[str | int]:
 @functools.lru_cache(maxsize=16)
 def _cache_at(path: str) -> FeatureCache:
     return FeatureCache(path)
-
-
-def _index(backbone: Backbone) -> LayerIndex:
-    """Index the layers of a backbone; those of a module of the user anew each time."""
-    make = _index_shared if backbone.shared else LayerIndex
-    return make(backbone.skeleton, backbone.preprocessing.input_shape)
-
-
-@functools.lru_cache(maxsize=16)
-def _index_shared(skeleton: nn.Module, input_shape: tuple[int, ...]) -> LayerIndex:
-    return LayerIndex(skeleton, input_shape)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._heads import AUXILIARY, auxiliary_of, drop_auxiliary
 from ._layers import LayerIndex
-from ._trace import Call, first_tensor
+from ._trace import Call, first_tensor, make_blank
 
 Unfreeze: TypeAlias = str | int | list[str | int] | None
 
@@ -89,12 +89,10 @@ def leave_out_unfit(module: nn.Module, trained: Trained, input_shape: tuple[int,
     """Leave out auxiliary classifiers, with a warning, if they do not take maps so small."""
     if len(trained.head) == 1:
         return trained
-    anywhere = next(module.parameters())
-    image = torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
     module.eval().training = True  # of the outermost module alone: it calls them, nothing learns
     try:
         with torch.no_grad():
-            module(image)
+            module(make_blank(module, input_shape))
     except RuntimeError:
         warnings.warn(
             f"images of shape {input_shape} are too small for the auxiliary classifiers of "

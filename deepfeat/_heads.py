@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import GoogLeNet, Inception3
 
-from ._trace import first_tensor, trace_calls
+from ._trace import first_tensor, make_blank, trace_calls
 
 Head: TypeAlias = Literal["replace", "append"]
 
@@ -140,10 +140,8 @@ def _fill(layer: nn.Module, like: Tensor, generator: torch.Generator) -> None:
 
 
 def _output_shape(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    anywhere = next(module.parameters())
-    image = torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
     with torch.no_grad():
-        output = copy.deepcopy(module).eval()(image)
+        output = copy.deepcopy(module).eval()(make_blank(module, input_shape))
     try:
         return tuple(first_tensor(output).shape[1:])
     except TypeError as error:

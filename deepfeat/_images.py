@@ -99,7 +99,7 @@ class Record:
         return path, status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def as_records(X: Any, image_shape: ImageShape = None) -> list[Record]:
+def as_records(X: Any, image_shape: ImageShape = None, of: str = "X") -> list[Record]:
     """Take any X apart into one record an image, without reading a pixel.
 
     Parameters
@@ -110,14 +110,16 @@ def as_records(X: Any, image_shape: ImageShape = None) -> list[Record]:
         (n, H, W, C) or (n, C, H, W); or, with `image_shape`, rows of shape (n, H * W * C).
     image_shape : tuple of int, optional
         (H, W) or (H, W, C) of a flattened row; one entry may be -1.
+    of : str, default="X"
+        What an error calls `X`, where it names one of the images.
     """
     X = _unwrap_columns(X)
     if not len(X):
         raise ValueError("X is empty: at least one image is needed.")
     if isinstance(X, np.ndarray):
         images = _split_array(X, image_shape)
-        return [Record(index, image, channels_last=True) for index, image in enumerate(images)]
-    return [Record(index, _as_source(item)) for index, item in enumerate(X)]
+        return [Record(index, image, True, of) for index, image in enumerate(images)]
+    return [Record(index, _as_source(item), of=of) for index, item in enumerate(X)]
 
 
 def is_tabular(X: Any) -> bool:

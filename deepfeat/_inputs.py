@@ -17,6 +17,7 @@ def find_records(
     *,
     reset: bool,
     ensure_all_finite: bool = True,
+    of: str = "X",
 ) -> list[Record]:
     """Take X apart; remember the columns of a table (`reset`), or compare them with those."""
     X = unwrap_tensor(X)
@@ -28,7 +29,7 @@ def find_records(
             X = np.asarray(X)
         else:
             X = validate_data(estimator, X, reset=reset, ensure_all_finite=ensure_all_finite)
-    return as_records(X, image_shape)
+    return as_records(X, image_shape, of)
 
 
 def tag_images(tags: Tags, image_shape: ImageShape) -> Tags:

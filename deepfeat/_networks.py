@@ -1,6 +1,7 @@
-"""Knows how a backbone becomes a network for certain classes: from its weights, or from a file."""
+"""Knows the layers of a backbone, and how it becomes a network for certain classes."""
 
 import copy
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ._backbones import Backbone
 from ._heads import AUXILIARY, Head, add_head, drop_auxiliary, find_head
+from ._layers import LayerIndex
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,12 @@ class Network:
     module: nn.Module
     head: str
     n_outputs: int
+
+
+def index_layers(backbone: Backbone) -> LayerIndex:
+    """Index the layers of a backbone; those of a module of the user anew each time."""
+    make = _index_shared if backbone.shared else LayerIndex
+    return make(backbone.skeleton, backbone.preprocessing.input_shape)
 
 
 def build_network(
@@ -86,3 +94,8 @@ def _check_head(module: nn.Module, head: Head, input_shape: tuple[int, ...]) -> 
         find_head(module, input_shape)
     except ValueError as error:
         raise ValueError(f"{type(module).__name__} has no place for {head=}: {error}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _index_shared(skeleton: nn.Module, input_shape: tuple[int, ...]) -> LayerIndex:
+    return LayerIndex(skeleton, input_shape)

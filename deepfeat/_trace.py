@@ -32,16 +32,20 @@ def trace_calls(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, Ca
     with torch.inference_mode(False), torch.no_grad():
         module = copy.deepcopy(module).eval()
         tracer = _Tracer(module)
-        anywhere = next(module.parameters(), torch.empty(0))
-        image = torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
         try:
             with tracer.counter:
-                module(image)
+                module(make_blank(module, input_shape))
         except Exception as error:  # a module of the user may raise anything
             raise ValueError(
                 f"{type(module).__name__} does not take an image of shape {input_shape}: {error}"
             ) from error
     return tracer.calls
+
+
+def make_blank(module: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
+    """Make a batch of one black image, of the type and on the device of a network's weights."""
+    anywhere = next(module.parameters(), torch.empty(0))
+    return torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
 
 
 class _Tracer:

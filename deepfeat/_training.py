@@ -175,13 +175,9 @@ class Learner:
         _seed_dropout(self.recipe.device, int(rng.integers(2**62)))
         places = rng.permutation(len(samples.targets))
         totals = _Totals()
-        draws = samples.draw(places, self.recipe.batch_size, number)
-        start = 0
         latest: Tensor | None = None
-        for inputs in draws:
-            chosen = torch.from_numpy(places[start : start + len(inputs)])
+        for inputs, chosen in self._draw(samples, places, number):
             sums = self._learn(samples, inputs, chosen)
-            start += len(inputs)
             totals.add(*sums)
             # Asked for a batch late, the loss is not waited for.
             if latest is not None:
@@ -197,11 +193,7 @@ class Learner:
         """Return mean loss, without label smoothing, and accuracy, in eval mode."""
         self.module.eval()
         totals = _Totals()
-        places = np.arange(len(samples.targets))
-        start = 0
-        for inputs in samples.draw(places, self.recipe.batch_size, None):
-            chosen = torch.from_numpy(places[start : start + len(inputs)])
-            start += len(inputs)
+        for inputs, chosen in self._draw(samples, np.arange(len(samples.targets)), None):
             with torch.no_grad():
                 totals.add(*self._in_parts(samples, inputs, chosen, learn=False))
         return totals.means()
@@ -214,6 +206,15 @@ class Learner:
             f"backbone_learning_rate ({self.recipe.backbone_learning_rate:g}), or set "
             f"max_grad_norm=1.0{or_wider}."
         )
+
+    def _draw(
+        self, samples: Samples, places: NDArray[np.intp], epoch: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches with the places of what they hold."""
+        start = 0
+        for inputs in samples.draw(places, self.recipe.batch_size, epoch):
+            yield inputs, torch.from_numpy(places[start : start + len(inputs)])
+            start += len(inputs)
 
     def _learn(self, samples: Samples, inputs: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
         """Take one step; return the sums of losses, of weights where right, and of weights."""

@@ -170,7 +170,8 @@ def test_frozen_layers_see_each_view_of_an_image_once(augment, epochs, expected)
     with pytest.MonkeyPatch.context() as patch:
         # To find out about the network, and to try the cut, a few images run through it too.
         patch.setattr(_classifier, "find_cut", uncounted(_classifier.find_cut))
-        patch.setattr(_classifier, "LayerIndex", uncounted(_classifier.LayerIndex))
+        for room in (_classifier, _networks):
+            patch.setattr(room, "LayerIndex", uncounted(room.LayerIndex))
         patch.setattr(_networks, "find_head", uncounted(_networks.find_head))
         Counting.seen = 0
         classifier.fit(X, y, X_val=X_val, y_val=y_val)

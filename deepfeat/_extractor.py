@@ -21,6 +21,7 @@ from ._backbones import Backbone, Weights, find_backbone
 from ._cache import FeatureCache
 from ._engine import Batch, Pooling, Precision, Workers, count_features
 from ._features import MEMORY, Reading, read_rows
+from ._fingerprint import UnknownContentError
 from ._images import ImageError, Record
 from ._inputs import find_records, tag_images
 from ._layers import LayerIndex, LayerTable, ResolvedLayer
@@ -471,17 +472,15 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
 
     def _check_kept(self, backbone: Backbone) -> None:
         """Raise if rows that are computed ahead would be lost."""
-        cache = self._find_cache()
-        if cache is None or (cache.path is not None and not backbone.portable):
+        if self._find_cache() is None:
+            raise ValueError("cache=None keeps no rows: there is nothing to precompute.")
+        try:
+            backbone.fingerprint()
+        except UnknownContentError as error:
             raise ValueError(
-                "rows of a module or of preprocessing of your own are not trusted from one process "
-                "to the next, and are not kept on disk: precompute them with cache='memory'."
-            )
-        if backbone.fingerprint() is None:
-            raise ValueError(
-                "rows of a module or of preprocessing that is defined in a notebook or inside a "
-                "function are not kept, since it may change unseen: there is nothing to precompute."
-            )
+                f"the rows of {backbone.name} are not cached, so there is nothing to precompute: "
+                f"{error}."
+            ) from error
 
     def _warn_of_errors(self, count: int, stacklevel: int) -> None:
         self.errors_ = dict(sorted(self.errors_.items()))

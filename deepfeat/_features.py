@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ from ._engine import (
     pool,
     run_in_batches,
 )
+from ._fingerprint import UnknownContentError
 from ._images import ImageError, Record
 from ._layers import ResolvedLayer, read_layers
 
@@ -31,6 +33,7 @@ _SCHEMA = 1
 _LOOK_UP = 1024  # images at a time, which bounds what is in memory twice
 _WAIT_SECONDS = 0.05, 1.0  # at first, and at most
 MEMORY = FeatureCache()  # of this process
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,7 @@ def read_rows(
     other layers, later calls and other processes are served from there. The network is loaded
     when the first image needs it.
     """
-    fingerprint = None if cache is None else reading.backbone.fingerprint()
-    if cache is not None and not reading.backbone.portable:
-        cache = cache if cache.path is None else MEMORY
+    fingerprint = None if cache is None else _find_fingerprint(reading.backbone)
     if cache is None or fingerprint is None:
         yield from _compute(reading, reading.layers, records)
         return
@@ -80,6 +81,18 @@ def read_rows(
         if waiting and not computed:
             time.sleep(pause)  # another process is at work on these
             pause = min(2 * pause, longest)
+
+
+def _find_fingerprint(backbone: Backbone) -> bytes | None:
+    """Digest a backbone; if that is impossible, say so once and keep nothing of it."""
+    try:
+        return backbone.fingerprint()
+    except UnknownContentError as error:
+        problem = f"the rows of {backbone.name} are not cached: {error}."
+    if problem not in _warned:
+        _warned.add(problem)
+        warnings.warn(problem, UserWarning, stacklevel=6)
+    return None
 
 
 class _Passes:

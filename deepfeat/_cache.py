@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import platform
+import shutil
 import threading
 import time
 import uuid
@@ -288,6 +289,21 @@ class FeatureCache:
         """
         rows, size, contexts = self._store.count()
         return CacheInfo(rows, size, contexts, self._store.hits, self._store.misses)
+
+    def room(self) -> int:
+        """Tell how many bytes of rows can be kept in all.
+
+        Returns
+        -------
+        bytes : int
+            `max_bytes`; without it, half of what is free on the disk.
+        """
+        if self.max_bytes is not None:
+            return self.max_bytes
+        folder = Path(self.path or "")
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free // 2
 
     def prune(self, max_bytes: int) -> int:
         """Drop the rows used longest ago until at most `max_bytes` are left.

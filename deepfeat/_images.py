@@ -87,16 +87,17 @@ class Record:
             raise ImageError(str(self), _reason(error, self.source)) from error
         return digest.digest()
 
-    def stat(self) -> tuple[str, int, int, int] | None:
-        """Return path, size, mtime in ns and inode of a file; None for other sources."""
+    def stat(self) -> tuple[str, int, int, int, int, int] | None:
+        """Return path, size, mtime_ns, ctime_ns, inode and device of a file; None for others."""
         if not isinstance(self.source, (str, os.PathLike)):
             return None
         try:
             status = os.stat(self.source)
         except OSError:
             return None
+        times = status.st_mtime_ns, status.st_ctime_ns
         path = os.path.abspath(os.fspath(self.source))
-        return path, status.st_size, status.st_mtime_ns, status.st_ino
+        return path, status.st_size, *times, status.st_ino, status.st_dev
 
 
 def as_records(X: Any, image_shape: ImageShape = None, of: str = "X") -> list[Record]:

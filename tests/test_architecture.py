@@ -20,11 +20,11 @@ FLOORS = {
     5: {"_classifier"},
     4: {"_categories", "_extractor"},
     3: {"_features", "_samples", "_training", "_networks"},
-    2: {"_engine", "_freezing", "_inputs", "_labels"},
-    1: {"_images", "_cache", "_backbones", "_heads", "_layers", "datasets"},
+    2: {"_engine", "_freezing", "_inputs", "_labels", "_cache"},
+    1: {"_images", "_backbones", "_heads", "_layers", "_store", "datasets"},
     0: {
         *("_archive", "_bundled", "_files", "_fingerprint", "_optional", "_parameters"),
-        *("_preprocessing", "_store", "_trace"),
+        *("_claims", "_preprocessing", "_trace"),
     },
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
@@ -40,6 +40,7 @@ GUESTS = {
 }
 
 PUBLIC = {
+    "CacheFormatError",
     "DeepFeatureExtractor",
     "FeatureCache",
     "FineTuneClassifier",
@@ -54,6 +55,7 @@ PUBLIC = {
 STRANGERS = {
     "_images": {"torch", "torchvision"},
     "_cache": {"torch", "torchvision", "PIL"},
+    "_claims": {"torch", "torchvision", "PIL"},
     "_store": {"torch", "torchvision", "PIL"},
     "_engine": {"sklearn"},
     "_freezing": {"sklearn", "PIL"},

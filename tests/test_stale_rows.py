@@ -209,7 +209,7 @@ thorough = settings.get_current_profile_name() == "thorough"
 TestChanges = Changes.TestCase
 TestChanges.settings = settings(
     settings(),
-    max_examples=4 if thorough else 8,
+    max_examples=20 if thorough else 8,
     stateful_step_count=500 if thorough else 30,
     deadline=None,
     # A failure is read from its last steps; to shorten hundreds of them takes many minutes.

@@ -24,7 +24,7 @@ from ._engine import (
     run_in_batches,
 )
 from ._images import ImageError, Record
-from ._layers import ResolvedLayer, read_layers
+from ._layers import LayerReader, ResolvedLayer
 
 # Part of every key: raise it when the rows of the same image and layer come out differently.
 _SCHEMA = 1
@@ -196,9 +196,10 @@ def _compute(
     reduce = functools.partial(pool, pooling=reading.pooling)
     device = find_device(reading.device)
     module = reading.backbone.load(device)  # before the first image is claimed: it may take long
+    read = LayerReader(module, layers, reduce)
     yield from run_in_batches(
         module,
-        lambda batch: read_layers(module, layers, steps.normalize(batch), reduce),
+        lambda batch: read(steps.normalize(batch)),
         records,
         lambda record: steps.prepare(open_record(record)),
         device=device,

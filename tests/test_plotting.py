@@ -295,6 +295,13 @@ def test_the_parameters_of_vgg16_are_in_its_linear_layers():
         assert max(text.get_window_extent().x1 for text in axes.texts) <= axes.bbox.x1
 
 
+@pytest.mark.parametrize(("name", "total"), [("vit_b_16", 86_567_656), ("googlenet", 13_004_888)])
+def test_the_title_has_all_parameters(name, total):
+    """Those of tokens, position embeddings and auxiliary classifiers included."""
+    _, right = ArchitectureDisplay.from_backbone(name).axes_
+    assert right.get_title(loc="left") == f"{total:,} parameters"
+
+
 def test_outputs_are_as_wide_as_the_maps():
     """Side of the maps, square root of the tokens, one place for a vector."""
     left, _ = ArchitectureDisplay.from_backbone("vit_b_16", merge_repeats=False).axes_

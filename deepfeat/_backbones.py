@@ -26,6 +26,7 @@ from torchvision.models import WeightsEnum
 from . import _bundled
 from ._fingerprint import fingerprint
 from ._preprocessing import Preprocessing, Resize, preprocess_like, preprocess_with
+from ._trace import prefer_channels_last
 
 Weights: TypeAlias = str | os.PathLike[str] | WeightsEnum | None
 State: TypeAlias = dict[str, Tensor]
@@ -151,7 +152,8 @@ def _from_module(
 
     def load(device: torch.device) -> nn.Module:
         # A copy: the user's module keeps its mode, its device and its hooks.
-        return _for_reading(copy.deepcopy(module).float(), device)
+        copied = copy.deepcopy(module).float().eval().requires_grad_(False)
+        return prefer_channels_last(copied, steps.input_shape).to(device)
 
     steps = preprocess_with(preprocessing)
     digest = functools.partial(fingerprint, (module, preprocessing))

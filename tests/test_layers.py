@@ -1138,7 +1138,7 @@ class LearnedQuery(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        query = self.norm(self.query).expand(len(tokens), -1, -1)
+        query = self.norm(self.query.expand(len(tokens), -1, -1))
         return self.attention(query, tokens, tokens)[0][:, 0]
 
 

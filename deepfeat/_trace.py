@@ -228,9 +228,13 @@ class _ChannelAxes(TorchFunctionMode):
             return 1
         if func in _CHANNELS_LAST:
             return output.ndim - 1
-        known = [tensor for tensor in _tensors((args, kwargs)) if self.of(tensor) is not None]
-        known.sort(key=lambda tensor: tensor.ndim != output.ndim)
-        return _follow(known[0], self.of(known[0]) or 1, output) if known else None
+        known = [
+            (tensor, axis)
+            for tensor in _tensors((args, kwargs))
+            if (axis := self.of(tensor)) is not None
+        ]
+        known.sort(key=lambda pair: pair[0].ndim != output.ndim)
+        return _follow(*known[0], output) if known else None
 
 
 def _follow(given: Tensor, axis: int, output: Tensor) -> int | None:

@@ -1128,6 +1128,31 @@ def test_pooled_blocks_are_timms_own_intermediates(name: str, side: int) -> None
         assert_close(rows[layer.name], expected.mean((2, 3)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("deit_tiny_distilled_patch16_224", 64),
+        ("vit_small_patch14_reg4_dinov2", 56),
+        ("vit_small_patch16_dinov3", 64),
+        ("cait_xxs24_224", 64),
+        ("xcit_nano_12_p16_224", 64),
+        ("vit_base_patch16_clip_224", 64),
+    ],
+)
+def test_cls_is_timms_own_class_token(name: str, side: int) -> None:
+    """The first of what `forward_features` gives."""
+    timm = pytest.importorskip("timm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = timm.create_model(name, pretrained=False, img_size=side).eval()
+    batch, layer = images(2, side), LayerIndex(net, (3, side, side)).resolve("norm")
+    assert count_features(layer, "cls") == net.num_features
+    with torch.no_grad():
+        rows = read_layers(net, [layer], batch, functools.partial(pool, pooling="cls"))
+        assert_close(rows["norm"], net.forward_features(batch)[:, 0])
+
+
 class LearnedQuery(nn.Module):
     """Pool by attention of one query, a parameter that is handed to a module (SigLIP's)."""
 

@@ -311,6 +311,16 @@ def test_outputs_are_as_wide_as_the_maps():
     assert_allclose([bar.get_x() for bar in left.patches], -np.array(widths) / 2)
 
 
+def test_a_sequence_is_as_wide_as_a_square_of_its_places():
+    """Not of its channels, which come first."""
+    net = nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 5, 4, 4))
+    display = ArchitectureDisplay.from_backbone(
+        net, preprocessing=transforms.Compose([transforms.Resize((8, 8)), transforms.ToTensor()])
+    )
+    (bar,) = display.axes_[0].patches
+    assert bar.get_width() == 4
+
+
 def test_repeats_share_a_row():
     """Blocks of one kind and shape are merged, with their parameters; nothing is lost."""
     merged = ArchitectureDisplay.from_backbone("resnet50").axes_

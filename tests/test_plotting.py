@@ -314,9 +314,8 @@ def test_outputs_are_as_wide_as_the_maps():
 def test_a_sequence_is_as_wide_as_a_square_of_its_places():
     """Not of its channels, which come first."""
     net = nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 5, 4, 4))
-    display = ArchitectureDisplay.from_backbone(
-        net, preprocessing=transforms.Compose([transforms.Resize((8, 8)), transforms.ToTensor()])
-    )
+    steps = transforms.Compose([transforms.Resize((8, 8)), transforms.ToTensor()])
+    display = ArchitectureDisplay.from_backbone(net, preprocessing=steps)
     (bar,) = display.axes_[0].patches
     assert bar.get_width() == 4
 

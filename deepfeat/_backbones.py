@@ -28,6 +28,7 @@ from torchvision.models import WeightsEnum
 from . import _bundled
 from ._fingerprint import fingerprint
 from ._preprocessing import Preprocessing, Resize, preprocess_like, preprocess_with
+from ._trace import prefer_channels_last
 
 Weights: TypeAlias = str | os.PathLike[str] | WeightsEnum | None
 State: TypeAlias = dict[str, Tensor]
@@ -154,13 +155,13 @@ def _from_module(
 
     def load(device: torch.device) -> nn.Module:
         # A copy: the user's module keeps its mode, its device and its hooks.
-        network = _for_reading(copy.deepcopy(module).float(), device)
+        copied = copy.deepcopy(module).float().eval().requires_grad_(False)
         if digest.cache_info().currsize and fingerprint((module, preprocessing)) != digest():
             raise RuntimeError(
                 f"{type(module).__name__} was changed by another thread while its rows were looked "
                 "up: call again when it is done."
             )
-        return network
+        return prefer_channels_last(copied, steps.input_shape).to(device)
 
     steps = preprocess_with(preprocessing)
     return Backbone(type(module).__name__, module, steps, load, False, digest, None)

@@ -36,8 +36,6 @@ from ._freezing import (
     find_trained,
     freeze,
     leave_out_unfit,
-    run_in_two,
-    run_suffix,
 )
 from ._heads import Head
 from ._inputs import find_records, tag_images
@@ -821,9 +819,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         forward: Callable[[Tensor], Any] = plan.module
         if plan.cut is not None and recipe.device.type == "cpu":
             part = limit_part(self.batch_size, shape, recipe.device)
-            forward = functools.partial(
-                run_in_two, plan.module, plan.cut, input_shape=shape, part=part
-            )
+            forward = functools.partial(plan.cut.run, part=part)
         samples = Samples(targets.to(recipe.device), weights.to(recipe.device), drawn.draw, forward)
         views = count_views(augment)
         pays = plan.epochs is not None and views is not None and plan.epochs > views
@@ -842,8 +838,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             )
         if kept is None:
             return samples
-        resume = functools.partial(run_suffix, plan.module, plan.cut, input_shape=shape)
-        return replace(samples, draw=kept.draw, forward=resume)
+        return replace(samples, draw=kept.draw, forward=plan.cut.run_suffix)
 
     def _find_squash(self, preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
         """Return a preparation of images that crops nothing off, for what is cropped already."""

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ._layers import ResolvedLayer
+from ._layers import ResolvedLayer, count_channels
 
 Pooling: TypeAlias = Literal["avg", "max", "gem", "cls", "flatten"]
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
@@ -98,11 +98,12 @@ def run_in_batches(
 
 
 def pool(layer: ResolvedLayer, output: Tensor, pooling: Pooling) -> Tensor:
-    """Turn the output of a layer into one float32 row an image.
+    """Turn the output of a layer into one float32 row per image.
 
-    Maps (n, C, H, W) are pooled over H and W, tokens (n, N, D) over N, leaving out a class token;
-    vectors (n, D) stay. "gem" is the generalised mean of Radenovic et al. (2019), "Fine-tuning
-    CNN Image Retrieval with No Human Annotation", with power 3: values below 1e-6 count as 1e-6.
+    Maps (n, C, H, W) are pooled over H and W, tokens (n, N, D) over those of patches, sequences
+    (n, C, L) over L; vectors (n, D) stay. "gem" is the generalised mean of Radenovic et al. (2019),
+    "Fine-tuning CNN Image Retrieval with No Human Annotation", with power 3: values below 1e-6
+    count as 1e-6.
     """
     output = output.float()
     if output.ndim == 4 and layer.channels_last:
@@ -111,9 +112,9 @@ def pool(layer: ResolvedLayer, output: Tensor, pooling: Pooling) -> Tensor:
         return output.reshape(len(output), -1)
     if pooling == "cls":
         return output[:, 0]
-    if output.ndim == 3 and layer.class_token:
-        output = output[:, 1:]
-    places = 1 if output.ndim == 3 else (2, 3)
+    if output.ndim == 3 and layer.channels_last:
+        output = output[:, layer.prefix_tokens :].movedim(-1, 1)
+    places = tuple(range(2, output.ndim))
     if pooling == "max":
         return output.amax(places)
     if pooling == "gem":
@@ -134,14 +135,14 @@ def count_features(layer: ResolvedLayer, pooling: Pooling) -> int:
         return math.prod(shape)
     if pooling == "cls" and not layer.class_token:
         raise ValueError(
-            f"pooling='cls' takes the class token, which layer {layer.name!r} of output shape "
-            f"{shape} has not: 'avg', 'max', 'gem' or 'flatten' are possible."
+            f"pooling='cls' needs a class token, but layer {layer.name!r} (output shape {shape}) "
+            "does not have one: use 'avg', 'max', 'gem' or 'flatten'."
         )
     if len(shape) not in (2, 3):
         raise ValueError(
             f"layer {layer.name!r} of output shape {shape} can be pooled by 'flatten' alone."
         )
-    return shape[-1] if len(shape) == 2 else shape[0]
+    return count_channels(layer)
 
 
 def map_in_threads(

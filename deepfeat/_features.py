@@ -29,10 +29,10 @@ from ._engine import (
 from ._fingerprint import UnknownContentError
 from ._fingerprint import fingerprint as digest_value
 from ._images import ImageError, Record
-from ._layers import ResolvedLayer, read_layers
+from ._layers import LayerReader, ResolvedLayer
 
 # Part of every key: raise it when the rows of the same image and layer come out differently.
-_SCHEMA = 1
+_SCHEMA = 2
 _LOOK_UP = 1024  # images at a time, which bounds what is in memory twice
 _WAIT_SECONDS = 0.05, 1.0  # at first, and at most
 MEMORY = FeatureCache()  # of this process
@@ -281,9 +281,12 @@ def _compute(
     reduce = functools.partial(pool, pooling=reading.pooling)
     device = find_device(reading.device)
     module = reading.backbone.load(device)  # before the first image is claimed: it may take long
+    asked = {layer.path for layer in reading.layers}
+    optional = {output.path for output in outputs} - asked
+    read = LayerReader(module, outputs, reduce, optional)
     yield from run_in_batches(
         module,
-        lambda batch: read_layers(module, outputs, steps.normalize(batch), reduce),
+        lambda batch: read(steps.normalize(batch)),
         records,
         lambda record: steps.prepare(open_record(record)),
         device=device,

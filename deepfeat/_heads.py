@@ -13,6 +13,8 @@ from ._trace import first_tensor, make_blank, trace_calls
 
 Head: TypeAlias = Literal["replace", "append"]
 
+_PROBABILITIES = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)
+
 # GoogLeNet and Inception classify at these modules too while they learn, as a side job.
 AUXILIARY = {"aux1": "inception4a", "aux2": "inception4d", "AuxLogits": "Mixed_6e"}
 
@@ -40,12 +42,12 @@ def find_head(module: nn.Module, input_shape: tuple[int, ...]) -> HeadPlace:
         probabilities.
     """
     network = type(module).__name__
-    calls = trace_calls(module, input_shape)
+    calls = trace_calls(module, input_shape).calls
     leaves = [path for path in calls if not any(other.startswith(f"{path}.") for other in calls)]
     learned = [path for path in leaves if calls[path].parameters]
     if not learned:
         raise ValueError(f"{network} has no weights that could be trained.")
-    if calls[leaves[-1]].kind in ("Softmax", "LogSoftmax", "Sigmoid"):
+    if isinstance(module.get_submodule(leaves[-1]), _PROBABILITIES):
         raise ValueError(
             f"{network} ends in {calls[leaves[-1]].kind}: the network must put out logits, which "
             "the loss turns into probabilities by itself."

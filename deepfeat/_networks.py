@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ._backbones import Backbone
 from ._heads import AUXILIARY, Head, add_head, drop_auxiliary, find_head
 from ._layers import LayerIndex
+from ._trace import prefer_channels_last
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,11 @@ def rebuild_network(
     kept.clear()
     kept.update(state)
     module.load_state_dict(kept, strict=True, assign=True)
-    module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    module = module.eval().requires_grad_(False)
+    if backbone.shared:
+        module = module.to(memory_format=torch.channels_last)
+    else:
+        module = prefer_channels_last(module, backbone.preprocessing.input_shape)
     return Network(module, path, n_outputs)
 
 

@@ -45,7 +45,8 @@ def preprocess_with(prepare: Callable[[Image.Image], Tensor]) -> Preprocessing:
 
 
 def _as_float32(batch: Tensor) -> Tensor:
-    return batch.to(torch.float32, memory_format=torch.channels_last)
+    # Modules of the user may take maps to lie channel by channel, which permuted tensors do not.
+    return batch.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _shape_words(sample: Any) -> str:

@@ -24,7 +24,7 @@ from ._engine import (
     stack,
     to_device,
 )
-from ._freezing import Cut, run_prefix
+from ._freezing import Cut
 from ._images import Record
 from ._preprocessing import Preprocessing
 
@@ -152,7 +152,7 @@ def keep_activations(
 
     def begin(batch: Tensor) -> dict[str, Tensor]:
         nonlocal shape
-        activations = run_prefix(module, cut, samples.preprocessing.normalize(batch))
+        activations = cut.run_prefix(samples.preprocessing.normalize(batch))
         shape = tuple(activations.shape[1:])
         return {"": activations.float().flatten(1)}
 

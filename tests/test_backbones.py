@@ -869,6 +869,57 @@ def test_a_module_of_the_user_is_never_changed() -> None:
     assert describe(module) == facts
 
 
+class Viewing(nn.Module):
+    """The idiom of torch's own tutorials, which takes maps to lie channel by channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.fc = nn.Linear(4 * 8 * 8, 2)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        batch = self.conv(batch)
+        return self.fc(batch.view(batch.size(0), -1))
+
+
+class ReadingMemory(Viewing):
+    """Take values in the order of memory: no error, but others if that changes."""
+
+    def forward(self, batch: Tensor) -> Tensor:
+        batch = self.conv(batch)
+        return self.fc(batch.as_strided((len(batch), 256), (256, 1)))
+
+
+class ViewingInput(Viewing):
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.conv(batch.view(-1).view(batch.shape))
+
+
+@pytest.mark.parametrize("kind", [Viewing, ReadingMemory, ViewingInput])
+def test_a_module_of_the_user_runs_as_it_was_written(kind: type[nn.Module]) -> None:
+    """However its code needs maps to lie in memory."""
+    module = kind().eval()
+    backbone = find_backbone(module, preprocessing=as_tensor_of_8)
+    batch = torch.stack([as_tensor_of_8(PICTURES[key]) for key in PICTURES])
+    with torch.no_grad():
+        expected = module(batch.contiguous())
+        found = backbone.load(CPU)(backbone.preprocessing.normalize(batch))
+    torch.testing.assert_close(found, expected)
+
+
+def as_tensor_of_8(image: Image.Image) -> Tensor:
+    pixels = np.asarray(image.convert("RGB").resize((8, 8)), dtype=np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def test_channels_come_last_where_a_module_allows_for_it() -> None:
+    """That is faster, and the same to rounding."""
+    module = user_module()
+    loaded = find_backbone(module, preprocessing=as_tensor_of_8).load(CPU)
+    assert loaded[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not module[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def describe(module: nn.Module) -> list[Any]:
     return [
         *(

@@ -603,21 +603,33 @@ def test_maps_are_pooled_over_their_places(rng, pooling, channels_last):
     assert_allclose(pool(layer, output, pooling), pool_by_hand(maps, pooling), rtol=1e-5)
 
 
-@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("prefix", [0, 1, 3])
 @pytest.mark.parametrize("pooling", ["avg", "max", "gem"])
-def test_tokens_are_pooled_without_the_class_token(rng, pooling, class_token):
-    """The class token is no place in the image."""
+def test_tokens_are_pooled_without_those_before_the_patches(rng, pooling, prefix):
+    """A class token and registers are no places in the image."""
     tokens = rng.normal(size=(2, 6, 4)).astype(np.float32)
-    layer = ResolvedLayer("tokens", "tokens", (6, 4), class_token=class_token)
-    places = tokens[:, 1:] if class_token else tokens
-    expected = pool_by_hand(np.moveaxis(places, 1, 2)[..., None], pooling)
+    layer = ResolvedLayer("tokens", "tokens", (6, 4), channels_last=True, prefix_tokens=prefix)
+    expected = pool_by_hand(np.moveaxis(tokens[:, prefix:], 1, 2)[..., None], pooling)
     assert_allclose(pool(layer, torch.from_numpy(tokens), pooling), expected, rtol=1e-5)
+    assert count_features(layer, pooling) == 4
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max", "gem"])
+def test_sequences_are_pooled_over_their_length(rng, pooling):
+    """What a Conv1d gives, (C, L), has its channels first."""
+    sequences = rng.normal(size=(2, 6, 4)).astype(np.float32)
+    layer = ResolvedLayer("conv", "conv", (6, 4))
+    expected = pool_by_hand(sequences[..., None], pooling)
+    assert_allclose(pool(layer, torch.from_numpy(sequences), pooling), expected, rtol=1e-5)
+    assert count_features(layer, pooling) == 6
 
 
 def test_the_class_token_is_the_first(rng):
     """The pooling "cls" takes it alone, "flatten" takes it with all others."""
     tokens = rng.normal(size=(2, 6, 4)).astype(np.float32)
-    layer = ResolvedLayer("tokens", "tokens", (6, 4), class_token=True)
+    layer = ResolvedLayer(
+        "tokens", "tokens", (6, 4), channels_last=True, prefix_tokens=2, class_token=True
+    )
     assert_array_equal(pool(layer, torch.from_numpy(tokens), "cls"), tokens[:, 0])
     assert_array_equal(pool(layer, torch.from_numpy(tokens), "flatten"), tokens.reshape(2, 24))
 
@@ -671,12 +683,14 @@ sides = st.integers(2, 5)
 def layers(draw):
     """Draw a layer of maps, tokens, vectors, scores or something that is none of these."""
     shape = tuple(draw(st.lists(sides, max_size=4)))
+    is_tokens = len(shape) == 2 and draw(st.booleans())
     return ResolvedLayer(
         "layer",
         "layer",
         shape,
-        channels_last=len(shape) == 3 and draw(st.booleans()),
-        class_token=len(shape) == 2 and draw(st.booleans()),
+        channels_last=is_tokens or (len(shape) == 3 and draw(st.booleans())),
+        prefix_tokens=is_tokens and draw(st.integers(0, shape[0] - 1)),
+        class_token=is_tokens and draw(st.booleans()),
     )
 
 
@@ -684,7 +698,8 @@ def layers(draw):
 def test_the_number_of_features_is_known_beforehand(layer, pooling, n_images):
     """`count_features` refuses a pooling, or tells the width of the rows that `pool` makes."""
     shape = layer.output_shape
-    output = torch.ones(n_images, *(shape[1:] + shape[:1] if layer.channels_last else shape))
+    moved = layer.channels_last and len(shape) == 3
+    output = torch.ones(n_images, *(shape[1:] + shape[:1] if moved else shape))
     try:
         count = count_features(layer, pooling)
     except ValueError:
@@ -701,7 +716,7 @@ def test_flatten_suits_any_layer(layer):
 @pytest.mark.parametrize("layer", [(3, 4, 5), (6, 4)], ids=["maps", "tokens without class token"])
 def test_cls_needs_a_class_token(layer):
     """The error says what the layer is, and which poolings are possible."""
-    with pytest.raises(ValueError, match=r"'conv' of output shape .* 'avg', 'max', 'gem' or 'fla"):
+    with pytest.raises(ValueError, match=r"'conv' \(output shape .* 'avg', 'max', 'gem' or 'fl"):
         count_features(ResolvedLayer("conv", "conv", layer), "cls")
 
 

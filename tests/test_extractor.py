@@ -584,7 +584,7 @@ def test_the_names_of_several_layers_follow_their_columns(scene_paths):
     ("params", "message"),
     [
         ({"pooling": "mean"}, r"pooling='mean' is none of \('avg', 'max', 'gem', 'cls', 'flatten'"),
-        ({"pooling": "cls"}, r"pooling='cls' takes the class token, which layer 'stage2'"),
+        ({"pooling": "cls"}, r"pooling='cls' needs a class token, but layer 'stage2'"),
         ({"norm": "l3"}, r"norm='l3' is none of \('l2', 'l1', 'max', None\)"),
         ({"resize": "crop"}, r"resize='crop' is none of \('weights', 'squash', 'pad'\)"),
         ({"precision": "float64"}, r"precision='float64' is none of"),

@@ -605,6 +605,37 @@ class TestSecondPass:
         np.testing.assert_array_equal(relu8, np.maximum(fc8, 0))
 
 
+class Fickle(Net):
+    """A network with layers that are listed and cannot be read for every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.rare = nn.Identity()
+        self.late = nn.ReLU()
+
+    def forward(self, x):
+        x = self.conv(x)
+        if not x.detach().std() > 1:
+            self.rare(x + 1)  # for the blank image that shows the layers
+        return self.late(self.scale(x)).movedim(1, 0)
+
+
+def test_a_second_pass_leaves_out_what_a_network_does_not_give(cache, pictures):
+    """A layer that nobody asked for may not be called, and costs nobody a row."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Fickle()
+    with torch.no_grad():
+        net.conv.weight.mul_(100)
+    for layer in ("conv", "scale", "late"):
+        parameters = {"preprocessing": Prepare(), "norm": None, "num_workers": 0}
+        rows = DeepFeatureExtractor(net, layer, cache=cache, **parameters).transform(pictures)
+        expected = DeepFeatureExtractor(net, layer, cache=None, **parameters).transform(pictures)
+        np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="'rare' gives no tensor"):
+        DeepFeatureExtractor(net, "rare", cache=cache, **parameters).transform(pictures)
+
+
 @contextmanager
 def count_convolutions():
     """Note the weights and inputs of every convolution that is computed, in order."""

@@ -22,8 +22,6 @@ from deepfeat._freezing import (
     find_trained,
     freeze,
     group_parameters,
-    run_prefix,
-    run_suffix,
     set_train_mode,
 )
 from deepfeat._heads import add_head, find_head
@@ -275,14 +273,14 @@ class Backwards(nn.Module):
 
 @pytest.mark.parametrize(
     ("unfreeze", "trained"),
-    [("first", {"fc", "second", "first"}), ("second", {"fc", "second"}), (["first"], {"first"})],
+    [("first", ["fc", "second", "first"]), ("second", ["fc", "second"]), (["first"], ["first"])],
     ids=str,
 )
 def test_what_follows_is_a_matter_of_computation_not_of_definition(unfreeze, trained):
     """The order is that of the calls."""
     module, _, _ = prepare(Backwards(), unfreeze)
     children = {name.partition(".")[0] for name, p in module.named_parameters() if p.requires_grad}
-    assert children - {"unused"} == trained | {"fc"}
+    assert children - {"unused"} == {*trained, "fc"}
 
 
 @pytest.mark.parametrize(
@@ -330,12 +328,12 @@ def test_what_is_frozen_is_in_eval_mode():
 @pytest.mark.parametrize(
     ("unfreeze", "active"),
     [
-        (None, {"classifier.5"}),
-        ("fc7", {"classifier.2", "classifier.5"}),
-        (["fc7"], {"classifier.2", "classifier.5"}),
-        (["fc6"], {"classifier.5"}),
-        ("relu6", {"classifier.2", "classifier.5"}),
-        (["conv5_2"], {"classifier.5"}),
+        (None, ["classifier.5"]),
+        ("fc7", ["classifier.2", "classifier.5"]),
+        (["fc7"], ["classifier.2", "classifier.5"]),
+        (["fc6"], ["classifier.5"]),
+        ("relu6", ["classifier.2", "classifier.5"]),
+        (["conv5_2"], ["classifier.5"]),
     ],
     ids=str,
 )
@@ -347,7 +345,28 @@ def test_a_dropout_acts_where_the_layer_after_it_is_trained(unfreeze, active):
     set_train_mode(module, trained)
     dropouts = {path for path, child in module.named_modules() if isinstance(child, nn.Dropout)}
     assert dropouts == {"classifier.2", "classifier.5"}
-    assert {path for path in dropouts if module.get_submodule(path).training} == active
+    assert {path for path in dropouts if module.get_submodule(path).training} == set(active)
+
+
+class Masking(nn.Dropout):
+    """A dropout by another name."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [*(nn.Dropout, nn.Dropout1d, nn.AlphaDropout, nn.FeatureAlphaDropout), Masking],
+    ids=lambda kind: kind.__name__,
+)
+def test_any_dropout_before_a_new_head_acts(kind):
+    """Of whatever kind, and where it is derived from one of torch's."""
+    net = seeded(
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(), kind(0.5), nn.Linear(64, 5))
+    )
+    module, index, trained = prepare(net, None)
+    set_train_mode(module, trained)
+    assert index.units == ("0", "3")
+    assert module[2].training
+    assert find_cut(module, index, trained, (3, 16, 16)).boundary == "2"
 
 
 def test_the_head_has_a_group_of_its_own():
@@ -404,9 +423,9 @@ def test_the_parts_give_what_the_whole_gives():
     images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     module.eval()
     with torch.no_grad():
-        activations = run_prefix(module, cut, images)
+        activations = cut.run_prefix(images)
         assert activations.shape == (5, 17, 16)
-        parts = run_suffix(module, cut, activations, (3, 16, 16))
+        parts = cut.run_suffix(activations)
         torch.testing.assert_close(parts, module(images), rtol=1e-5, atol=1e-6)
 
 
@@ -415,15 +434,52 @@ def test_nothing_is_left_behind_on_the_network():
     module, cut = cut_of(make_plain(), "hidden")
     images = torch.rand(2, 3, 16, 16)
     expected = module(images)
-    activations = run_prefix(module, cut, images)
+    activations = cut.run_prefix(images)
     with pytest.raises(RuntimeError):
-        run_suffix(module, cut, activations[:, :1], (3, 16, 16))
-    run_suffix(module, cut, activations, (3, 16, 16))
+        cut.run_suffix(activations[:, :1])
+    cut.run_suffix(activations)
     for child in module.modules():
         assert "forward" not in vars(child)
         assert not child._forward_pre_hooks
         assert not child._forward_hooks
     torch.testing.assert_close(module(images), expected, rtol=0, atol=0)
+
+
+def test_what_is_interrupted_leaves_nothing_behind(monkeypatch):
+    """Ctrl-C may come between any two lines: the parts have modules of their own."""
+    module, cut = cut_of(make_plain(), "hidden")
+    images = torch.rand(2, 3, 16, 16)
+    expected = module(images)
+    activations = cut.run_prefix(images)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cut.run_suffix(activations)
+        patch.setattr(nn.Conv2d, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cut.run_prefix(images)
+    torch.testing.assert_close(module(images), expected, rtol=0, atol=0)
+    torch.testing.assert_close(cut.run_suffix(cut.run_prefix(images)), expected)
+    assert not any(
+        child._forward_pre_hooks or "forward" in vars(child) for child in module.modules()
+    )
+
+
+def test_the_parts_follow_the_modes_of_the_network():
+    """A dropout acts in the second part while the network is trained."""
+    module, index, trained = prepare(make_plain(dropout=0.5), None)
+    cut = find_cut(module, index, trained, (3, 16, 16))
+    activations = cut.run_prefix(torch.rand(8, 3, 16, 16))
+    module.eval()
+    torch.testing.assert_close(cut.run_suffix(activations), cut.run_suffix(activations))
+    set_train_mode(module, trained)
+    assert not torch.equal(cut.run_suffix(activations), cut.run_suffix(activations))
+    module.eval()
+    torch.testing.assert_close(cut.run_suffix(activations), cut.run_suffix(activations))
 
 
 class Skipping(nn.Module):

@@ -249,6 +249,22 @@ def test_any_vector_can_have_a_head_appended(last):
     assert classifier.predict_proba(X).shape == (8, 2)
 
 
+class Softmax(nn.Module):
+    """A network's last block, which has nothing to do with torch's module of that name."""
+
+    def forward(self, scores):
+        return 2 * scores
+
+
+def test_what_is_called_softmax_need_not_be_one():
+    """A class of torch is known by itself, and so is one derived from it."""
+    net = seeded(chain, nn.Linear(4, 2), Softmax())
+    assert find_head(net, SHAPE).layer == "3"
+    derived = type("Scores", (nn.Softmax,), {})(1)
+    with pytest.raises(ValueError, match="ends in Scores: the network must put out logits"):
+        find_head(chain(nn.Linear(4, 2), derived), SHAPE)
+
+
 class PoolingByFunction(nn.Module):
     """Classify each place, and take the mean by a function, not a module."""
 

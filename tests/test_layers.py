@@ -3,8 +3,10 @@
 import copy
 import functools
 import re
+import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torchvision import models
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from deepfeat import LayerNotFoundError, list_backbones
 from deepfeat._backbones import _known_weights, find_backbone
+from deepfeat._engine import count_features, pool
 from deepfeat._layers import LayerIndex, ResolvedLayer, read_layers
 
 exactly = functools.partial(assert_close, rtol=0, atol=0)
@@ -162,7 +166,8 @@ def test_reading_gives_what_torchvision_extracts(name: str) -> None:
     for layer in layers:
         exactly(outputs[layer.name], expected[layer.name])
         output = outputs[layer.name]
-        maps = output.movedim(-1, 1) if layer.channels_last else output
+        moved = layer.channels_last and output.ndim == 4
+        maps = output.movedim(-1, 1) if moved else output
         assert tuple(maps.shape) == (len(batch), *layer.output_shape), layer.name
 
 
@@ -250,6 +255,51 @@ def test_reading_stops_after_the_deepest_layer() -> None:
     assert calls.count("layer1.0.conv1") == 1
 
 
+class Interruption:
+    """Ctrl-C before the nth line that a thread runs of the package, or of torch's hooks."""
+
+    FILES = ("_layers.py", "_trace.py", "_freezing.py", "torch/nn/modules/module.py", "hooks.py")
+
+    def __init__(self, line: int):
+        self.left = line
+
+    def __enter__(self) -> None:
+        sys.settrace(self.trace)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def trace(self, frame: FrameType, event: str, _argument: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(self.FILES):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self.trace
+
+
+@pytest.mark.filterwarnings("ignore:.*:ResourceWarning")
+def test_ctrl_c_between_any_two_lines_leaves_nothing_behind() -> None:
+    """Neither a hook on the shared network nor a lock: the next read gives what it always did."""
+    net, batch = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)).eval(), images(2, 4)
+    layers = [ResolvedLayer(path, path, (3, 4, 4)) for path in ("0", "1")]
+    expected = read_layers(net, layers, batch, as_it_is)
+    for line in range(10_000):
+        try:
+            with Interruption(line):
+                read_layers(net, layers, batch, as_it_is)
+            break
+        except KeyboardInterrupt:
+            assert_no_hooks(net)
+            exactly(net(batch), expected["1"])
+    else:
+        pytest.fail("always interrupted")
+    assert line > 20
+    exactly(read_layers(net, layers, batch, as_it_is), expected)
+
+
 def test_what_is_kept_does_not_hold_the_whole_output() -> None:
     """A row that `reduce` cuts out of an output is a copy, and lets go of the rest."""
     net, batch = build("resnet18"), images(4)
@@ -275,7 +325,7 @@ def test_a_module_that_is_not_called_cannot_be_read() -> None:
     index = LayerIndex(net, (3, 32, 32))
     with pytest.raises(LayerNotFoundError, match="GoogLeNet does not call 'aux1'"):
         index.resolve("aux1")
-    with pytest.raises(ValueError, match="not called in the forward pass: aux1"):
+    with pytest.raises(ValueError, match="'aux1' gives no tensor in the forward pass"):
         read_layers(net, [ResolvedLayer("aux1", "aux1", (10,))], images(), as_it_is)
     assert_no_hooks(net)
 
@@ -387,17 +437,36 @@ def test_there_are_81_backbones() -> None:
 
 @pytest.mark.parametrize("name", list_backbones())
 def test_the_list_shares_out_all_parameters(name: str) -> None:
-    """The parameters of all layers add up to the network's, but for those of no layer."""
-    net = find_backbone(name).skeleton
-    outside = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}.get(name, ())
-    if name.startswith("vit"):
-        outside = ("class_token", "encoder.pos_embedding")
-    expected = sum(
-        weight.numel() for path, weight in net.named_parameters() if not path.startswith(outside)
-    )
-    if not outside:
+    """The parameters of all layers add up to the network's, as torchvision publishes them."""
+    expected = sum(weight.numel() for weight in find_backbone(name).skeleton.parameters())
+    if name not in ("googlenet", "inception_v3"):  # published without auxiliary classifiers
         assert expected == _known_weights(name)["DEFAULT"].meta["num_params"]
     assert sum(layer.parameters for layer in index_of(name).table) == expected
+
+
+def test_a_containers_own_parameters_count_with_its_first_layer() -> None:
+    """The class token with the first layer of all, position embeddings with the first block."""
+    net = find_backbone("vit_b_16").skeleton
+    layers = {layer.name: layer.parameters for layer in index_of("vit_b_16").table}
+    assert layers["conv_proj"] == (3 * 16 * 16 + 1) * 768 + net.class_token.numel()
+    first, second = (layers[f"encoder.layers.encoder_layer_{place}"] for place in (0, 1))
+    assert first - second == net.encoder.pos_embedding.numel()
+
+
+def test_auxiliary_classifiers_count_with_the_classifier() -> None:
+    """They are no layers of the forward pass, which leaves them out."""
+    net = find_backbone("googlenet").skeleton
+    *_, last = index_of("googlenet").table
+    heads = (net.aux1, net.aux2, net.fc)
+    assert last.name == "fc"
+    assert last.parameters == sum(w.numel() for head in heads for w in head.parameters())
+
+
+def test_a_shared_parameter_is_counted_once() -> None:
+    """With the first layer that has it."""
+    net = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.ReLU(), nn.Conv2d(3, 3, 1, bias=False))
+    net[2].weight = net[0].weight
+    assert [layer.parameters for layer in LayerIndex(net, (3, 8, 8)).table] == [9, 0, 0]
 
 
 @pytest.mark.parametrize("name", list_backbones())
@@ -720,6 +789,7 @@ def test_tokens_count_their_width_as_features() -> None:
     layer = {layer.name: layer for layer in index_of("vit_b_16").table}["encoder.ln"]
     assert (layer.output_shape, layer.n_features) == ((197, 768), 768)
     assert index_of("vit_b_16").resolve("encoder.ln").class_token
+    assert index_of("vit_b_16").resolve("encoder.ln").prefix_tokens == 1
     assert not index_of("vit_b_16").resolve("heads").class_token
     assert not index_of("swin_t").resolve("stage4").class_token
 
@@ -855,7 +925,356 @@ def test_a_convolution_has_its_channels_first_whatever_came_before() -> None:
         assert layer.output_shape[0] in (6, 7)
 
 
+class MapsLast(nn.Module):
+    """Embed patches, and give them as (H, W, C) where they are asked for so (DINOv3's)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, 4, 4)
+        self.norm = nn.Identity()
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.norm(self.proj(batch).permute(0, 2, 3, 1))
+
+
+def test_maps_with_their_channels_last_are_known_layer_by_layer() -> None:
+    """By what was done to them, also where no module of theirs says so."""
+    net = nn.Sequential(MapsLast(5), nn.Flatten(1, 2), nn.Linear(5, 6), nn.LayerNorm(6))
+    index = LayerIndex(net, (3, 16, 32))
+    layer, inner = index.resolve("0"), index.resolve("0.norm")
+    assert (layer.output_shape, layer.channels_last) == ((5, 4, 8), True)
+    assert (inner.output_shape, inner.channels_last) == ((5, 4, 8), True)
+    assert not index.resolve("0.proj").channels_last
+    assert [entry.n_features for entry in index.table] == [5, 6, 6]
+    batch = torch.rand(2, 3, 16, 32)
+    (maps,) = read(net.eval(), batch, "0")
+    row = pool(layer, maps, "avg")
+    with torch.no_grad():
+        assert_close(row, net[0].proj(batch).mean((2, 3)))
+
+
+@pytest.mark.parametrize("after", [(), (nn.ReLU(),), (nn.BatchNorm1d(5), nn.MaxPool1d(2))], ids=len)
+def test_a_sequence_has_its_channels_first(after: tuple[nn.Module, ...]) -> None:
+    """Conv1d's (C, L) are no tokens: it has C features, which are means over L."""
+    net = nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 5, 4, 4), *after).eval()
+    index, batch = LayerIndex(net, (3, 8, 8)), images(2, 8)
+    layer = index.resolve(-1)
+    assert (index.table[-1].n_features, layer.channels_last) == (5, False)
+    (output,) = read(net, batch, -1)
+    with torch.no_grad():
+        assert_close(pool(layer, output, "avg"), net(batch).mean(2))
+
+
+# Tokens -----------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Blocks over tokens: some of its own parameters may be put before those of 4 x 4 patches."""
+
+    def __init__(self, *names: str, late: bool = False, by_linear: bool = False):
+        super().__init__()
+        for name in names:
+            shape = (8,) if name == "class_embedding" else (1, 3 if "reg" in name else 1, 8)
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        self.names, self.late, self.by_linear = names, late, by_linear
+        self.embed = nn.Linear(48, 8) if by_linear else nn.Conv2d(3, 8, 4, 4)
+        self.first = nn.Linear(8, 8)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.second = nn.Linear(8, 8)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        if self.by_linear:
+            patches = F.pixel_unshuffle(batch, 4).flatten(2).transpose(1, 2)
+            tokens = self.embed(patches)
+        else:
+            tokens = self.embed(batch).flatten(2).transpose(1, 2)
+        if self.late:
+            return self.second(self.join(self.first(tokens)))
+        return self.second(self.first(self.join(tokens)))
+
+    def join(self, tokens: Tensor) -> Tensor:
+        own = [self.get_parameter(name).view(1, -1, 8) for name in self.names]
+        own = [some.expand(len(tokens), -1, -1) for some in own]
+        return torch.cat([*own, tokens], dim=1)
+
+
+@pytest.mark.parametrize("by_linear", [False, True])
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        ((), 0),
+        (("class_token",), 1),
+        (("cls_token",), 1),
+        (("class_embedding",), 1),
+        (("cls_token", "dist_token"), 2),
+        (("cls_token", "distillation_token"), 2),
+        (("cls_token", "reg_token"), 4),
+        (("cls_token", "register_tokens"), 4),
+        (("cls_token", "storage_tokens"), 2),
+        (("reg_token",), 3),
+    ],
+    ids=str,
+)
+def test_tokens_before_the_patches_are_left_out(
+    names: tuple[str, ...], count: int, by_linear: bool
+) -> None:
+    """Of a mean over places, whatever they are called; the first may stand for the image."""
+    net, batch = Tokens(*names, by_linear=by_linear).eval(), images(2, 16)
+    index = LayerIndex(net, (3, 16, 16))
+    has_class = any("cl" in name for name in names)
+    for name in ("first", "second"):
+        layer = index.resolve(name)
+        assert (layer.prefix_tokens, layer.class_token) == (count, has_class)
+    (tokens,) = read(net, batch, "second")
+    with torch.no_grad():
+        assert_close(pool(layer, tokens, "avg"), net(batch)[:, -16:].mean(1))
+
+
+@pytest.mark.parametrize("by_linear", [False, True])
+def test_layers_before_the_class_token_have_none(by_linear: bool) -> None:
+    """There "cls" is refused, and the first patch counts like any other (CaiT)."""
+    net = Tokens("cls_token", late=True, by_linear=by_linear)
+    index = LayerIndex(net, (3, 16, 16))
+    early, late = index.resolve("first"), index.resolve("second")
+    assert (early.prefix_tokens, early.class_token) == (0, False)
+    assert (late.prefix_tokens, late.class_token) == (1, True)
+    with pytest.raises(ValueError, match="needs a class token, but layer 'first'"):
+        count_features(early, "cls")
+    assert count_features(late, "cls") == 8
+
+
+def test_a_count_that_no_grid_explains_is_no_class_token() -> None:
+    """Of merged tokens nobody knows which are of patches: all are pooled."""
+
+    class Merging(Tokens):
+        def forward(self, batch: Tensor) -> Tensor:
+            return self.first(super().forward(batch)[:, ::3])
+
+    index = LayerIndex(Merging("cls_token"), (3, 16, 16))
+    net = nn.Sequential(Merging("cls_token"))
+    layer = LayerIndex(net, (3, 16, 16)).resolve("0")
+    assert layer.output_shape == (6, 8)
+    assert (layer.prefix_tokens, layer.class_token) == (0, False)
+    assert index.resolve("second").prefix_tokens == 1
+
+
+# How timm itself tells them apart: the number before the patches of each layer.
+TIMM = {
+    "deit_tiny_distilled_patch16_224": {"patch_embed": (0, False), "blocks.1": (2, True)},
+    "vit_small_patch14_reg4_dinov2": {"patch_embed": (0, False), "blocks.1": (5, True)},
+    "vit_small_patch16_dinov3": {"patch_embed": (0, False), "blocks.1": (5, True)},
+    "vit_medium_patch16_reg4_gap_256": {"patch_embed": (0, False), "blocks.1": (4, False)},
+    "cait_xxs24_224": {"blocks.1": (0, False), "blocks_token_only.1": (0, True), "norm": (1, True)},
+    "xcit_nano_12_p16_224": {"blocks.1": (0, False), "cls_attn_blocks.1": (1, True)},
+    "crossvit_tiny_240": {"patch_embed.0": (0, False), "blocks.1": (1, True), "norm.1": (1, True)},
+    "vit_base_patch16_siglip_224": {"patch_embed": (0, False), "blocks.1": (0, False)},
+    "vit_base_patch16_clip_224": {"patch_embed": (0, False), "blocks.1": (1, True)},
+    "swin_tiny_patch4_window7_224": {"layers.1": (0, False)},
+    "convnext_atto": {"stages.1": (0, False)},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_tokens_of_timm_are_told_apart(name: str) -> None:
+    """Layer by layer, with every parameter shared out."""
+    timm = pytest.importorskip("timm")
+    side = {"crossvit_tiny_240": 240, "vit_small_patch14_reg4_dinov2": 56}.get(name, 64)
+    sized = {} if name.startswith(("cross", "convnext")) else {"img_size": side}
+    with torch.device("meta"):
+        net = timm.create_model(name, pretrained=False, **sized).eval()
+    index = LayerIndex(net, (3, side, side))
+    for layer, expected in TIMM[name].items():
+        found = index.resolve(layer)
+        assert (found.prefix_tokens, found.class_token) == expected, layer
+    total = sum(weight.numel() for weight in net.parameters())
+    assert sum(layer.parameters for layer in index.table) == total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("deit_tiny_distilled_patch16_224", 64),
+        ("vit_small_patch14_reg4_dinov2", 56),
+        ("vit_small_patch16_dinov3", 64),
+        ("vit_medium_patch16_reg4_gap_256", 64),
+        ("xcit_nano_12_p16_224", 64),
+        ("vit_base_patch16_siglip_224", 64),
+        ("swin_tiny_patch4_window7_224", 64),
+        ("convnext_atto", 64),
+    ],
+)
+def test_pooled_blocks_are_timms_own_intermediates(name: str, side: int) -> None:
+    """`forward_intermediates` gives maps of the patches alone, whatever the network computes in."""
+    timm = pytest.importorskip("timm")
+    sized = {} if name.startswith("convnext") else {"img_size": side}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = timm.create_model(name, pretrained=False, **sized).eval()
+    batch = images(2, side)
+    with torch.no_grad():
+        maps = net.forward_intermediates(batch, intermediates_only=True, output_fmt="NCHW")
+    index = LayerIndex(net, (3, side, side))
+    stem = next(stem for stem in ("blocks", "layers", "stages") if hasattr(net, stem))
+    layers = [index.resolve(f"{stem}.{place}") for place in range(len(maps))]
+    with torch.no_grad():
+        rows = read_layers(net, layers, batch, functools.partial(pool, pooling="avg"))
+    for layer, expected in zip(layers, maps, strict=True):
+        assert_close(rows[layer.name], expected.mean((2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("deit_tiny_distilled_patch16_224", 64),
+        ("vit_small_patch14_reg4_dinov2", 56),
+        ("vit_small_patch16_dinov3", 64),
+        ("cait_xxs24_224", 64),
+        ("xcit_nano_12_p16_224", 64),
+        ("vit_base_patch16_clip_224", 64),
+    ],
+)
+def test_cls_is_timms_own_class_token(name: str, side: int) -> None:
+    """The first of what `forward_features` gives."""
+    timm = pytest.importorskip("timm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = timm.create_model(name, pretrained=False, img_size=side).eval()
+    batch, layer = images(2, side), LayerIndex(net, (3, side, side)).resolve("norm")
+    assert count_features(layer, "cls") == net.num_features
+    with torch.no_grad():
+        rows = read_layers(net, [layer], batch, functools.partial(pool, pooling="cls"))
+        assert_close(rows["norm"], net.forward_features(batch)[:, 0])
+
+
+class LearnedQuery(nn.Module):
+    """Pool by attention of one query, a parameter that is handed to a module (SigLIP's)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 1, 8))
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query = self.norm(self.query.expand(len(tokens), -1, -1))
+        return self.attention(query, tokens, tokens)[0][:, 0]
+
+
+def test_a_parameter_may_be_handed_to_a_module() -> None:
+    """Tracing computes no gradients, and does not ask for any."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), Transposing(), LearnedQuery())
+    index = LayerIndex(net, (3, 16, 16))
+    assert index.table[-1].output_shape == (8,)
+    assert all(weight.requires_grad for weight in net.parameters())
+
+
+class Transposing(nn.Module):
+    def forward(self, batch: Tensor) -> Tensor:
+        return batch.transpose(1, 2)
+
+
 # Networks of the user ---------------------------------------------------------------------------
+
+
+class Doubling(nn.Module):
+    """A block that computes, under whatever name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(3, 3, 1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return 2 * self.inner(maps)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("IdentityBlock", "DropoutBlock", "StochasticDepthUnit", "PermuteMixer", "FlattenNet"),
+        *("Sequential", "ModuleList", "AnyStage", "Encoder", "MaxVitBlock"),
+        *("MyPool2d", "AdaptiveNormPool", "Permute", "WindowPartition", "LayerNormal"),
+    ],
+)
+def test_the_name_of_a_class_decides_nothing(kind: str) -> None:
+    """A block of the user is a layer like any other: in the list, in stages, by number."""
+    block = type(kind, (Doubling,), {})
+    net = nn.Sequential(
+        nn.Conv2d(3, 3, 1), block(), nn.Sequential(block(), nn.Conv2d(3, 3, 2, 2)), block()
+    )
+    index = LayerIndex(net, (3, 8, 8))
+    assert [layer.name for layer in index.table] == ["0", "1", "2.0", "2.1", "3"]
+    assert [layer.kind for layer in index.table][1] == kind
+    assert index.resolve(1).path == "1"
+    assert index.resolve("stage1").path == "2.0"
+    assert index.resolve("stage2").path == "3"
+    assert {layer.output_shape for layer in index.table} == {(3, 8, 8), (3, 4, 4)}
+    assert not any(index.resolve(layer.name).channels_last for layer in index.table)
+
+
+class Quiet(nn.Module):
+    """Draw noise in training, and pass on everything otherwise."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps + torch.randn_like(maps) if self.training else maps
+
+
+class Reshaping(nn.Module):
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.reshape(len(maps), -1)
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [
+        *(nn.Dropout(), nn.Dropout2d(), nn.AlphaDropout(), nn.FeatureAlphaDropout()),
+        *(nn.Identity(), Quiet(), Reshaping(), nn.Flatten(1), type("Mine", (nn.Dropout,), {})()),
+    ],
+    ids=lambda idle: type(idle).__name__,
+)
+def test_what_passes_on_its_input_is_no_layer(idle: nn.Module) -> None:
+    """In eval mode, at most viewed in another shape; it can still be read by its path."""
+    index = LayerIndex(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(True), idle), (3, 8, 8))
+    assert [layer.name for layer in index.table] == ["0", "1"]
+    assert index.resolve("2").path == "2"
+
+
+def test_what_is_not_called_itself_is_opened() -> None:
+    """Blocks in a ModuleDict, and those of a network that is run by another of its methods."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({"a": nn.Conv2d(3, 4, 1), "b": nn.Conv2d(4, 5, 1)})
+            self.body = models.squeezenet1_1(weights=None).features[:2]
+            self.wrapped = Doubling()
+
+        def forward(self, batch: Tensor) -> Tensor:
+            batch = self.wrapped.inner(self.body[0](batch)[:, :3])
+            return self.parts["b"](self.parts["a"](batch))
+
+    names = [layer.name for layer in LayerIndex(Whole(), (3, 16, 16)).table]
+    assert names == ["body.0", "wrapped.inner", "parts.a", "parts.b"]
+
+
+def test_the_layers_of_what_gives_a_dict_are_listed() -> None:
+    """A network as torchvision builds it for segmentation."""
+    body = IntermediateLayerGetter(models.resnet18(weights=None), {"layer4": "out"})
+    net = models.segmentation.FCN(body, nn.Conv2d(512, 2, 1)).eval()
+
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, batch: Tensor) -> Tensor:
+            return self.net(batch)["out"]
+
+    names = [layer.name for layer in LayerIndex(Maps(), (3, 32, 32)).table]
+    first = ("conv1", "bn1", "relu", "maxpool", "layer1.0")
+    assert names[:5] == [f"net.backbone.{name}" for name in first]
+    assert names[-1] == "net.classifier"
 
 
 class Encoder(nn.Module):
@@ -906,10 +1325,10 @@ class Tail(nn.Module):
 
 
 def test_a_network_of_the_user_is_listed_and_read() -> None:
-    """Nested containers are opened; a network that gives a dict is read at what gives tensors."""
+    """Plain containers are opened, blocks are not; what gives a dict is read inside."""
     net, batch = Mixed(Encoder()).eval(), images()
     index = LayerIndex(net, (3, 32, 32))
-    names = ["encoder.first", "encoder.second", "body.0.0", "body.0.1", "body.0.2", "body.1.0"]
+    names = ["encoder", "body.0.0", "body.0.1", "body.0.2", "body.1.0", "tail.fc"]
     assert [layer.name for layer in index.table] == names
     (scores, maps) = read(net, batch, "tail.fc", "body.1.0")
     with torch.inference_mode():
@@ -990,7 +1409,7 @@ def test_outputs_that_are_not_of_images_are_refused() -> None:
     """Swin's position biases are computed once for all images: they are features of none."""
     net = build("swin_v2_t")
     layer = LayerIndex(net, (3, 32, 32)).resolve("features.1.0.attn.cpb_mlp")
-    with pytest.raises(ValueError, match="cpb_mlp' does not give one output an image"):
+    with pytest.raises(ValueError, match="cpb_mlp' does not give one output per image"):
         read_layers(net, [layer], images(2), as_it_is)
 
 

@@ -295,6 +295,13 @@ def test_the_parameters_of_vgg16_are_in_its_linear_layers():
         assert max(text.get_window_extent().x1 for text in axes.texts) <= axes.bbox.x1
 
 
+@pytest.mark.parametrize(("name", "total"), [("vit_b_16", 86_567_656), ("googlenet", 13_004_888)])
+def test_the_title_has_all_parameters(name, total):
+    """Those of tokens, position embeddings and auxiliary classifiers included."""
+    _, right = ArchitectureDisplay.from_backbone(name).axes_
+    assert right.get_title(loc="left") == f"{total:,} parameters"
+
+
 def test_outputs_are_as_wide_as_the_maps():
     """Side of the maps, square root of the tokens, one place for a vector."""
     left, _ = ArchitectureDisplay.from_backbone("vit_b_16", merge_repeats=False).axes_
@@ -302,6 +309,15 @@ def test_outputs_are_as_wide_as_the_maps():
     assert_allclose(widths[:2], [14, np.sqrt(197)])
     assert widths[-1] == 1
     assert_allclose([bar.get_x() for bar in left.patches], -np.array(widths) / 2)
+
+
+def test_a_sequence_is_as_wide_as_a_square_of_its_places():
+    """Not of its channels, which come first."""
+    net = nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 5, 4, 4))
+    steps = transforms.Compose([transforms.Resize((8, 8)), transforms.ToTensor()])
+    display = ArchitectureDisplay.from_backbone(net, preprocessing=steps)
+    (bar,) = display.axes_[0].patches
+    assert bar.get_width() == 4
 
 
 def test_repeats_share_a_row():

@@ -22,7 +22,7 @@ from small_networks import (
 )
 from torch import nn
 
-from deepfeat import _classifier, _networks, _samples
+from deepfeat import _backbones, _classifier, _networks, _samples
 from deepfeat._images import open_image
 from deepfeat._samples import crop_at_random, draw_flips
 
@@ -173,6 +173,8 @@ def test_frozen_layers_see_each_view_of_an_image_once(augment, epochs, expected)
         for room in (_classifier, _networks):
             patch.setattr(room, "LayerIndex", uncounted(room.LayerIndex))
         patch.setattr(_networks, "find_head", uncounted(_networks.find_head))
+        trial = uncounted(_backbones.prefer_channels_last)
+        patch.setattr(_backbones, "prefer_channels_last", trial)
         Counting.seen = 0
         classifier.fit(X, y, X_val=X_val, y_val=y_val)
     assert Counting.seen == expected

@@ -120,9 +120,9 @@ class ArchitectureDisplay:
     def plot(self, ax: Any = None, *, merge_repeats: bool = True) -> "ArchitectureDisplay":
         """Draw the layers from the input down.
 
-        On the left a bar is as wide as the layer's maps, or as wide as a square of its tokens; a
-        vector has the width of a single place. On the right it is as long as the layer has
-        parameters, and the legend sums them up by kind of layer.
+        On the left a bar is as wide as a square of the layer's places: those of maps, of tokens or
+        of a sequence; a vector has the width of a single place. On the right it is as long as the
+        layer has parameters, and the legend sums them up by kind of layer.
 
         Parameters
         ----------
@@ -157,7 +157,7 @@ class ArchitectureDisplay:
 
     def _draw_outputs(self, axis: Any, rows: "list[_Row]", colors: dict[str, str]) -> None:
         """Draw a bar as wide as the output, with its shape, for each row."""
-        widths = [_side(row.output_shape) for row in rows]
+        widths = [math.sqrt(row.places) for row in rows]
         places = range(len(rows))
         bar_colors = [colors[row.kind] for row in rows]
         axis.barh(places, widths, left=[-width / 2 for width in widths], color=bar_colors)
@@ -202,11 +202,13 @@ class _Row(NamedTuple):
     label: str
     kind: str
     output_shape: tuple[int, ...]
+    places: int
     parameters: int
 
 
 def _as_row(layer: Any) -> _Row:
-    return _Row(layer.name, layer.kind, layer.output_shape, layer.parameters)
+    places = math.prod(layer.output_shape) // layer.n_features
+    return _Row(layer.name, layer.kind, layer.output_shape, places, layer.parameters)
 
 
 def _merge(layers: Sequence[Any]) -> list[_Row]:
@@ -225,12 +227,6 @@ def _ending(first: str, last: str) -> str:
     """Return what the last of two names has of its own: 5 of layer3.0 and layer3.5."""
     stem = last.rstrip("0123456789")
     return last.removeprefix(stem) if first.rstrip("0123456789") == stem else last
-
-
-def _side(shape: tuple[int, ...]) -> float:
-    if len(shape) == 3:
-        return math.sqrt(shape[1] * shape[2])
-    return math.sqrt(shape[0]) if len(shape) == 2 else 1.0
 
 
 def _color_kinds(rows: Sequence[_Row]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ._backbones import Backbone
 from ._cache import FeatureCache, FileStat
+from ._decoding import decoding_settings
 from ._engine import (
     Batch,
     Pooling,
@@ -101,7 +102,9 @@ class _Passes:
         asked = {(layer.path, layer.rectified) for layer in reading.layers}
         extra = [one for one in reading.prefetched if (one.path, one.rectified) not in asked]
         self.layers = (*reading.layers, *extra)
-        key = functools.partial(_digest, _SCHEMA, fingerprint, reading.precision)
+        key = functools.partial(
+            _digest, _SCHEMA, fingerprint, reading.precision, decoding_settings()
+        )
         self.contexts = {
             # Pooling leaves vectors as they are.
             layer.name: key(
@@ -220,7 +223,9 @@ def _group_equal(
     failures: list[tuple[Record, Exception]] = []
     for record, result in map_in_threads(Record.digest, unknown, num_workers, ahead=64):
         if isinstance(result, Exception):
-            failures.append((record, result))
+            # Only the first can be raised: of all others, however many, the words will do.
+            words = ImageError(str(record), record.error(result).reason)
+            failures.append((record, words if failures else result))
         else:
             digests[record] = result
     fresh = [record for record in unknown if record in digests and record in stats]
@@ -238,7 +243,11 @@ def _group_equal(
 
 def _for_record(record: Record, error: Exception) -> Exception:
     """Word the error of an image for another place in X that holds the same image."""
-    return ImageError(str(record), error.args[1]) if isinstance(error, ImageError) else error
+    if not isinstance(error, ImageError):
+        return error
+    other = ImageError(str(record), error.reason)
+    other.__cause__ = error.__cause__
+    return other
 
 
 def _digest(*parts: object) -> bytes:

@@ -23,7 +23,15 @@ FLOORS = {
     2: {"_engine", "_freezing", "_inputs", "_labels"},
     1: {"_images", "_cache", "_backbones", "_heads", "_layers", "datasets"},
     0: {
-        *("_archive", "_bundled", "_files", "_fingerprint", "_optional", "_parameters"),
+        *(
+            "_archive",
+            "_bundled",
+            "_decoding",
+            "_files",
+            "_fingerprint",
+            "_optional",
+            "_parameters",
+        ),
         *("_preprocessing", "_store", "_trace"),
     },
 }
@@ -53,6 +61,7 @@ PUBLIC = {
 # What a room knows nothing of, as the packages that it would have to import.
 STRANGERS = {
     "_images": {"torch", "torchvision"},
+    "_decoding": {"torch", "torchvision"},
     "_cache": {"torch", "torchvision", "PIL"},
     "_store": {"torch", "torchvision", "PIL"},
     "_engine": {"sklearn"},

@@ -25,7 +25,8 @@ from numpy.testing import assert_allclose, assert_array_equal, assert_equal
 from PIL import ExifTags, Image, ImageFile
 from strategies import pil_images, pixels, sources
 
-from deepfeat._images import ImageError, as_records, is_tabular, open_image
+from deepfeat._decoding import open_image
+from deepfeat._images import ImageError, as_records, is_tabular
 
 HEIGHT, WIDTH = 6, 7
 
@@ -752,7 +753,10 @@ BAD_SOURCES = {
     "NaN in a PIL image": (Image.new("F", (5, 5), float("nan")), "F PIL image.: .*contains NaN"),
     "no height": (np.zeros((0, 5)), r"array of shape \(0, 5\) has no pixels$"),
     "no width": (np.zeros((5, 0, 3)), r"array of shape \(5, 0, 3\) has no pixels$"),
-    "vector": (np.zeros(64), r"array of shape \(64,\) is no image: \(H, W\) or \(H, W, C\)$"),
+    "vector": (
+        np.zeros(64),
+        r"array of shape \(64,\) is no image: \(H, W\) or \(H, W, C\), or a row",
+    ),
     "batch": (np.zeros((1, 5, 5, 3)), r"array of shape \(1, 5, 5, 3\) is no image"),
     "no channels": (np.zeros((8, 9, 7)), r"\(8, 9, 7\) has no axis of 1, 2, 3 or 4 channels"),
     "complex": (np.zeros((5, 5), complex), "an array of complex128 is no image"),

@@ -108,15 +108,23 @@ def decoding_settings() -> tuple[bool]:
 
 
 def unwrap_tensor(X: Any) -> Any:
-    """Return a torch tensor as an array, and anything else as it is."""
+    """Return a torch tensor as an array, and anything else as it is, unless numpy has masked it."""
+    if isinstance(X, np.ma.MaskedArray):
+        raise ValueError(
+            "a masked array has no pixels below its mask: pass X.filled(value), or X.data for "
+            "what lies there"
+        )
     if not hasattr(X, "requires_grad"):  # `detach` would take a file object for one
         return X
-    tensor = X.detach().cpu().resolve_conj().resolve_neg()
-    if tensor.is_quantized:
-        tensor = tensor.dequantize()
-    if tensor.is_floating_point() and str(tensor.dtype) not in _FLOATS_OF_NUMPY:
-        tensor = tensor.float()
-    return tensor.numpy()
+    try:
+        tensor = X.detach().cpu().resolve_conj().resolve_neg()
+        if tensor.is_quantized:
+            tensor = tensor.dequantize()
+        if tensor.is_floating_point() and str(tensor.dtype) not in _FLOATS_OF_NUMPY:
+            tensor = tensor.float()
+        return tensor.numpy()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{describe(X)} on {X.device} cannot be read: {error}") from error
 
 
 def channels_to_end(array: Pixels, first_axis: int) -> Pixels:
@@ -135,14 +143,6 @@ def channels_to_end(array: Pixels, first_axis: int) -> Pixels:
     return array if last else np.moveaxis(array, first_axis, -1)
 
 
-def check_unmasked(array: Any) -> None:
-    if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(
-            "a masked array has no pixels below its mask: pass X.filled(value), or X.data for "
-            "what lies there"
-        )
-
-
 # What holds an image ----------------------------------------------------------------------------
 
 
@@ -158,7 +158,6 @@ def _find_content(source: Any) -> Opened:
         return _read_whole(source)
     if isinstance(source, (list, tuple)):
         return _from_lists(source)
-    check_unmasked(source)
     if isinstance(source, np.generic) or not hasattr(source, "__array__"):
         raise TypeError(
             "expected a path, a PIL image, an array, a tensor, encoded bytes or a binary file, "

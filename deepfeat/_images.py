@@ -17,7 +17,6 @@ from ._decoding import (
     DataSetItem,
     Pixels,
     channels_to_end,
-    check_unmasked,
     describe,
     digest_image,
     explain,
@@ -177,7 +176,6 @@ def _unwrap_columns(X: Any) -> Any:
 
 def _check_container(X: Any) -> None:
     """Raise if X is one image, or nothing with a length that gives images by their index."""
-    check_unmasked(X)
     if is_url(X):
         raise ValueError(f"X is a URL: download {X!r}, and pass a list of paths.")
     if isinstance(X, _SINGLE):

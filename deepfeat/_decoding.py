@@ -455,7 +455,7 @@ def describe(source: Any) -> str:
     if hasattr(source, "requires_grad"):
         return f"{source.dtype} tensor of shape {tuple(source.shape)}"
     if isinstance(source, DataSetItem):
-        return f"of a {type(source.data_set).__name__}"
+        return f"from a {type(source.data_set).__name__}"
     return type(source).__name__
 
 
@@ -465,10 +465,11 @@ def is_url(source: Any) -> bool:
 
 def explain(error: Exception, source: Any) -> str:
     """Say why an image could not be opened."""
+    is_item = isinstance(source, DataSetItem)
     if isinstance(error, OSError) and is_url(source):
         return "this is a URL: download it first, and pass the path or the bytes"
     if isinstance(error, FileNotFoundError):
-        return "there is no such file"
+        return "there is no such file" + f" as {error.filename!r}" * is_item
     if isinstance(error, IsADirectoryError):
         return "this is a folder, not a file"
     if isinstance(error, MemoryError):

@@ -150,9 +150,10 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
 
     Notes
     -----
-    X may be a list or an array of paths, PIL images, encoded bytes, arrays or tensors of any
-    sizes; a Series or one-column DataFrame of these; one array or tensor of shape (n, H, W),
-    (n, H, W, C) or (n, C, H, W); or a table, with `image_shape`. Integers are read on the scale
+    X may be a list or an array of paths, PIL images, encoded bytes, binary files, arrays or tensors
+    of any sizes; a Series or one-column DataFrame of these; a data set that has a length and gives
+    images by index; one array or tensor of shape (n, H, W), (n, H, W, C) or (n, C, H, W); or a
+    table, with `image_shape`. Integers are read on the scale
     from 0 to the maximum of their type and floats from 0 to 1, whatever the values. Grey becomes
     three equal channels, and transparency is laid on white.
 

@@ -596,7 +596,7 @@ def test_a_data_set_of_images_is_read_image_by_image(pixels, cache):
             "dict with the keys 'image', 'label'.*'image'",
         ),
     ):
-        with pytest.raises(ValueError, match=rf"^X\[0\] \(of a Scenes\): a {advice}"):
+        with pytest.raises(ValueError, match=rf"^X\[0\] \(from a Scenes\): a {advice}"):
             extract(Scenes(pixels, give), cache=cache)
 
 

@@ -964,6 +964,12 @@ def test_a_bad_source_is_named_with_its_place_and_the_reason(source, reason):
         records[2].open()
 
 
+def test_a_missing_file_of_a_data_set_is_named():
+    """X alone does not tell which it was."""
+    with pytest.raises(ImageError, match=r"^X\[0\] \(from a DataSet\): .* file as 'no/such.png'$"):
+        as_records(DataSet(["no/such.png"]))[0].open()
+
+
 @pytest.mark.parametrize("shape", [(2, 0, 8), (2, 8, 0), (2, 0, 8, 3), (2, 8, 0, 3)], ids=str)
 def test_arrays_of_images_without_pixels_raise_one_by_one(shape):
     """Images with no height or no width are refused by name, not as an X without images."""

@@ -77,6 +77,8 @@ def open_image(source: Any, channels_last: bool = False, is_row: bool = False) -
     if isinstance(opened, np.ndarray):
         return _from_array(opened, channels_last, _OVERSHOOT_OF_ROWS if is_row else _OVERSHOOT)
     if isinstance(opened, Image.Image):
+        if 0 in opened.size:
+            raise ValueError(f"an image of size {opened.size} has no pixels")
         _load(opened)
         samples = _find_samples(opened)
         upright = ImageOps.exif_transpose(opened)

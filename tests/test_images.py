@@ -940,6 +940,7 @@ BAD_SOURCES = {
     "NaN in bfloat16": (torch.full((5, 5), torch.nan).bfloat16(), "contains NaN or infinity$"),
     "NaN in a PIL image": (Image.new("F", (5, 5), float("nan")), "F PIL image.: .*contains NaN"),
     "no height": (np.zeros((0, 5)), r"array of shape \(0, 5\) has no pixels$"),
+    "PIL image without pixels": (Image.new("RGB", (0, 5)), r"of size \(0, 5\) has no pixels$"),
     "no width": (np.zeros((5, 0, 3)), r"array of shape \(5, 0, 3\) has no pixels$"),
     "vector": (
         np.zeros(64),

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from ._extractor import DeepFeatureExtractor as DeepFeatureExtractor
     from ._extractor import list_layers as list_layers
     from ._layers import LayerNotFoundError as LayerNotFoundError
+    from ._store import CacheFormatError as CacheFormatError
 
 __version__ = "0.1.0.dev0"
 
 # Each name is imported when it is first asked for: torch and torchvision take seconds to load.
 _ROOM_OF = {
+    "CacheFormatError": "_store",
     "DeepFeatureExtractor": "_extractor",
     "FeatureCache": "_cache",
     "FineTuneClassifier": "_classifier",
@@ -32,6 +34,7 @@ _ROOM_OF = {
 }
 
 __all__ = [
+    "CacheFormatError",
     "DeepFeatureExtractor",
     "FeatureCache",
     "FineTuneClassifier",

@@ -4,6 +4,7 @@ import copy
 import difflib
 import functools
 import hashlib
+import io
 import os
 import re
 import threading
@@ -17,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 import torchvision
 from PIL import Image
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -40,6 +42,7 @@ _FILLS = (
     nn.init.kaiming_uniform_,
 )
 _loading = threading.Lock()
+_digests: dict[tuple[Path, tuple[int, ...]], str] = {}  # of weights files, by path and stamp
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class Backbone:
 
     `skeleton` has the network's structure, without its weights; `load` gives the network itself
     in eval mode on a device. Where both are `shared` by the process they must not be changed.
-    `fingerprint` digests the weights and the preprocessing; None where they cannot be known.
-    Where it is `portable`, other processes come to the same. `categories` names the outputs; None
-    where nobody has.
+    `fingerprint` digests the weights and the preprocessing, the same in every process; it raises
+    `UnknownContentError` where they cannot be digested. `categories` names the outputs; None if
+    they have no names.
     """
 
     name: str
@@ -58,8 +61,7 @@ class Backbone:
     preprocessing: Preprocessing
     load: Callable[[torch.device], nn.Module]
     shared: bool
-    fingerprint: Callable[[], bytes | None]
-    portable: bool
+    fingerprint: Callable[[], bytes]
     categories: tuple[str, ...] | None
 
 
@@ -123,9 +125,8 @@ def find_backbone(
     load = functools.partial(_load_shared, backbone, key, seed, size)
     digest = functools.partial(_fingerprint_named, backbone, key, seed, steps)
     skeleton = _skeleton(backbone, size, key if isinstance(key, tuple) else None)
-    portable = preprocessing is None
     categories = _find_categories(backbone, entry, skeleton)
-    return Backbone(backbone, skeleton, steps, load, True, digest, portable, categories)
+    return Backbone(backbone, skeleton, steps, load, True, digest, categories)
 
 
 def is_weights_file(weights: Weights) -> bool:
@@ -149,13 +150,20 @@ def _from_module(
             "instance torchvision.models.ResNet50_Weights.DEFAULT.transforms()."
         )
 
+    digest = functools.cache(functools.partial(fingerprint, (module, preprocessing)))
+
     def load(device: torch.device) -> nn.Module:
         # A copy: the user's module keeps its mode, its device and its hooks.
-        return _for_reading(copy.deepcopy(module).float(), device)
+        network = _for_reading(copy.deepcopy(module).float(), device)
+        if digest.cache_info().currsize and fingerprint((module, preprocessing)) != digest():
+            raise RuntimeError(
+                f"{type(module).__name__} was changed by another thread while its rows were looked "
+                "up: call again when it is done."
+            )
+        return network
 
     steps = preprocess_with(preprocessing)
-    digest = functools.partial(fingerprint, (module, preprocessing))
-    return Backbone(type(module).__name__, module, steps, load, False, digest, False, None)
+    return Backbone(type(module).__name__, module, steps, load, False, digest, None)
 
 
 # Weights ----------------------------------------------------------------------------------------
@@ -223,9 +231,9 @@ def _find_categories(
     return tuple(categories) if len(categories) == len(head) else None
 
 
-def _fingerprint_named(name: str, key: Any, seed: int, steps: Preprocessing) -> bytes | None:
+def _fingerprint_named(name: str, key: Any, seed: int, steps: Preprocessing) -> bytes:
     if isinstance(key, tuple):
-        weights = _file_digest(*key)
+        weights = _digest_once(*key)
     elif isinstance(key, WeightsEnum):
         weights = key.url  # torchvision writes a hash of the content into the name of the file
     else:
@@ -233,10 +241,28 @@ def _fingerprint_named(name: str, key: Any, seed: int, steps: Preprocessing) -> 
     return fingerprint((name, weights, steps.settings))
 
 
-@functools.lru_cache(maxsize=16)
-def _file_digest(path: Path, _stamp: tuple[int, ...]) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest_once(path: Path, stamp: tuple[int, ...]) -> str:
+    """Digest a weights file, once for each stamp that it has."""
+    if (path, stamp) not in _digests:
+        with path.open("rb") as file:
+            _digests.setdefault((path, stamp), hashlib.file_digest(file, "sha256").hexdigest())
+    return _digests[path, stamp]
+
+
+def _read_as_digested(path: Path, stamp: tuple[int, ...]) -> State:
+    """Read a state dict from just those bytes that its digest is of.
+
+    Raises
+    ------
+    OSError
+        If the file was replaced since it was digested: rows of the new weights would be kept under
+        the key of the old ones.
+    """
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if _digests.setdefault((path, stamp), digest) != digest:
+        raise OSError(f"{path} was replaced while it was being read: call again.")
+    return _parse_state(path, content)
 
 
 @functools.lru_cache(maxsize=8)
@@ -244,7 +270,7 @@ def _skeleton(name: str, size: int, file_key: Any) -> nn.Module:
     if file_key is None:
         return _build(name, size, meta=True).to("meta")
     # The file decides on the number of classes.
-    return _with_state(name, size, _read_file(file_key[0], lazily=True)).to("meta")
+    return _with_state(name, size, _parse_state(file_key[0])).to("meta")
 
 
 def _load_shared(name: str, key: Any, seed: int, size: int, device: torch.device) -> nn.Module:
@@ -261,7 +287,7 @@ def _load_cached(name: str, key: Any, seed: int, size: int, device: torch.device
     with torch.inference_mode(False):  # the caller's would stick to tensors that others train
         if key is None:
             return _for_reading(_build(name, size, seed=seed), device)
-        state = _read_file(key[0]) if isinstance(key, tuple) else _download(name, key)
+        state = _read_as_digested(*key) if isinstance(key, tuple) else _download(name, key)
         return _for_reading(_with_state(name, size, state), device)
 
 
@@ -316,7 +342,7 @@ def _download(name: str, weights: WeightsEnum) -> State:
     cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
     if cached.is_file():  # torchvision checks the hash of a download, but not of what lies there
         expected = cached.stem.rpartition("-")[2]
-        if not _file_digest(*_weights_key(cached)).startswith(expected):
+        if not _digest_once(*_weights_key(cached)).startswith(expected):
             raise OSError(
                 f"{cached} does not hold the weights {weights} of {name}: its SHA-256 does not "
                 f"begin with {expected}. Put {weights.url} at {cached}, or give the path of such a "
@@ -334,19 +360,20 @@ def _download(name: str, weights: WeightsEnum) -> State:
     return state
 
 
-def _read_file(path: Path, *, lazily: bool = False) -> State:
+def _parse_state(path: Path, content: bytes | None = None) -> State:
     """Read a state dict from a .safetensors file, or from a torch file without unpickling code.
 
-    `lazily` leaves the weights on disk where that is possible.
+    Without its content the weights are left on disk where that is possible.
     """
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return load_file(path) if content is None else load_safetensors(content)
         except Exception as error:  # the package raises an error type of its own
             raise ValueError(f"{path} is no safetensors file: {error}") from error
     try:
-        mmap = lazily and zipfile.is_zipfile(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        mmap = content is None and zipfile.is_zipfile(path)
+        source = path if content is None else io.BytesIO(content)
+        loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except PermissionError:
         raise
     except Exception as error:  # what is damaged may raise anything
@@ -355,13 +382,13 @@ def _read_file(path: Path, *, lazily: bool = False) -> State:
             "module.state_dict() with torch.save."
         ) from error
     for key in ("state_dict", "model"):  # a training checkpoint
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
     ):
         raise ValueError(f"{path} holds no state dict (names of parameters to tensors).")
-    return dict(content)
+    return dict(loaded)
 
 
 def _with_state(name: str, size: int, state: State) -> nn.Module:

@@ -1,17 +1,16 @@
-"""Which store a cache names, whatever process, copy or thread it is used in, and who is alive."""
+"""`FeatureCache`: rows of features shared by threads, copies and processes."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
-import platform
+import shutil
 import threading
 import time
 import uuid
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._store import LEASE_SECONDS, DiskStore, Found, Owner, check_width
+from ._claims import ThreadClaims
+from ._store import DiskStore, Found, check_width
 
 MEMORY_BYTES = 2**30  # bound of a store in memory when none is given
 RACY_NS = 2 * 10**9  # the coarsest time stamp of a file system in use (FAT)
 
-FileStat = tuple[str, int, int, int]
-"""Path, size, mtime_ns and inode of a file, taken before its content was read."""
+FileStat = tuple[str, int, int, int, int, int]
+"""Path, size, mtime_ns, ctime_ns, inode and device of a file, taken before its content was read."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class FeatureCache:
             For each context, one row per image; d is the same for all rows of a context.
         work : bytes, optional
             The work under which this thread claimed the images. Its claims on them end in the same
-            transaction, and its lease on the others begins anew.
+            transaction.
 
         Raises
         ------
@@ -174,7 +174,7 @@ class FeatureCache:
             If a matrix does not have one row per image, or a width other than its context has.
         """
         matrices = {context: _as_matrix(matrix, len(images)) for context, matrix in rows.items()}
-        self._store.put_many(list(images), matrices, self.max_bytes, work, _this_owner())
+        self._store.put_many(list(images), matrices, self.max_bytes, work)
 
     def update(self, other: FeatureCache) -> None:
         """Take in the rows of another cache, as one that was filled on another machine.
@@ -195,8 +195,9 @@ class FeatureCache:
         """Ask which images this thread may compute now, so that no other does them too.
 
         An image is granted unless another live thread, here or in any process, holds it. A claim
-        ends with `put_many`, `release`, the death of its owner, or 15 minutes without a sign of
-        life (`claim` and `put_many` are signs). Where nothing can be written, all is granted.
+        ends with `put_many`, `release`, the death of its owner, or 5 minutes in which its owner
+        makes no progress (`claim`, `put_many` and `release` are progress). Where nothing can be
+        written, or the file system has no locks, all is granted to each process.
 
         Look again with `get_many` after a grant: the row may have come between your look and your
         claim. Where refused, wait and look again.
@@ -213,7 +214,7 @@ class FeatureCache:
         granted : bool array of shape (n,)
             Which images are this thread's to compute.
         """
-        return self._store.claim(work, list(images), _this_owner(), _is_alive)
+        return self._store.claim(work, list(images))
 
     def release(self, work: bytes, images: Sequence[bytes]) -> None:
         """Give back claims of this thread without a row, as when an image cannot be read.
@@ -225,14 +226,40 @@ class FeatureCache:
         images : sequence of bytes
             Digests of images that were granted.
         """
-        self._store.release(work, list(images), _this_owner())
+        self._store.release(work, list(images))
+
+    def find_holders(self, work: bytes, images: Sequence[bytes]) -> list[str]:
+        """Describe who else holds claims on images.
+
+        Parameters
+        ----------
+        work : bytes
+            As given to `claim`.
+        images : sequence of bytes
+            Digests of the images.
+
+        Returns
+        -------
+        holders : list of str
+            Such as "process 4711 on node3", sorted.
+        """
+        return sorted(self._store.find_holders(work, list(images)))
+
+    @property
+    def write_error(self) -> str | None:
+        """Why this process stores nothing more; None if it does."""
+        return self._store.write_error
+
+    def retry(self) -> None:
+        """Write again after an error, as when room was made on the disk; try it at once."""
+        self._store.retry()
 
     def known_digests(self, stats: Sequence[FileStat]) -> list[bytes | None]:
         """Return the content digests of files that have not changed since they were remembered.
 
         Parameters
         ----------
-        stats : sequence of (path, size, mtime_ns, inode)
+        stats : sequence of (path, size, mtime_ns, ctime_ns, inode, device)
             The files as they are now.
 
         Returns
@@ -241,7 +268,7 @@ class FeatureCache:
             None for a file that is unknown or has changed.
         """
         seen = self._store.known_digests([os.fsencode(path) for path, *_ in stats])
-        known = [seen.get(os.fsencode(path), ("", b"")) for path, *_ in stats]
+        known = [seen.get(os.fsencode(path), (b"", b"")) for path, *_ in stats]
         return [
             digest if stamp == _as_stamp(stat) else None
             for stat, (stamp, digest) in zip(stats, known, strict=True)
@@ -254,14 +281,14 @@ class FeatureCache:
         *,
         stat_time_ns: int | None = None,
     ) -> None:
-        """Remember the content digests of files under their path, size, mtime and inode.
+        """Remember the content digests of files under their path, size, times, inode and device.
 
-        A file modified less than 2 s before its stat is not remembered: it could change once more
+        A file changed less than 2 s before its stat is not remembered: it could change once more
         within the same time stamp. (Git calls this racily clean.)
 
         Parameters
         ----------
-        stats : sequence of (path, size, mtime_ns, inode)
+        stats : sequence of (path, size, mtime_ns, ctime_ns, inode, device)
             The files as they were before their content was read.
         digests : sequence of bytes
             Digests of their content.
@@ -273,7 +300,7 @@ class FeatureCache:
         settled = [
             (os.fsencode(stat[0]), _as_stamp(stat), digest)
             for stat, digest in zip(stats, digests, strict=True)
-            if stat[2] < newest
+            if max(stat[2:4]) < newest
         ]
         if settled:
             self._store.remember_digests(settled)
@@ -288,6 +315,21 @@ class FeatureCache:
         """
         rows, size, contexts = self._store.count()
         return CacheInfo(rows, size, contexts, self._store.hits, self._store.misses)
+
+    def room(self) -> int:
+        """Tell how many bytes of rows can be kept in all.
+
+        Returns
+        -------
+        bytes : int
+            `max_bytes`; without it, half of what is free on the disk.
+        """
+        if self.max_bytes is not None:
+            return self.max_bytes
+        folder = Path(self.path or "")
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free // 2
 
     def prune(self, max_bytes: int) -> int:
         """Drop the rows used longest ago until at most `max_bytes` are left.
@@ -337,9 +379,9 @@ class _MemoryStore:
         self.rows: OrderedDict[tuple[bytes, bytes], NDArray[np.float32]] = OrderedDict()
         self.widths: dict[bytes, int] = {}
         self.held: Counter[bytes] = Counter()  # rows per context
-        self.leases: dict[Owner, float] = {}
-        self.claims: dict[tuple[bytes, bytes], Owner] = {}
-        self.files: dict[bytes, tuple[str, bytes]] = {}
+        self.claims = ThreadClaims()
+        self.files: dict[bytes, tuple[bytes, bytes]] = {}
+        self.write_error: str | None = None
 
     def get_many(self, context: bytes, images: list[bytes], *, touch: bool) -> Found:
         with self.lock:
@@ -371,7 +413,6 @@ class _MemoryStore:
         rows: Mapping[bytes, NDArray[np.float32]],
         bound: int | None,
         work: bytes | None,
-        owner: Owner,
     ) -> None:
         with self.lock:
             for context, matrix in rows.items():
@@ -380,7 +421,7 @@ class _MemoryStore:
                 for image, row in zip(images, matrix, strict=True):
                     self._put(context, image, row)
             if work is not None:
-                self.release(work, images, owner)
+                self.claims.release(work, images)
             if bound is not None:
                 self.prune(bound)
 
@@ -403,36 +444,25 @@ class _MemoryStore:
                     del self.held[context], self.widths[context]
             return before - len(self.rows)
 
-    def claim(
-        self, work: bytes, images: list[bytes], owner: Owner, is_alive: Callable[[Owner], bool]
-    ) -> NDArray[np.bool_]:
-        now = time.time()
+    def claim(self, work: bytes, images: list[bytes]) -> NDArray[np.bool_]:
         with self.lock:
-            self.leases[owner] = now + LEASE_SECONDS
-            live = {
-                other
-                for other, until in self.leases.items()
-                # What a fork copied into this process is none of its business.
-                if until > now and other.pid == owner.pid and other != owner and is_alive(other)
-            }
-            granted = [self.claims.get((work, image)) not in live for image in images]
-            self.claims |= {(work, image): owner for image in itertools.compress(images, granted)}
-        return np.array(granted, dtype=bool)
+            return self.claims.claim(work, images)
 
-    def release(self, work: bytes, images: list[bytes], owner: Owner) -> None:
+    def release(self, work: bytes, images: list[bytes]) -> None:
         with self.lock:
-            self.leases[owner] = time.time() + LEASE_SECONDS
-            for image in images:
-                if self.claims.get((work, image)) == owner:
-                    del self.claims[work, image]
+            self.claims.release(work, images)
 
-    def known_digests(self, paths: list[bytes]) -> dict[bytes, tuple[str, bytes]]:
+    def find_holders(self, work: bytes, images: list[bytes]) -> set[str]:
+        with self.lock:
+            return self.claims.find_holders(work, images)
+
+    def known_digests(self, paths: list[bytes]) -> dict[bytes, tuple[bytes, bytes]]:
         with self.lock:
             return {path: self.files[path] for path in paths if path in self.files}
 
-    def remember_digests(self, files: list[tuple[bytes, str, bytes]]) -> None:
+    def remember_digests(self, files: list[tuple[bytes, bytes, bytes]]) -> None:
         with self.lock:
-            self.files |= {path: (stat, digest) for path, stat, digest in files}
+            self.files |= {path: (stamp, digest) for path, stamp, digest in files}
 
     def count(self) -> tuple[int, int, int]:
         with self.lock:
@@ -441,11 +471,18 @@ class _MemoryStore:
     def clear(self) -> None:
         with self.lock:
             self.bytes = 0
-            for kept in self.rows, self.widths, self.held, self.leases, self.claims, self.files:
+            self.claims.clear()
+            for kept in self.rows, self.widths, self.held, self.files:
                 kept.clear()
+
+    def retry(self) -> None:
+        """Do nothing: there is no disk."""
 
     def close(self) -> None:
         """Do nothing: there is no file."""
+
+    def forget_parent(self) -> None:
+        self.claims.clear()
 
 
 Store = _MemoryStore | DiskStore
@@ -484,51 +521,17 @@ def _after_fork() -> None:
     _stores_lock.release()
 
 
+def _after_fork_in_child() -> None:
+    """Leave the parent its claims: nobody else may hold or free them."""
+    for store in _forking:
+        store.forget_parent()
+    _after_fork()
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child
     )
-
-
-def _this_owner() -> Owner:
-    pid, thread = os.getpid(), threading.get_native_id()
-    return Owner(_this_host(), pid, thread, _start_of(pid, thread))
-
-
-@functools.cache
-def _this_host() -> str:
-    """Name what process numbers belong to: containers may share a host name and not its numbers."""
-    try:
-        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return platform.node()
-
-
-def _start_of(pid: int, thread: int) -> str:
-    """Return when a thread started, in the kernel's ticks; "" if it is dead or that is unknown."""
-    try:
-        line = Path(f"/proc/{pid}/task/{thread}/stat").read_bytes()
-    except OSError:
-        return ""
-    # The name, in parentheses, may itself hold spaces and parentheses.
-    state, *fields = line.rpartition(b")")[2].split()
-    return "" if state in b"ZX" else fields[18].decode()
-
-
-def _is_alive(owner: Owner) -> bool:
-    """Whether the thread may still run: all that can be known from here."""
-    if owner.host != _this_host():
-        return True
-    if owner.started:
-        return _start_of(owner.pid, owner.thread) == owner.started
-    if os.name == "posix":  # elsewhere this would end the process
-        try:
-            os.kill(owner.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-    return True
 
 
 def _as_matrix(matrix: NDArray[Any], n_images: int) -> NDArray[np.float32]:
@@ -538,5 +541,5 @@ def _as_matrix(matrix: NDArray[Any], n_images: int) -> NDArray[np.float32]:
     return matrix
 
 
-def _as_stamp(stat: FileStat) -> str:
-    return " ".join(map(str, stat[1:]))  # text: an inode can exceed SQLite's integers
+def _as_stamp(stat: FileStat) -> bytes:
+    return b"%d %d %d %d %d" % stat[1:]  # not numbers: an inode can exceed SQLite's integers

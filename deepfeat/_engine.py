@@ -106,8 +106,6 @@ def pool(layer: ResolvedLayer, output: Tensor, pooling: Pooling) -> Tensor:
     CNN Image Retrieval with No Human Annotation", with power 3: values below 1e-6 count as 1e-6.
     """
     output = output.float()
-    if layer.rectified:
-        output = output.relu()
     if output.ndim == 4 and layer.channels_last:
         output = output.movedim(-1, 1)
     if pooling == "flatten" or output.ndim == 2:

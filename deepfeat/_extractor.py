@@ -21,6 +21,7 @@ from ._backbones import Backbone, Weights, find_backbone
 from ._cache import FeatureCache
 from ._engine import Batch, Pooling, Precision, Workers, attempt, count_features
 from ._features import MEMORY, Reading, read_rows
+from ._fingerprint import UnknownContentError
 from ._images import ImageError, Record
 from ._inputs import find_records, tag_images
 from ._layers import LayerIndex, LayerTable, ResolvedLayer
@@ -119,10 +120,11 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         often it comes: in this process, up to 1 GiB; in a directory, for all processes and later
         runs; in a `FeatureCache` of your own; or nowhere.
     prefetch : "stages", list of layers or None, default="stages"
-        Layers that the pass over a new image keeps besides those asked for, so that a search over
-        layers needs no second one. "stages": the end of each stage and the last vectors, pooled.
-        None stops each pass at the deepest layer asked for. Of no effect without a cache, and
-        maps that `pooling` would flatten are never prefetched.
+        Layers that the pass over a new image keeps besides those asked for. "stages": the end of
+        each stage and the last vectors, pooled, so that a search over these needs one pass; where
+        it asks for another layer, the second pass over an image keeps all that `list_layers` names,
+        if the cache has room for them. A list: these layers. None stops each pass at the deepest
+        layer asked for. Ignored without a cache; the first pass prefetches no flattened maps.
     on_error : {"raise", "warn", "nan"}, default="raise"
         What an image does that cannot be read: raise an error; or leave a row of NaN, with or
         without a warning, and its reason in `errors_`.
@@ -442,6 +444,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             backbone,
             tuple(layers),
             tuple(self._find_prefetched(index)),
+            tuple(self._find_searched(index)),
             self.pooling,
             self.device,
             self.precision,
@@ -454,12 +457,21 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             return
         given = isinstance(self.prefetch, (list, tuple))
         for layer in map(index.resolve, self.prefetch) if given else index.stages():
-            is_map = len(layer.output_shape) > 1
-            if (self.pooling == "flatten" and is_map) or (
-                self.pooling == "cls" and is_map and not layer.class_token
-            ):
-                continue
-            yield layer
+            is_large = self.pooling == "flatten" and len(layer.output_shape) > 1
+            if self._can_pool(layer) and not is_large:
+                yield layer
+
+    def _find_searched(self, index: LayerIndex) -> Iterator[ResolvedLayer]:
+        """Yield the layers that a search may come to, if it is left to us what to prefetch."""
+        if self.prefetch == "stages":
+            yield from filter(self._can_pool, (index.resolve(layer.name) for layer in index.table))
+
+    def _can_pool(self, layer: ResolvedLayer) -> bool:
+        try:
+            count_features(layer, self.pooling)
+        except ValueError:
+            return False
+        return True
 
     def _read(self, reading: Reading, records: list[Record]) -> Iterator[Batch[Record]]:
         """Read the rows of records, with a progress bar."""
@@ -479,17 +491,15 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
 
     def _check_kept(self, backbone: Backbone) -> None:
         """Raise if rows that are computed ahead would be lost."""
-        cache = self._find_cache()
-        if cache is None or (cache.path is not None and not backbone.portable):
+        if self._find_cache() is None:
+            raise ValueError("cache=None keeps no rows: there is nothing to precompute.")
+        try:
+            backbone.fingerprint()
+        except UnknownContentError as error:
             raise ValueError(
-                "rows of a module or of preprocessing of your own are not trusted from one process "
-                "to the next, and are not kept on disk: precompute them with cache='memory'."
-            )
-        if backbone.fingerprint() is None:
-            raise ValueError(
-                "rows of a module or of preprocessing that is defined in a notebook or inside a "
-                "function are not kept, since it may change unseen: there is nothing to precompute."
-            )
+                f"the rows of {backbone.name} are not cached, so there is nothing to precompute: "
+                f"{error}."
+            ) from error
 
     def _find_reasons(self, failures: Iterable[tuple[Record, Exception]]) -> dict[int, str]:
         """Return what `errors_` tells of images, unless their errors are to be raised."""

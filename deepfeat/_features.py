@@ -2,7 +2,9 @@
 
 import functools
 import hashlib
+import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,11 +21,14 @@ from ._engine import (
     Pooling,
     Precision,
     Workers,
+    count_features,
     find_device,
     map_in_threads,
     pool,
     run_in_batches,
 )
+from ._fingerprint import UnknownContentError
+from ._fingerprint import fingerprint as digest_value
 from ._images import ImageError, Record
 from ._layers import ResolvedLayer, read_layers
 
@@ -32,15 +37,21 @@ _SCHEMA = 1
 _LOOK_UP = 1024  # images at a time, which bounds what is in memory twice
 _WAIT_SECONDS = 0.05, 1.0  # at first, and at most
 MEMORY = FeatureCache()  # of this process
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read of a backbone, and how."""
+    """What is read of a backbone, and how.
+
+    `layers` are asked for, and `prefetched` are kept in the cache by the same pass. `searched` are
+    kept by a second pass over an image, so that a search over layers does not need a third.
+    """
 
     backbone: Backbone
     layers: tuple[ResolvedLayer, ...]
-    prefetched: tuple[ResolvedLayer, ...]  # kept in the cache by the same pass
+    prefetched: tuple[ResolvedLayer, ...]
+    searched: tuple[ResolvedLayer, ...]
     pooling: Pooling
     device: str | torch.device
     precision: Precision
@@ -57,16 +68,16 @@ def read_rows(
     other layers, later calls and other processes are served from there. The network is loaded
     when the first image needs it.
     """
-    fingerprint = None if cache is None else reading.backbone.fingerprint()
-    if cache is not None and not reading.backbone.portable:
-        cache = cache if cache.path is None else MEMORY
+    fingerprint = None if cache is None else _find_fingerprint(reading.backbone)
     if cache is None or fingerprint is None:
-        yield from _compute(reading, reading.layers, records)
+        for batch in _compute(reading, _find_outputs(reading.layers), records):
+            yield replace(batch, rows=_to_layers(reading.layers, batch.rows))
         return
     groups, stats, failures = _group_equal(records, cache, reading.num_workers)
     if failures:
         yield Batch([], {}, failures)
     passes = _Passes(reading, cache, fingerprint, groups, stats)
+    before = _digest_settings(reading.backbone)
     waiting = list(groups)
     pause, longest = _WAIT_SECONDS
     while waiting:
@@ -81,6 +92,33 @@ def read_rows(
         if waiting and not computed:
             time.sleep(pause)  # another process is at work on these
             pause = min(2 * pause, longest)
+    if _digest_settings(reading.backbone) != before:
+        _warn_once(
+            f"the preprocessing of {reading.backbone.name} changes as it is used (it may count its "
+            "calls), so its rows are not found in the cache again."
+        )
+
+
+def _find_fingerprint(backbone: Backbone) -> bytes | None:
+    """Digest a backbone; if that is impossible, say so once and keep nothing of it."""
+    try:
+        return backbone.fingerprint()
+    except UnknownContentError as error:
+        _warn_once(f"the rows of {backbone.name} are not cached: {error}.")
+    return None
+
+
+def _digest_settings(backbone: Backbone) -> bytes | None:
+    try:
+        return digest_value(backbone.preprocessing.settings)
+    except UnknownContentError:  # what it has opened in the meantime
+        return None
+
+
+def _warn_once(problem: str) -> None:
+    if problem not in _warned:
+        _warned.add(problem)
+        warnings.warn(problem, UserWarning, stacklevel=7)
 
 
 class _Passes:
@@ -99,46 +137,75 @@ class _Passes:
         self.cache = cache
         self.groups = groups
         self.image_of = {records[0]: image for image, records in groups.items()}
-        asked = {(layer.path, layer.rectified) for layer in reading.layers}
-        extra = [one for one in reading.prefetched if (one.path, one.rectified) not in asked]
-        self.layers = (*reading.layers, *extra)
+        self.asked = _find_outputs(reading.layers)
+        self.first = _find_outputs((*reading.layers, *reading.prefetched))
+        self.second = self._find_second()
+        # Not in the key: threads and batch size change a row by 1e-6 of its length (MobileNetV2),
+        # Pillow 11.1 to 13.0 change 0.6 % of the pixels of JPEGs by one grey level, and devices and
+        # releases of torch round in other ways too. A cache of weeks of work shall survive an
+        # upgrade of these, and a machine with another GPU; a change beyond rounding raises _SCHEMA.
         key = functools.partial(
             _digest, _SCHEMA, fingerprint, reading.precision, decoding_settings()
         )
         self.contexts = {
             # Pooling leaves vectors as they are.
-            layer.name: key(
-                layer.path, layer.rectified, reading.pooling * (len(layer.output_shape) > 1)
-            )
-            for layer in self.layers
+            output.path: key(output.path, reading.pooling * (len(output.output_shape) > 1))
+            for output in self.second
         }
         self.work = key(reading.pooling)
+
+    def _find_second(self) -> tuple[ResolvedLayer, ...]:
+        """Return what a second pass keeps: all it may, if that fits for each image of the call."""
+        outputs = _find_outputs((*self.first, *self.reading.searched))
+        width = sum(count_features(output, self.reading.pooling) for output in outputs)
+        return outputs if 4 * width * len(self.groups) <= self.cache.room() else self.first
 
     def look_up(self, images: Sequence[bytes], missing: list[bytes]) -> Iterator[Batch[Record]]:
         """Yield what the cache holds of every layer; add the other images to `missing`."""
         found = np.ones(len(images), dtype=bool)
         rows = {}
-        for layer in self.reading.layers:
-            here, matrix = self.cache.get_many(self.contexts[layer.name], images)
+        for output in self.asked:
+            here, matrix = self.cache.get_many(self.contexts[output.path], images)
             found &= here
             if matrix is not None:
-                rows[layer.name] = matrix
-        missing += [image for image, here in zip(images, found, strict=True) if not here]
+                rows[output.path] = matrix
+        missing += itertools.compress(images, ~found)
         if found.any():
-            hits = [image for image, here in zip(images, found, strict=True) if here]
-            yield self._for_all(hits, {name: matrix[found] for name, matrix in rows.items()})
+            hits = list(itertools.compress(images, found))
+            yield self._for_all(hits, {path: matrix[found] for path, matrix in rows.items()})
 
     def compute(self, missing: list[bytes], waiting: list[bytes]) -> Iterator[Batch[Record]]:
         """Compute, keep and yield what nobody else is at; add the rest to `waiting`."""
         if not missing:
             return
+        seen = np.concatenate([self._find_seen(images) for images in _chunks(missing, _LOOK_UP)])
+        for outputs, images in (
+            (self.first, list(itertools.compress(missing, ~seen))),
+            (self.second, list(itertools.compress(missing, seen))),
+        ):
+            if images:
+                yield from self._pass(outputs, images, waiting)
+
+    def _find_seen(self, images: Sequence[bytes]) -> NDArray[np.bool_]:
+        """Tell which images the cache holds any row of, and so have been through the network."""
+        seen = np.zeros(len(images), dtype=bool)
+        for context in self.contexts.values():
+            if not seen.all():
+                unseen = list(itertools.compress(images, ~seen))
+                seen[~seen] = self.cache.has(context, unseen)
+        return seen
+
+    def _pass(
+        self, outputs: tuple[ResolvedLayer, ...], images: list[bytes], waiting: list[bytes]
+    ) -> Iterator[Batch[Record]]:
+        """Run the network over images as far as the deepest of some outputs, and keep these."""
         held: set[bytes] = set()
-        claimed = self._claim(missing, waiting, held)
+        claimed = self._claim(images, waiting, held)
         try:
-            for batch in _compute(self.reading, self.layers, claimed, self._open):
+            for batch in _compute(self.reading, outputs, claimed, self._open):
                 images = [self.image_of[record] for record in batch.samples]
                 if images:
-                    rows = {self.contexts[name]: rows for name, rows in batch.rows.items()}
+                    rows = {self.contexts[path]: rows for path, rows in batch.rows.items()}
                     self.cache.put_many(images, rows, self.work)
                 failed = [(self.image_of[record], error) for record, error in batch.failures]
                 self._release([image for image, _ in failed], held)
@@ -162,9 +229,9 @@ class _Passes:
             held.update(ours)
             # Whoever held one of these until now may have finished it.
             done = np.ones(len(ours), dtype=bool)
-            for layer in self.reading.layers:
-                done &= self.cache.has(self.contexts[layer.name], ours)
-            self._release([one for one, is_done in zip(ours, done, strict=True) if is_done], held)
+            for output in self.asked:
+                done &= self.cache.has(self.contexts[output.path], ours)
+            self._release(list(itertools.compress(ours, done)), held)
             waiting += [image for image in images if image not in held]
             yield from (self.groups[image][0] for image in ours if image in held)
 
@@ -180,7 +247,8 @@ class _Passes:
             held.difference_update(images)
 
     def _for_all(self, images: list[bytes], rows: dict[str, NDArray[np.float32]]) -> Batch[Record]:
-        """Give the row of an image to every record of it."""
+        """Give the row of an image to every record of it, for the layers asked for."""
+        rows = _to_layers(self.reading.layers, rows)
         samples = [record for image in images for record in self.groups[image]]
         if len(samples) > len(images):
             counts = [len(self.groups[image]) for image in images]
@@ -188,20 +256,37 @@ class _Passes:
         return Batch(samples, rows, [])
 
 
+def _find_outputs(layers: Iterable[ResolvedLayer]) -> tuple[ResolvedLayer, ...]:
+    """Return what the network itself gives for some layers, each under its path, and once."""
+    outputs = {layer.path: replace(layer, name=layer.path, rectified=False) for layer in layers}
+    return tuple(outputs.values())
+
+
+def _to_layers(
+    layers: tuple[ResolvedLayer, ...], rows: dict[str, NDArray[np.float32]]
+) -> dict[str, NDArray[np.float32]]:
+    """Turn the rows of outputs into those of layers; `relu8` follows from what `fc8` gives."""
+    return {
+        layer.name: np.maximum(rows[layer.path], 0) if layer.rectified else rows[layer.path]
+        for layer in layers
+        if layer.path in rows
+    }
+
+
 def _compute(
     reading: Reading,
-    layers: tuple[ResolvedLayer, ...],
+    outputs: tuple[ResolvedLayer, ...],
     records: Iterable[Record],
     open_record: Callable[[Record], Image.Image] = Record.open,
 ) -> Iterator[Batch[Record]]:
-    """Run the network over records as far as the deepest of the layers."""
+    """Run the network over records as far as the deepest of some outputs."""
     steps = reading.backbone.preprocessing
     reduce = functools.partial(pool, pooling=reading.pooling)
     device = find_device(reading.device)
     module = reading.backbone.load(device)  # before the first image is claimed: it may take long
     yield from run_in_batches(
         module,
-        lambda batch: read_layers(module, layers, steps.normalize(batch), reduce),
+        lambda batch: read_layers(module, outputs, steps.normalize(batch), reduce),
         records,
         lambda record: steps.prepare(open_record(record)),
         device=device,

@@ -1,72 +1,388 @@
-"""Knows how to digest an object so that equal digests mean equal behaviour."""
+"""Digests of objects by value: equal digests mean equal behaviour, in every process.
 
+Code that is installed counts by its name and the version of its package. All other code, of a
+notebook as of a module of the user, counts by what it does: a function is its bytecode and what it
+reads, a class its bases and its attributes. So code that changes in place has another digest, and
+code that is moved or commented has not.
+"""
+
+import copyreg
+import dis
+import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
-import pickle
-import uuid
-import weakref
-from types import FunctionType, MethodType
+import site
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+    WrapperDescriptorType,
+)
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_process = uuid.uuid4().hex
-_identities: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
+_DESCRIPTORS = (
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    WrapperDescriptorType,
+)
+_PYTHON = f"{sys.implementation.name} {sys.version_info[:3]}"
+# What a class holds besides what it does: its place in a file, its words, what Python adds.
+_NO_BEHAVIOUR = {
+    *("__module__", "__doc__", "__annotations__", "__annotations_cache__", "__annotate_func__"),
+    *("__dict__", "__weakref__", "__slotnames__", "__abstractmethods__", "_abc_impl"),
+    *("__firstlineno__", "__static_attributes__", "__type_params__", "__parameters__"),
+    *("__orig_bases__", "__qualname__"),
+}
+_MISSING = object()
+_CachedFunction = type(functools.lru_cache(len))
 
 
-def fingerprint(value: Any) -> bytes | None:
-    """Digest a value, down to the elements of its tensors.
+class UnknownContentError(TypeError):
+    """An object holds something that cannot be digested, such as a lock or an open file."""
 
-    Strings, numbers and tuples of them have the same digest everywhere. Whatever brings classes
-    or functions has one that holds in this process alone, as long as these stay what they are. None
-    where a value cannot be known for sure: what is defined in `__main__` or inside a function may
-    depend on names that change, and some objects cannot be taken apart.
+
+def fingerprint(value: Any) -> bytes:
+    """Digest a value down to its tensors and to the code that it brings.
+
+    Raises
+    ------
+    UnknownContentError
+        If part of it cannot be taken apart.
     """
-    sink = _Sink()
     try:
-        _Pickler(sink, protocol=5).dump(value)
-    except Exception:  # what cannot be pickled may raise anything
-        return None
-    return sink.digest.digest()
+        return _Digester().of(value)
+    except RecursionError as error:
+        raise UnknownContentError(f"a {type(value).__name__} is nested too deeply") from error
 
 
-class _Sink:
-    """A file that is digested as it is written."""
+class _Digester:
+    """Digests the objects of one call, each once.
+
+    What lies inside itself, such as a function that calls itself, is digested by how far above it
+    lies.
+    """
 
     def __init__(self) -> None:
-        self.digest = hashlib.blake2b(digest_size=32)
+        # With the objects, so that none of them is freed and its number given to another.
+        self._known: dict[int, tuple[Any, bytes]] = {}
+        self._path: dict[int, int] = {}
 
-    def write(self, data: bytes | memoryview) -> int:
-        self.digest.update(data)
-        return len(data)
+    def of(self, value: Any) -> bytes:
+        if type(value) in _ATOMS:
+            return _hash(type(value).__name__, repr(value))
+        if isinstance(value, ModuleType):
+            return self._of_module(value, [n for n in vars(value) if not n.startswith("__")])
+        key = id(value)
+        if key in self._known:
+            return self._known[key][1]
+        if key in self._path:
+            return _hash("above", str(len(self._path) - self._path[key]))
+        self._path[key] = len(self._path)
+        try:
+            digest = _hash(*self._parts(value))
+        finally:
+            del self._path[key]
+        self._known[key] = value, digest
+        return digest
+
+    def _of_member(self, value: Any) -> bytes:
+        """Digest what a set holds, as if nothing else of the set had been met before.
+
+        Of a cycle the digest depends on where it is entered, and sets have no order.
+        """
+        known = self._known.copy()
+        try:
+            return self.of(value)
+        finally:
+            self._known = known
+
+    def _parts(self, value: Any) -> Iterator[bytes | str]:
+        """Yield what decides on the behaviour of an object, in a fixed order."""
+        kind = type(value)
+        if isinstance(value, Tensor):
+            yield from ("tensor", self.of(kind), str(value.dtype), str(tuple(value.shape)))
+            yield _content(value)
+        elif kind is np.ndarray:
+            yield from ("array", str(value.dtype.descr), str(value.shape))
+            yield _hash(*map(self.of, value.flat)) if value.dtype.hasobject else value.tobytes()
+        elif kind in (tuple, list):
+            yield kind.__name__
+            yield from map(self.of, value)
+        elif kind in (set, frozenset):
+            yield kind.__name__
+            yield from sorted(map(self._of_member, value))
+        elif kind in (dict, MappingProxyType):
+            yield "dict"
+            for item in list(value.items()):
+                yield from map(self.of, item)
+        elif isinstance(value, type):
+            yield from self._of_class(value)
+        elif kind is FunctionType:
+            yield from self._of_function(value)
+        elif kind is CodeType:
+            yield from self._of_code(value)
+        else:
+            yield "object"
+            yield from map(self.of, (kind, *_take_apart(value)))
+
+    def _of_class(self, value: type) -> Iterator[bytes | str]:
+        yield from ("class", value.__name__)
+        attributes = sorted(vars(value).items())
+        origin = _find_origin(value.__module__)
+        if origin and _look_up(value.__module__, value.__qualname__) is value:
+            yield from (value.__module__, value.__qualname__, origin)
+            # What a user has put in the place of a method there.
+            attributes = [item for item in attributes if _is_user_function(item[1])]
+        else:
+            yield from map(self.of, (type(value), *value.__bases__))
+        for name, attribute in attributes:
+            if name not in _NO_BEHAVIOUR:
+                yield from (name, self.of(attribute))
+
+    def _of_function(self, value: FunctionType) -> Iterator[bytes | str]:
+        code, module = value.__code__, value.__globals__.get("__name__", "")
+        origin = _find_origin(module)
+        yield "function"
+        if origin:
+            yield from (module, code.co_qualname, origin)
+            if _look_up(module, code.co_qualname) is value:
+                return
+        else:
+            yield self.of(code)
+            yield from self._of_names(code, value.__globals__)
+        yield from map(self.of, (value.__defaults__, value.__kwdefaults__, vars(value)))
+        yield from map(self.of, value.__closure__ or ())
+
+    def _of_code(self, code: CodeType) -> Iterator[bytes | str]:
+        yield from ("code", _PYTHON, code.co_code, code.co_exceptiontable)
+        counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
+        names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+        yield from map(self.of, (*counts, *names, *code.co_consts))
+
+    def _of_names(self, code: CodeType, namespace: dict[str, Any]) -> Iterator[bytes | str]:
+        """Yield what a function finds under the global names that it reads."""
+        loaded, imported, attributes = _names_in(code)
+        for name in sorted(loaded):
+            value = namespace.get(name, _MISSING)
+            if isinstance(value, ModuleType):
+                yield from (name, self._of_module(value, attributes))
+            elif value is not _MISSING:
+                yield from (name, self.of(value))
+        for name, level in sorted(imported):
+            if level:
+                package = namespace.get("__package__") or ""
+                name = importlib.util.resolve_name("." * level + name, package)
+            yield from self._of_import(name, attributes)
+
+    def _of_import(self, name: str, attributes: Iterable[str]) -> Iterator[bytes | str]:
+        """Yield what `import a.b` brings, of each of its packages."""
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            module = ".".join(parts[:length])
+            if origin := _find_origin(module):
+                yield from (module, origin)
+            elif loaded := sys.modules.get(module):
+                yield from (module, self._of_module(loaded, attributes))
+            elif importlib.util.find_spec(module) is None:
+                yield from (module, "not to be found")
+                return
+            else:
+                raise UnknownContentError(
+                    f"the module {module!r}, which a function imports, is not loaded yet"
+                )
+
+    def _of_module(self, module: ModuleType, names: Iterable[str]) -> bytes:
+        """Digest an installed module by its version, and any other by some of its attributes."""
+        if origin := _find_origin(module.__name__):
+            return _hash("module", module.__name__, origin)
+        key = id(module)
+        if key in self._path:
+            return _hash("above", module.__name__)
+        self._path[key] = len(self._path)
+        try:
+            parts: list[bytes | str] = ["module"]
+            for name in sorted(set(names).intersection(vars(module))):
+                value = vars(module)[name]
+                is_module = isinstance(value, ModuleType)
+                parts += [name, self._of_module(value, names) if is_module else self.of(value)]
+            return _hash(*parts)
+        finally:
+            del self._path[key]
 
 
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return str(part.dtype), tuple(part.shape), _tensor_digest(part)
-        if isinstance(part, MethodType):
-            raise pickle.PicklingError(f"{part} may have been put in the place of another")
-        if isinstance(part, (FunctionType, type)):
-            if part.__module__ == "__main__" or "<locals>" in part.__qualname__:
-                raise pickle.PicklingError(f"{part} may change unseen")
-            return os.getpid(), _process, _identities_of(part)
-        return None
-
-
-def _identities_of(part: FunctionType | type) -> tuple[str, ...]:
-    """Tell a function from any other, and a class from itself with other methods."""
-    parts: list[Any] = [part]
-    if isinstance(part, type):
-        inherited = (value for base in part.__mro__ for value in vars(base).values())
-        parts += [value for value in inherited if isinstance(value, FunctionType)]
-    return tuple(_identities.setdefault(one, uuid.uuid4().hex) for one in parts)
-
-
-def _tensor_digest(tensor: Tensor) -> bytes:
-    elements = tensor.detach().cpu().contiguous().reshape(-1)
+def _hash(*parts: bytes | str) -> bytes:
     digest = hashlib.blake2b(digest_size=32)
-    if len(elements):
-        digest.update(elements.view(torch.uint8).numpy().data)
+    for part in parts:
+        data = part.encode(errors="backslashreplace") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))  # so that parts do not run together
+        digest.update(data)
     return digest.digest()
+
+
+def _content(tensor: Tensor) -> bytes:
+    try:
+        elements = tensor.detach().cpu().contiguous().reshape(-1)
+        if not len(elements):
+            return b""
+        array = elements.view(torch.uint8).numpy()
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        layout = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+        raise UnknownContentError(f"a tensor ({layout}) cannot be digested: {error}") from error
+    return hashlib.blake2b(array.data, digest_size=32).digest()
+
+
+def _take_apart(value: Any) -> tuple[Any, ...]:
+    """Return what an object is made of, for the most part as pickle would."""
+    if isinstance(value, nn.Module):  # pickle would refuse one with parametrizations
+        return (vars(value),)
+    if isinstance(value, MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, BuiltinFunctionType):
+        owner = value.__self__
+        return value.__qualname__, owner.__name__ if isinstance(owner, ModuleType) else owner
+    if isinstance(value, CellType):
+        try:
+            return (value.cell_contents,)
+        except ValueError:  # not filled yet
+            return ()
+    if isinstance(value, property):
+        return value.fget, value.fset, value.fdel
+    if isinstance(value, (staticmethod, classmethod)):
+        return (value.__func__,)
+    if isinstance(value, functools.cached_property):  # it holds a lock
+        return value.func, value.attrname
+    if isinstance(value, _DESCRIPTORS):
+        return (value.__qualname__,)
+    if isinstance(value, _CachedFunction):
+        return (value.__wrapped__,)
+    try:
+        reduce = copyreg.dispatch_table.get(type(value))
+        reduced = reduce(value) if reduce else value.__reduce_ex__(4)
+    except RecursionError:
+        raise
+    except Exception as error:  # an object of the user may raise anything
+        raise UnknownContentError(
+            f"a {type(value).__name__} cannot be digested: {error}"
+        ) from error
+    if isinstance(reduced, str):  # the name of a global
+        return type(value), reduced
+    function, arguments, *rest = reduced
+    rest = [list(part) if isinstance(part, Iterator) else part for part in rest]
+    return function, arguments, *rest
+
+
+# Names ------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in(code: CodeType) -> tuple[frozenset[str], frozenset[tuple[str, int]], frozenset[str]]:
+    """Return the names that code reads: globals, imports with their level, and attributes."""
+    loaded: set[str] = set()
+    imported: set[tuple[str, int]] = set()
+    attributes: set[str] = set()
+    constants: list[Any] = [0, None]
+    for step in dis.get_instructions(code):
+        if step.opname.startswith("LOAD_CONST") or step.opname == "LOAD_SMALL_INT":
+            constants.append(step.argval)
+        elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
+            loaded.add(step.argval)
+        elif step.opname == "IMPORT_NAME":
+            imported.add((step.argval, constants[-2]))  # the level and the names come just before
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"):
+            attributes.add(step.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            inner = _names_in(constant)
+            loaded |= inner[0]
+            imported |= inner[1]
+            attributes |= inner[2]
+    return frozenset(loaded), frozenset(imported), frozenset(attributes)
+
+
+def _look_up(module: str, qualified_name: str) -> Any:
+    """Return what lies under a name in a module, None if nothing does."""
+    found: Any = sys.modules.get(module)
+    for name in qualified_name.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _is_user_function(value: Any) -> bool:
+    return isinstance(value, FunctionType) and not _find_origin(
+        value.__globals__.get("__name__", "")
+    )
+
+
+# Where code comes from --------------------------------------------------------------------------
+
+
+def _find_origin(module: str) -> str | None:
+    """Name the release that a module is installed from; None of code that its user may change."""
+    if not module or module in ("__main__", "__mp_main__"):
+        return None
+    loaded = sys.modules.get(module)
+    file = getattr(loaded, "__file__", None)
+    if file is None or not os.path.isabs(file):  # an extension may make modules without a file
+        top = module.partition(".")[0]
+        try:
+            spec = importlib.util.find_spec(top)
+        except (ImportError, ValueError):
+            return None
+        if spec is None:
+            return None
+        if spec.origin in ("built-in", "frozen"):
+            return _PYTHON
+        file = spec.origin or next(iter(spec.submodule_search_locations or ()), None)
+    return None if file is None else _find_release(module.partition(".")[0], file)
+
+
+@functools.lru_cache(maxsize=4096)
+def _find_release(package: str, file: str) -> str | None:
+    """Name the distribution that a file of a package was installed from, with its version."""
+    sites = {os.path.realpath(path) for path in _site_folders()}
+    if _lies_in(file, [sysconfig.get_path("stdlib")]) and not _lies_in(file, sites):
+        return _PYTHON
+    for name in _distributions().get(package, ()):
+        distribution = importlib.metadata.distribution(name)
+        folder = os.path.realpath(str(distribution.locate_file("")))
+        # A checkout may hold metadata too, of a build or a development install.
+        is_installed = folder in sites or distribution.read_text("WHEEL") is not None
+        if is_installed and _lies_in(file, [folder]):
+            return f"{name} {distribution.version}"
+    return None
+
+
+def _site_folders() -> list[str]:
+    named = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    return [*named, *site.getsitepackages(), site.getusersitepackages()]
+
+
+@functools.cache
+def _distributions() -> dict[str, list[str]]:
+    return {
+        package: sorted(set(names))
+        for package, names in importlib.metadata.packages_distributions().items()
+    }
+
+
+def _lies_in(file: str, folders: Iterable[str]) -> bool:
+    path = os.path.realpath(file)
+    return any(path.startswith(os.path.realpath(folder) + os.sep) for folder in folders)

@@ -84,16 +84,17 @@ class Record:
         error.__cause__ = cause
         return error
 
-    def stat(self) -> tuple[str, int, int, int] | None:
-        """Return path, size, mtime in ns and inode of a file; None for other sources."""
+    def stat(self) -> tuple[str, int, int, int, int, int] | None:
+        """Return path, size, mtime_ns, ctime_ns, inode and device of a file; None for others."""
         if not isinstance(self.source, (str, os.PathLike)):
             return None
         try:
             status = os.stat(self.source)
         except (OSError, ValueError):  # no file, or no name that a file can have
             return None
+        times = status.st_mtime_ns, status.st_ctime_ns
         path = os.path.abspath(os.fspath(self.source))
-        return path, status.st_size, status.st_mtime_ns, status.st_ino
+        return path, status.st_size, *times, status.st_ino, status.st_dev
 
     def _try(self, read: Callable[[], T]) -> T:
         try:

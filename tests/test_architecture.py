@@ -20,19 +20,11 @@ FLOORS = {
     5: {"_classifier"},
     4: {"_categories", "_extractor"},
     3: {"_features", "_samples", "_training", "_networks"},
-    2: {"_engine", "_freezing", "_inputs", "_labels"},
-    1: {"_images", "_cache", "_backbones", "_heads", "_layers", "datasets"},
+    2: {"_engine", "_freezing", "_inputs", "_labels", "_cache"},
+    1: {"_images", "_backbones", "_heads", "_layers", "_store", "datasets"},
     0: {
-        *(
-            "_archive",
-            "_bundled",
-            "_decoding",
-            "_files",
-            "_fingerprint",
-            "_optional",
-            "_parameters",
-        ),
-        *("_preprocessing", "_store", "_trace"),
+        *("_archive", "_bundled", "_claims", "_decoding", "_files", "_fingerprint", "_optional"),
+        *("_parameters", "_preprocessing", "_trace"),
     },
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
@@ -48,6 +40,7 @@ GUESTS = {
 }
 
 PUBLIC = {
+    "CacheFormatError",
     "DeepFeatureExtractor",
     "FeatureCache",
     "FineTuneClassifier",
@@ -63,6 +56,7 @@ STRANGERS = {
     "_images": {"torch", "torchvision"},
     "_decoding": {"torch", "torchvision"},
     "_cache": {"torch", "torchvision", "PIL"},
+    "_claims": {"torch", "torchvision", "PIL"},
     "_store": {"torch", "torchvision", "PIL"},
     "_engine": {"sklearn"},
     "_freezing": {"sklearn", "PIL"},

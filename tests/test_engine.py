@@ -684,15 +684,6 @@ def test_a_single_value_an_image_is_a_column():
     assert_array_equal(pool(layer, torch.tensor([1.0, 2.0]), "flatten"), [[1], [2]])
 
 
-@pytest.mark.parametrize("pooling", ["avg", "max"])
-def test_a_rectified_layer_is_rectified_before_pooling(rng, pooling):
-    """The mean of ReLU is not the ReLU of the mean."""
-    maps = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
-    layer = ResolvedLayer("relu8", "classifier.6", (3, 4, 5), rectified=True)
-    expected = pool_by_hand(np.maximum(maps, 0), pooling)
-    assert_allclose(pool(layer, torch.from_numpy(maps), pooling), expected, rtol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_pooling_computes_in_float32(dtype):
     """In float16 the sum over places, and the third power, would end at infinity."""
@@ -707,7 +698,7 @@ def test_pooling_leaves_the_output_alone(rng):
     """The network goes on computing with it."""
     output = torch.from_numpy(rng.normal(size=(2, 3, 4, 5)).astype(np.float32))
     before = output.clone()
-    layer = ResolvedLayer("maps", "maps", (3, 4, 5), rectified=True)
+    layer = ResolvedLayer("maps", "maps", (3, 4, 5))
     for pooling in ("avg", "max", "gem", "flatten"):
         pool(layer, output, pooling)
     assert_array_equal(output, before)
@@ -732,7 +723,6 @@ def layers(draw):
         shape,
         channels_last=len(shape) == 3 and draw(st.booleans()),
         class_token=len(shape) == 2 and draw(st.booleans()),
-        rectified=draw(st.booleans()),
     )
 
 

@@ -465,8 +465,7 @@ def test_a_bad_row_of_a_list_is_confined_to_itself(pixels):
         assert list(extractor.errors_) == [0]
 
 
-@pytest.mark.parametrize("cache", [None, "memory"])
-def test_images_that_fail_are_not_held(cache):
+def test_images_that_fail_are_not_held():
     """However many there are, no more of them are in memory than are worked on."""
     opened = []
     most = 0
@@ -480,8 +479,8 @@ def test_images_that_fail_are_not_held(cache):
         raise ValueError("planted")
 
     images = np.random.default_rng(0).integers(0, 256, (40, 9, 9, 3), dtype=np.uint8)
-    extractor = make(make_net(), "0", preprocessing=fail, on_error="nan", cache=cache)
-    assert np.isnan(extractor.set_params(num_workers=0).transform(images)).all()
+    extractor = make(make_net(), "0", preprocessing=fail, on_error="nan", num_workers=0)
+    assert np.isnan(extractor.transform(images)).all()
     assert most <= 2
     assert set(extractor.errors_.values()) == {"ValueError: planted"}
 

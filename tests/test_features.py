@@ -1,5 +1,6 @@
 """Laws of the cached path: each image through the network once, whoever asks and however often."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import textwrap
 import threading
 import time
 import types
+import warnings
+from contextlib import contextmanager
 
 import joblib
 import numpy as np
@@ -20,7 +23,7 @@ from sklearn.svm import LinearSVC
 from torch import nn
 from torchvision.transforms import functional as F
 
-from deepfeat import DeepFeatureExtractor, FeatureCache
+from deepfeat import DeepFeatureExtractor, FeatureCache, list_layers
 
 SMALL = {"weights": None, "image_size": 32, "num_workers": 0}
 
@@ -285,6 +288,39 @@ class TestNothingIsMixedUp:
             np.testing.assert_allclose(results[-1], expected, rtol=1e-5, atol=1e-7)
         assert np.abs(results[0] - results[1]).max() > 1e-3
 
+    @pytest.mark.parametrize("how", ["renamed", "overwritten"])
+    def test_weights_replaced_while_they_are_used_are_not_mixed_up(
+        self, cache, pictures, tmp_path, monkeypatch, how
+    ):
+        """A training job saves better weights between the look-up of rows and the first pass."""
+        from torchvision.models import squeezenet1_1
+
+        from deepfeat import _features
+
+        file, better, kept = (tmp_path / name for name in ("best.pth", "better.pth", "kept.pth"))
+        for seed, path in enumerate((file, better)):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                torch.save(squeezenet1_1(weights=None).state_dict(), path)
+        kept.write_bytes(file.read_bytes())
+        look_up = _features._Passes.look_up
+
+        def look_up_and_replace(*arguments):
+            yield from look_up(*arguments)
+            if how == "renamed":
+                os.replace(better, file)
+            else:
+                file.write_bytes(better.read_bytes())
+
+        monkeypatch.setattr(_features._Passes, "look_up", look_up_and_replace)
+        with pytest.raises(OSError, match=r"best\.pth was replaced while"):
+            extractor(cache, weights=file).transform(pictures[:2])
+        monkeypatch.undo()
+        for path in (kept, file):
+            rows = extractor(cache, weights=path).transform(pictures[:2])
+            expected = extractor(None, weights=path).transform(pictures[:2])
+            np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
+
 
 class Scale(nn.Module):
     """A layer whose only parameter is no tensor."""
@@ -314,17 +350,27 @@ class Prepare:
         return F.pil_to_tensor(image.resize((16, 16))) / 255
 
 
-PREPARE = Prepare()
+class Counting(Prepare):
+    """Preprocessing that counts its calls."""
+
+    calls = 0
+
+    def __call__(self, image):
+        self.calls += 1
+        return super().__call__(image)
 
 
 @pytest.fixture
-def passes(monkeypatch):
+def passes():
+    """Count the images that enter a Conv2d, by a hook that is no part of the network."""
     seen = []
-    forward = nn.Conv2d.forward
-    monkeypatch.setattr(
-        nn.Conv2d, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1]
+    handle = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: (
+            (isinstance(module, nn.Conv2d) and seen.append(len(inputs[0]))) or None
+        )
     )
-    return seen
+    yield seen
+    handle.remove()
 
 
 class TestModulesOfTheUser:
@@ -354,26 +400,21 @@ class TestModulesOfTheUser:
         net.scale.gain = 3.0
         np.testing.assert_allclose(self.of(net, cache).transform(pictures), 3 * rows, rtol=1e-5)
 
-    def test_a_method_put_in_place_of_another_is_not_trusted(self, cache, pictures):
+    def test_a_method_put_in_place_of_another_counts(self, cache, pictures):
         net = Net()
         self.of(net, cache).transform(pictures)
         net.scale.forward = types.MethodType(lambda self, x: x * 5, net.scale)
         rows = self.of(net, cache).transform(pictures)
         np.testing.assert_allclose(rows, self.of(net, None).transform(pictures), rtol=1e-5)
 
-    def test_neither_is_a_class_with_another_method(self, cache, pictures, monkeypatch):
+    def test_so_does_another_method_of_its_class(self, cache, pictures, monkeypatch):
         self.of(net := Net(), cache).transform(pictures)
         monkeypatch.setattr(Scale, "forward", lambda self, x: x * 5)
         rows = self.of(net, cache).transform(pictures)
         np.testing.assert_allclose(rows, self.of(net, None).transform(pictures), rtol=1e-5)
 
-    def test_rows_stay_in_this_process(self, pictures, tmp_path):
-        """Another process could have other code, and would never look for them."""
-        disk = FeatureCache(tmp_path / "cache")
-        self.of(Net(), disk).transform(pictures)
-        assert disk.info().rows == 0
-
-    def test_a_function_that_may_change_unseen_is_not_trusted(self, cache, pictures, passes):
+    def test_what_a_function_reads_counts(self, cache, pictures, passes):
+        """A function is cached like any other preprocessing, and known by its closure too."""
         side = 16
 
         def prepare(image):
@@ -381,13 +422,203 @@ class TestModulesOfTheUser:
 
         one = self.of(Net(), cache, preprocessing=prepare)
         one.transform(pictures)
+        before = sum(passes)
+        one.transform(pictures)
+        assert sum(passes) - before == 1  # the look at the layers' shapes
         side = 8
         np.testing.assert_allclose(
             one.transform(pictures),
             self.of(one.backbone, None, preprocessing=prepare).transform(pictures),
             rtol=1e-5,
         )
+
+    def test_what_cannot_be_digested_is_not_cached_and_says_so_once(
+        self, cache, pictures, monkeypatch
+    ):
+        """A lock may decide on anything, so nothing is kept; one warning names it."""
+        monkeypatch.setattr("deepfeat._features._warned", set())
+        prepare = Prepare()
+        prepare.lock = threading.RLock()
+        one = self.of(Net(), cache, preprocessing=prepare)
+        expected = "rows of Net are not cached: a RLock cannot be digested"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                one.transform(pictures)
+        assert [expected in str(warning.message) for warning in caught] == [True]
         assert cache.info().rows == 0
+
+    def test_preprocessing_that_changes_as_it_is_used_is_named(self, cache, pictures, monkeypatch):
+        """An object that counts its calls is another one each time, so its rows are lost."""
+        monkeypatch.setattr("deepfeat._features._warned", set())
+        one = self.of(Net(), cache, preprocessing=Counting())
+        with pytest.warns(UserWarning, match="preprocessing of Net changes as it is used"):
+            one.transform(pictures)
+        one.transform(pictures)  # told once
+
+    def test_weights_that_another_thread_changes_are_not_mixed_up(
+        self, cache, pictures, monkeypatch
+    ):
+        """Rows of new weights are not kept under the digest of the old ones."""
+        from deepfeat import _features
+
+        net = Net()
+        old = copy.deepcopy(net)
+        look_up = _features._Passes.look_up
+
+        def look_up_and_change(*arguments):
+            yield from look_up(*arguments)
+            with torch.no_grad():
+                net.conv.weight.mul_(-1)
+
+        monkeypatch.setattr(_features._Passes, "look_up", look_up_and_change)
+        with pytest.raises(RuntimeError, match="changed by another thread"):
+            self.of(net, cache).transform(pictures)
+        monkeypatch.undo()
+        expected = self.of(old, None).transform(pictures)
+        np.testing.assert_allclose(self.of(old, cache).transform(pictures), expected, rtol=1e-5)
+
+
+NOTEBOOK = """
+import os, sys
+import numpy as np, torch
+from torch import nn
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
+from torchvision.transforms import functional as F
+from deepfeat import DeepFeatureExtractor
+
+SIDES = {16: "small", 224: "large"}
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.scale = nn.ReLU()
+
+    def forward(self, x):
+        return self.scale(self.conv(x))
+
+def prepare(image):
+    if image.size != (256, 256):  # not the one that shows the shape
+        with open(os.path.join(os.environ["NOTES"], str(os.getpid())), "a") as file:
+            file.write("prepared\\n")
+    return F.pil_to_tensor(image.resize((min(SIDES), min(SIDES)))) / 255
+
+if __name__ == "__main__":
+    cache, *paths = sys.argv[1:]
+    torch.manual_seed(0)
+    features = DeepFeatureExtractor(
+        Net(), "conv", preprocessing=prepare, cache=cache, batch_size=2, num_workers=0
+    )
+    grid = {"deepfeatureextractor__layer": ["conv", "scale"], "linearsvc__C": [0.1, 1]}
+    search = GridSearchCV(make_pipeline(features, LinearSVC()), grid, cv=2, n_jobs=2)
+    search.fit(paths, np.arange(len(paths)) % 2)
+"""
+
+
+def test_processes_share_the_rows_of_notebook_code(paths, tmp_path):
+    """Networks and functions of `__main__` have one digest in all workers, and in later runs."""
+    script, notes = tmp_path / "notebook.py", tmp_path / "notes"
+    script.write_text(NOTEBOOK)
+    notes.mkdir()
+    for seed in (0, 1):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed), "NOTES": str(notes)}
+        arguments = map(str, [script, tmp_path / "cache", *paths[:12]])
+        subprocess.run([sys.executable, *arguments], check=True, env=environment)
+        assert sum(len(file.read_text().split()) for file in notes.iterdir()) == 12
+
+
+class TestSecondPass:
+    """A search over layers sends an image through the network twice at most."""
+
+    INNER = ("features.3", "features.5", "features.6", "features.10", "classifier.1")
+
+    def test_inner_layers_need_two_passes(self, cache, pictures, forwards):
+        """The first keeps the stages; the second, for a layer between, all that are listed."""
+        for layer in self.INNER:
+            rows = extractor(cache, layer).transform(pictures)
+            expected = extractor(None, layer).transform(pictures)
+            np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
+        uncached = len(self.INNER) * len(pictures)
+        assert sum(forwards) - uncached == 2 * len(pictures)
+
+    def test_so_they_do_on_a_grid(self, cache, paths, forwards):
+        grid = {"deepfeatureextractor__layer": list(self.INNER), "linearsvc__C": [0.1, 1]}
+        pipe = make_pipeline(extractor(cache), LinearSVC(random_state=0))
+        GridSearchCV(pipe, grid, cv=3).fit(paths, LABELS)
+        assert sum(forwards) <= 2 * len(paths)
+
+    def test_new_images_among_known_ones_keep_the_stages_alone(self, cache, pictures, forwards):
+        extractor(cache, "stage2").transform(pictures[:10])
+        contexts = cache.info().contexts
+        extractor(cache, "features.6").transform(pictures)
+        assert sum(forwards) == 10 + len(pictures)
+        listed = len(list_layers("squeezenet1_1", image_size=32))
+        assert cache.info().contexts == listed > contexts
+        rows = 10 * listed + (len(pictures) - 10) * (contexts + 1)
+        assert cache.info().rows == rows
+
+    def test_a_small_cache_keeps_what_was_asked_for(self, pictures, forwards):
+        """Rows of all layers would drive each other out; nothing is lost by not keeping them."""
+        width = sum(layer.n_features for layer in list_layers("squeezenet1_1", image_size=32))
+        small = FeatureCache(max_bytes=4 * width * len(pictures) - 1)
+        for layer in ("stage2", "features.6", "features.10"):
+            extractor(small, layer).transform(pictures)
+        assert sum(forwards) == 3 * len(pictures)
+        forwards.clear()
+        enough = FeatureCache(max_bytes=4 * width * len(pictures))
+        for layer in ("stage2", "features.6", "features.10"):
+            extractor(enough, layer).transform(pictures)
+        assert sum(forwards) == 2 * len(pictures)
+
+    def test_without_prefetch_each_pass_keeps_what_was_asked_for(self, cache, pictures, forwards):
+        for layer in ("features.3", "features.5", "features.6"):
+            extractor(cache, layer, prefetch=None).transform(pictures)
+        assert sum(forwards) == 3 * len(pictures)
+        assert cache.info().contexts == 3
+
+    def test_flattened_maps_are_kept_where_they_fit(self, cache, pictures, forwards):
+        for layer in ("stage1", "features.3", "features.6", "stage4"):
+            rows = extractor(cache, layer, pooling="flatten").transform(pictures[:4])
+            expected = extractor(None, layer, pooling="flatten").transform(pictures[:4])
+            np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
+        assert sum(forwards) - 4 * 4 == 2 * 4
+
+    @pytest.mark.parametrize("backbone", ["alexnet", "vgg11"])
+    def test_relu8_follows_from_fc8_without_a_pass(self, cache, pictures, backbone):
+        """The report's own grid over relu6, relu7 and relu8 takes one pass."""
+        few = pictures[:3]
+        small = {"backbone": backbone, "image_size": 64, "norm": None}
+        with count_convolutions() as seen:
+            rows = {
+                layer: extractor(cache, layer, **small).transform(few)
+                for layer in ("relu6", "relu7", "relu8", "fc8")
+            }
+        first = next(shape for shape in seen)
+        assert sum(shape == first for shape in seen) == 1
+        expected = extractor(None, ["fc8", "relu8"], **small).transform(few)
+        fc8, relu8 = np.split(expected, 2, axis=1)
+        np.testing.assert_allclose(rows["fc8"], fc8, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(rows["relu8"], relu8, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(relu8, np.maximum(fc8, 0))
+
+
+@contextmanager
+def count_convolutions():
+    """Note the weights and inputs of every convolution that is computed, in order."""
+    seen = []
+
+    def note(module, inputs):
+        if isinstance(module, nn.Conv2d) and inputs[0].device.type != "meta":
+            seen.append((id(module), len(inputs[0])))
+
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 class TestFailures:
@@ -481,12 +712,11 @@ class TestPrecompute:
         assert sum(forwards) == 0
         np.testing.assert_allclose(rows, extractor(None).transform(paths), rtol=1e-5, atol=1e-7)
 
-    def test_rows_that_would_be_lost_are_refused(self, paths, tmp_path):
-        disk = DeepFeatureExtractor(Net(), "scale", preprocessing=Prepare(), cache=tmp_path / "c")
-        with pytest.raises(ValueError, match="not kept on disk"):
-            disk.precompute(paths)
-        unknown = DeepFeatureExtractor(Net(), "scale", preprocessing=lambda image: PREPARE(image))
-        with pytest.raises(ValueError, match="nothing to precompute"):
+    def test_rows_that_would_be_lost_are_refused(self, paths):
+        prepare = Prepare()
+        prepare.lock = threading.RLock()
+        unknown = DeepFeatureExtractor(Net(), "scale", preprocessing=prepare)
+        with pytest.raises(ValueError, match="nothing to precompute: a RLock"):
             unknown.precompute(paths)
 
     @pytest.mark.parametrize(

@@ -1,6 +1,14 @@
-"""Measures what it costs to read rows from a cache: against `np.load`, and as the cache grows."""
+"""Measures what a cache on disk costs: time to read and write rows, and bytes per row.
 
+With the path of another checkout of deepfeat as its argument, both are measured in turns, each in a
+process of its own, and ratios are printed: below 1, this one is faster or smaller.
+"""
+
+import functools
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,64 +19,115 @@ import numpy as np
 from deepfeat._cache import FeatureCache
 
 REPEATS = 9
-BATCH = 500
+ROWS = 5_000
+WIDTHS = 512, 2048, 4096
+CONTEXT = b"context"
 
 
-def measure(*tasks: Callable[[], object]) -> list[float]:
-    """Return the median seconds of each task; the tasks take turns, so all see the same machine."""
-    times = [[] for _ in tasks]
-    for _ in range(REPEATS):
-        for task, taken in zip(tasks, times, strict=True):
-            start = time.perf_counter()
-            task()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+class Bench:
+    """Tasks on a cache of one width, and on matrices of the same rows."""
+
+    def __init__(self, folder: Path, width: int) -> None:
+        self.folder = folder / str(width)
+        rng = np.random.default_rng(0)
+        self.matrix = rng.standard_normal((ROWS, width)).astype(np.float32)
+        self.keys = [np.random.default_rng(i).bytes(32) for i in range(ROWS)]
+        self.shuffled = [self.keys[i] for i in rng.permutation(ROWS)]
+        self.cache = FeatureCache(self.folder / "cache")
+        self.memory = FeatureCache()
+        for cache in self.cache, self.memory:
+            fill(cache, self.keys, self.matrix)
+        np.testing.assert_array_equal(self.cache.get_many(CONTEXT, self.keys)[1], self.matrix)
+        np.save(self.folder / "matrix.npy", self.matrix)
+        get = functools.partial(self.cache.get_many, CONTEXT)
+        self.tasks: dict[str, Callable[[], object]] = {
+            "get_many, all": lambda: get(self.keys),
+            "get_many, all, shuffled": lambda: get(self.shuffled),
+            "get_many, 1000 in a row": lambda: get(self.keys[1000:2000]),
+            "get_many, 1000 at random": lambda: get(self.shuffled[:1000]),
+            "get_many, 32 at random, 30 times": lambda: [
+                get(self.shuffled[i : i + 32]) for i in range(0, 960, 32)
+            ],
+            "get_many, all, marked as used": lambda: FeatureCache(
+                self.cache.path, max_bytes=2**40
+            ).get_many(CONTEXT, self.keys),
+            "put_many, 1000, 32 at a time": self.put,
+            "get_many from memory, all": lambda: self.memory.get_many(CONTEXT, self.keys),
+            "np.load, all": lambda: np.load(self.folder / "matrix.npy"),
+        }
+
+    def put(self) -> None:
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            fill(FeatureCache(folder), self.keys[:1000], self.matrix)
+
+    def measure(self, name: str) -> float:
+        start = time.perf_counter()
+        self.tasks[name]()
+        return time.perf_counter() - start
+
+    def bytes_per_row(self) -> float:
+        self.cache._store.close()
+        files = [path for path in Path(self.cache.path).rglob("*") if path.is_file()]
+        return sum(path.stat().st_size for path in files) / ROWS
 
 
-def fill(cache: FeatureCache, matrix: np.ndarray) -> tuple[list[bytes], float]:
-    """Store the matrix in batches; return the keys of its rows and the seconds it took."""
-    keys = [np.random.default_rng(i).bytes(32) for i in range(len(matrix))]
-    start = time.perf_counter()
-    for i in range(0, len(matrix), BATCH):
-        cache.put_many(keys[i : i + BATCH], {b"context": matrix[i : i + BATCH]})
-    return keys, time.perf_counter() - start
+def fill(cache: FeatureCache, keys: list[bytes], matrix: np.ndarray) -> None:
+    for i in range(0, len(keys), 32):
+        cache.put_many(keys[i : i + 32], {CONTEXT: matrix[i : i + 32][: len(keys) - i]})
 
 
-def compare_with_load(folder: Path, n_rows: int = 5_000, width: int = 4_096) -> None:
-    matrix = np.random.default_rng(0).standard_normal((n_rows, width)).astype(np.float32)
-    np.save(folder / "matrix.npy", matrix)
-    on_disk, in_memory = FeatureCache(folder / "cache"), FeatureCache()
-    keys, filled = fill(on_disk, matrix)
-    fill(in_memory, matrix)
-    shuffled = [keys[i] for i in np.random.default_rng(1).permutation(n_rows)]
-    load, disk, mixed, memory = measure(
-        lambda: np.load(folder / "matrix.npy"),
-        lambda: on_disk.get_many(b"context", keys),
-        lambda: on_disk.get_many(b"context", shuffled),
-        lambda: in_memory.get_many(b"context", keys),
-    )
-    np.testing.assert_array_equal(on_disk.get_many(b"context", keys)[1], matrix)
-    print(f"{n_rows} rows of {width} floats; np.load {load * 1e3:.1f} ms")
-    for name, seconds in [("disk", disk), ("disk, shuffled", mixed), ("memory", memory)]:
-        per_row = seconds / n_rows * 1e6
-        print(f"  get_many, {name:15} {seconds / load:4.1f} x np.load, {per_row:5.1f} us a row")
-    print(f"  put_many, disk            {filled / n_rows * 1e6:5.1f} us a row, {BATCH} at a time")
+def serve() -> None:
+    """Measure what is asked for on standard input, line by line."""
+    with tempfile.TemporaryDirectory() as folder:
+        for line in sys.stdin:
+            what, argument = line.rstrip("\n").split(": ")
+            if what == "width":
+                bench = Bench(Path(folder), int(argument))
+                print(";".join(bench.tasks), flush=True)
+            else:
+                print(bench.bytes_per_row() if what == "size" else bench.measure(argument))
+                sys.stdout.flush()
 
 
-def show_growth(folder: Path, width: int = 512) -> None:
-    print(f"rows of {width} floats, all read in one call")
-    for n_rows in 1_000, 10_000, 50_000:
-        cache = FeatureCache(folder / f"cache-{n_rows}")
-        matrix = np.random.default_rng(0).standard_normal((n_rows, width)).astype(np.float32)
-        keys, filled = fill(cache, matrix)
-        (read,) = measure(lambda cache=cache, keys=keys: cache.get_many(b"context", keys))
-        print(
-            f"  {n_rows:6} rows: get_many {read / n_rows * 1e6:5.1f} us a row,"
-            f" put_many {filled / n_rows * 1e6:5.1f} us a row"
+class Checkout:
+    """A process that measures with the deepfeat of one checkout."""
+
+    def __init__(self, path: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(path)}
+        command = [sys.executable, __file__, "--serve"]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+
+    def ask(self, what: str, argument: object) -> str:
+        print(f"{what}: {argument}", file=self.process.stdin, flush=True)
+        return self.process.stdout.readline().rstrip("\n")
+
+
+def main() -> None:
+    checkouts = [Checkout(path) for path in (Path(__file__).parents[2], *map(Path, sys.argv[1:]))]
+    for width in WIDTHS:
+        names = [checkout.ask("width", width) for checkout in checkouts].pop().split(";")
+        print(f"{ROWS} rows of {width} floats, {4 * width} bytes each")
+        for name in names:
+            times = [[float(one.ask("time", name)) for one in checkouts] for _ in range(REPEATS)]
+            report(name, 1e3 * np.array(times), "ms")
+        sizes = [float(one.ask("size", "")) / width / 4 for one in checkouts]
+        report("bytes on disk, of those of the values", np.array([sizes]), "")
+    for checkout in checkouts:
+        checkout.process.communicate()
+
+
+def report(name: str, values: np.ndarray, unit: str) -> None:
+    """Print the median of this checkout, and of its ratios to the other one."""
+    words = f"  {name:38} {np.median(values[:, 0]):8.3f} {unit}"
+    for other in values.T[1:]:
+        ratios = values[:, 0] / other
+        words += f", {statistics.median(ratios):5.2f} x the other"
+        if len(ratios) > 1:
+            words += f" ({ratios.min():.2f} to {ratios.max():.2f})"
+    print(words, flush=True)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        compare_with_load(Path(folder))
-        show_growth(Path(folder))
+    serve() if sys.argv[1:] == ["--serve"] else main()

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ._backbones import Backbone, Weights, find_backbone
+from ._decoding import unwrap_tensor
 from ._engine import Precision, Workers, find_device, run_in_batches
-from ._images import ImageError, Record, as_records, is_tabular, unwrap_tensor
+from ._images import ImageError, Record, as_records, is_tabular
 from ._parameters import Counts, check_choices, check_counts
 from ._preprocessing import Resize
 

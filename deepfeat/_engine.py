@@ -2,6 +2,7 @@
 
 import math
 import os
+import traceback
 import warnings
 import weakref
 from collections import deque
@@ -192,6 +193,9 @@ def _prepare_batches(
     for sample, result in map_in_threads(prepare, samples, num_workers, ahead=2 * batch_size):
         if isinstance(result, Exception):
             failures.append((sample, result))
+            if len(failures) == batch_size:  # however many there are, few are held
+                yield [], [], failures
+                failures = []
             continue
         good.append(sample)
         tensors.append(result)
@@ -210,12 +214,24 @@ def _count_workers() -> int:
 
 
 def attempt(function: Callable[[T], R], sample: T) -> R | Exception:
+    """Call a function; what it raises is its result, and holds nothing that the function held."""
     try:
         return function(sample)
-    except MemoryError:
-        raise  # no fault of the sample
     except Exception as error:
+        _clear_frames(error)
         return error
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Keep the lines in which an error and its causes were raised, and not the variables there."""
+    pending = [error]
+    seen: list[BaseException] = []
+    while pending:
+        cause = pending.pop()
+        if cause not in seen:
+            seen.append(cause)
+            traceback.clear_frames(cause.__traceback__)
+            pending += filter(None, (cause.__cause__, cause.__context__))
 
 
 def stack(samples: list[T], tensors: list[Tensor]) -> Tensor:

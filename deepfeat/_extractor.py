@@ -3,7 +3,7 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ._backbones import Backbone, Weights, find_backbone
 from ._cache import FeatureCache
-from ._engine import Batch, Pooling, Precision, Workers, count_features
+from ._engine import Batch, Pooling, Precision, Workers, attempt, count_features
 from ._features import MEMORY, Reading, read_rows
 from ._fingerprint import UnknownContentError
 from ._images import ImageError, Record
@@ -137,7 +137,9 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     Attributes
     ----------
     errors_ : dict of int to str
-        Of the last `transform`: place in X and reason of each image that could not be read.
+        Index in X and reason of each image that could not be read, of the last call of `transform`
+        or `precompute` that came to its end. Threads that share an extractor each set it anew, and
+        to the errors of their own call alone.
     n_features_in_ : int
         Number of columns of X, where X was a table.
     feature_names_in_ : ndarray of str
@@ -150,9 +152,10 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
 
     Notes
     -----
-    X may be a list or an array of paths, PIL images, encoded bytes, arrays or tensors of any
-    sizes; a Series or one-column DataFrame of these; one array or tensor of shape (n, H, W),
-    (n, H, W, C) or (n, C, H, W); or a table, with `image_shape`. Integers are read on the scale
+    X may be a list or an array of paths, PIL images, encoded bytes, binary files, arrays or tensors
+    of any sizes; a Series or one-column DataFrame of these; a data set that has a length and gives
+    images by index; one array or tensor of shape (n, H, W), (n, H, W, C) or (n, C, H, W); or a
+    table, with `image_shape`. Integers are read on the scale
     from 0 to the maximum of their type and floats from 0 to 1, whatever the values. Grey becomes
     three equal channels, and transparency is laid on white.
 
@@ -272,16 +275,17 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         sections = self._find_sections(index)
         records = self._find_records(X, reset=False)
         features = np.full((len(records), sections[-1].columns.stop), np.nan, dtype=np.float32)
-        self.errors_ = {}
+        errors: dict[int, str] = {}
         reading = self._plan(backbone, index, [section.layer for section in sections])
         for batch in self._read(reading, records):
+            errors |= self._find_reasons(batch.failures)
             places = [record.index for record in batch.samples]
             for section in sections:
                 if places:
                     rows = self._scale(batch.rows[section.layer.name])
                     features[places, section.columns] = rows
-            self._note_non_finite(batch.samples, features)
-        self._warn_of_errors(len(records), stacklevel=4)  # past scikit-learn's wrapper
+            errors |= self._find_reasons(self._blank_non_finite(batch.samples, features))
+        self._set_errors(errors, records, stacklevel=4)  # past scikit-learn's wrapper
         return features
 
     def preview(self, X: Any) -> list[Image.Image]:
@@ -315,7 +319,13 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         """
         prepare = self._find_backbone().preprocessing.prepare
         records = self._find_records(X, reset=False)
-        return [as_picture(prepare(record.open())) for record in records]
+        pictures = []
+        for record in records:
+            prepared = attempt(lambda record: prepare(record.open()), record)
+            if isinstance(prepared, Exception):
+                raise record.error(prepared)
+            pictures.append(as_picture(prepared))
+        return pictures
 
     def precompute(
         self,
@@ -363,10 +373,10 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         if layers is None:
             reading = replace(reading, layers=reading.layers + reading.prefetched)
         records = self._find_records(X, reset=False)[shard[0] :: shard[1]]
-        self.errors_ = {}
-        for _ in self._read(reading, records):
-            pass
-        self._warn_of_errors(len(records), stacklevel=3)
+        errors: dict[int, str] = {}
+        for batch in self._read(reading, records):
+            errors |= self._find_reasons(batch.failures)
+        self._set_errors(errors, records, stacklevel=3)
         return self
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
@@ -464,13 +474,11 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         return True
 
     def _read(self, reading: Reading, records: list[Record]) -> Iterator[Batch[Record]]:
-        """Read the rows of records, with a progress bar, and see to those that failed."""
+        """Read the rows of records, with a progress bar."""
         with tqdm(
             total=len(records), desc=reading.backbone.name, unit="image", disable=not self.verbose
         ) as bar:
             for batch in read_rows(reading, records, self._find_cache()):
-                for record, error in batch.failures:
-                    self._note(record, error)
                 yield batch
                 bar.update(len(batch.samples) + len(batch.failures))
 
@@ -493,12 +501,23 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
                 f"{error}."
             ) from error
 
-    def _warn_of_errors(self, count: int, stacklevel: int) -> None:
-        self.errors_ = dict(sorted(self.errors_.items()))
-        if self.errors_ and self.on_error == "warn":
+    def _find_reasons(self, failures: Iterable[tuple[Record, Exception]]) -> dict[int, str]:
+        """Return what `errors_` tells of images, unless their errors are to be raised."""
+        reasons = {}
+        for record, error in failures:
+            named = record.error(error)
+            if self.on_error == "raise":
+                raise named
+            reasons[record.index] = named.reason
+        return reasons
+
+    def _set_errors(self, errors: dict[int, str], records: list[Record], stacklevel: int) -> None:
+        self.errors_ = dict(sorted(errors.items()))
+        if errors and self.on_error == "warn":
+            first = next(record for record in records if record.index in errors)
             warnings.warn(
-                f"{len(self.errors_)} of {count} images could not be read; their rows are NaN "
-                f"and errors_ tells why. The first: {next(iter(self.errors_.values()))}",
+                f"{len(errors)} of {len(records)} images could not be read; their rows are NaN "
+                f"and errors_ tells why. The first: {first}: {errors[first.index]}",
                 UserWarning,
                 stacklevel=stacklevel,
             )
@@ -510,22 +529,19 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             rows[finite] = normalize(rows[finite].astype(np.float64), norm=self.norm, copy=False)
         return rows
 
-    def _note(self, record: Record, error: Exception) -> None:
-        """Raise the error of an image, or keep its reason."""
-        named = record.error(error)
-        if self.on_error == "raise":
-            raise named
-        self.errors_[record.index] = str(named)
-
-    def _note_non_finite(self, records: list[Record], features: NDArray[np.float32]) -> None:
-        """Find fault with images for which the network gave NaN or infinity."""
+    def _blank_non_finite(
+        self, records: list[Record], features: NDArray[np.float32]
+    ) -> list[tuple[Record, Exception]]:
+        """Blank the rows of images for which the network gave NaN or infinity, and return these."""
+        failures: list[tuple[Record, Exception]] = []
         places = [record.index for record in records]
         broken = ~np.isfinite(features[places]).all(axis=1)
         for place in np.flatnonzero(broken):
             hint = "; float16 ends at 65,504: try bfloat16" * (self.precision == "float16")
             reason = f"the network gave NaN or infinity at layer {self.layer!r}{hint}"
             features[records[place].index] = np.nan
-            self._note(records[place], ImageError(str(records[place]), reason))
+            failures.append((records[place], ImageError(str(records[place]), reason)))
+        return failures
 
     def _check_parameters(self) -> None:
         params = self.get_params(deep=False)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ._backbones import Backbone
 from ._cache import FeatureCache, FileStat
+from ._decoding import decoding_settings
 from ._engine import (
     Batch,
     Pooling,
@@ -143,7 +144,9 @@ class _Passes:
         # Pillow 11.1 to 13.0 change 0.6 % of the pixels of JPEGs by one grey level, and devices and
         # releases of torch round in other ways too. A cache of weeks of work shall survive an
         # upgrade of these, and a machine with another GPU; a change beyond rounding raises _SCHEMA.
-        key = functools.partial(_digest, _SCHEMA, fingerprint, reading.precision)
+        key = functools.partial(
+            _digest, _SCHEMA, fingerprint, reading.precision, decoding_settings()
+        )
         self.contexts = {
             # Pooling leaves vectors as they are.
             output.path: key(output.path, reading.pooling * (len(output.output_shape) > 1))
@@ -308,7 +311,9 @@ def _group_equal(
     failures: list[tuple[Record, Exception]] = []
     for record, result in map_in_threads(Record.digest, unknown, num_workers, ahead=64):
         if isinstance(result, Exception):
-            failures.append((record, result))
+            # Only the first can be raised: of all others, however many, the words will do.
+            words = ImageError(str(record), record.error(result).reason)
+            failures.append((record, words if failures else result))
         else:
             digests[record] = result
     fresh = [record for record in unknown if record in digests and record in stats]
@@ -326,7 +331,11 @@ def _group_equal(
 
 def _for_record(record: Record, error: Exception) -> Exception:
     """Word the error of an image for another place in X that holds the same image."""
-    return ImageError(str(record), error.args[1]) if isinstance(error, ImageError) else error
+    if not isinstance(error, ImageError):
+        return error
+    other = ImageError(str(record), error.reason)
+    other.__cause__ = error.__cause__
+    return other
 
 
 def _digest(*parts: object) -> bytes:

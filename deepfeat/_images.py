@@ -1,30 +1,34 @@
-"""Knows how any X becomes a list of records, and how a record opens as an upright RGB image."""
+"""The records of X: how any X becomes records, one per image, which open as upright RGB images."""
 
-import hashlib
-import io
+import contextlib
 import math
 import numbers
 import os
 import threading
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, TiffImageFile
+from PIL import Image
 
-Pixels: TypeAlias = NDArray[Any]
-Source: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | Pixels
+from ._decoding import (
+    CHANNELS,
+    DataSetItem,
+    Pixels,
+    channels_to_end,
+    describe,
+    digest_image,
+    explain,
+    is_url,
+    open_image,
+    unwrap_tensor,
+)
+
 ImageShape: TypeAlias = tuple[int, ...] | None
+T = TypeVar("T")
 
-_CHANNELS = (1, 2, 3, 4)  # grey, grey + alpha, RGB, RGBA
-_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _SINGLE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
-_loading = threading.Lock()
 
 
 class ImageError(ValueError):
@@ -32,6 +36,10 @@ class ImageError(ValueError):
 
     def __str__(self) -> str:
         return ": ".join(map(str, self.args))
+
+    @property
+    def reason(self) -> str:
+        return str(self.args[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +50,10 @@ class Record:
     source: Any
     channels_last: bool = False
     of: str = "X"  # what it was given as
+    is_row: bool = False  # of a table
 
     def __str__(self) -> str:
-        return f"{self.of}[{self.index}] ({_describe(self.source)})"
+        return f"{self.of}[{self.index}] ({describe(self.source)})"
 
     def open(self) -> Image.Image:
         """Return the upright RGB image.
@@ -54,20 +63,7 @@ class Record:
         ImageError
             If it cannot be read, naming the index, the path or kind, and the reason.
         """
-        try:
-            return open_image(self.source, self.channels_last)
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise ImageError(str(self), _reason(error, self.source)) from error
-
-    def error(self, cause: Exception) -> ImageError:
-        """Return an error that names this image, where whatever was done to it raised `cause`."""
-        if isinstance(cause, ImageError):
-            return cause
-        error = ImageError(str(self), f"{type(cause).__name__}: {cause}")
-        error.__cause__ = cause
-        return error
+        return self._try(lambda: open_image(self.source, self.channels_last, self.is_row))
 
     def digest(self) -> bytes:
         """Digest what the image is opened from: equal digests, equal pixels.
@@ -75,17 +71,18 @@ class Record:
         Raises
         ------
         ImageError
-            If a file cannot be read.
+            If it cannot be read that far.
         """
-        digest = hashlib.blake2b(b"%d" % self.channels_last, digest_size=32)
-        try:
-            for part in _content(self.source):
-                digest.update(part)
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise ImageError(str(self), _reason(error, self.source)) from error
-        return digest.digest()
+        return self._try(lambda: digest_image(self.source, self.channels_last, self.is_row))
+
+    def error(self, cause: Exception) -> ImageError:
+        """Return an error that names this image, where whatever was done to it raised `cause`."""
+        if isinstance(cause, ImageError):
+            return cause
+        reason = ": ".join(filter(None, (type(cause).__name__, str(cause))))
+        error = ImageError(str(self), reason)
+        error.__cause__ = cause
+        return error
 
     def stat(self) -> tuple[str, int, int, int, int, int] | None:
         """Return path, size, mtime_ns, ctime_ns, inode and device of a file; None for others."""
@@ -93,22 +90,29 @@ class Record:
             return None
         try:
             status = os.stat(self.source)
-        except OSError:
+        except (OSError, ValueError):  # no file, or no name that a file can have
             return None
         times = status.st_mtime_ns, status.st_ctime_ns
         path = os.path.abspath(os.fspath(self.source))
         return path, status.st_size, *times, status.st_ino, status.st_dev
 
+    def _try(self, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except Exception as error:
+            raise ImageError(str(self), explain(error, self.source)) from error
+
 
 def as_records(X: Any, image_shape: ImageShape = None, of: str = "X") -> list[Record]:
-    """Take any X apart into one record an image, without reading a pixel.
+    """Take any X apart into one record per image, without reading a pixel.
 
     Parameters
     ----------
     X : sequence of images, or an array of them
-        Paths, PIL images, arrays, tensors or encoded bytes, in a list, a tuple, an object array,
-        a Series or a one-column DataFrame; or one array or tensor of shape (n, H, W),
-        (n, H, W, C) or (n, C, H, W); or, with `image_shape`, rows of shape (n, H * W * C).
+        Paths, PIL images, arrays, tensors, encoded bytes or binary files, in a list, a tuple, an
+        object array, a Series or a one-column DataFrame; a data set of images with a length; or
+        one array or tensor of shape (n, H, W), (n, H, W, C) or (n, C, H, W); or, with
+        `image_shape`, rows of shape (n, H * W * C).
     image_shape : tuple of int, optional
         (H, W) or (H, W, C) of a flattened row; one entry may be -1.
     of : str, default="X"
@@ -118,9 +122,12 @@ def as_records(X: Any, image_shape: ImageShape = None, of: str = "X") -> list[Re
     if not len(X):
         raise ValueError("X is empty: at least one image is needed.")
     if isinstance(X, np.ndarray):
-        images = _split_array(X, image_shape)
-        return [Record(index, image, True, of) for index, image in enumerate(images)]
-    return [Record(index, _as_source(item), of=of) for index, item in enumerate(X)]
+        images, is_row = _split_array(X, image_shape), X.ndim == 2
+        return [Record(index, image, True, of, is_row) for index, image in enumerate(images)]
+    if isinstance(X, (list, tuple)):
+        return [_as_record(index, item, image_shape, of) for index, item in enumerate(X)]
+    lock = threading.Lock()
+    return [Record(index, DataSetItem(X, index, lock), of=of) for index in range(len(X))]
 
 
 def is_tabular(X: Any) -> bool:
@@ -128,93 +135,37 @@ def is_tabular(X: Any) -> bool:
     if hasattr(X, "columns") and hasattr(X, "dtypes"):  # a pandas or polars DataFrame
         return X.shape[1] != 1 or X.to_numpy().dtype.kind in "biuf"
     if isinstance(X, (list, tuple)):
-        return len(X) > 0 and not _is_image(X[0])
+        return _holds_rows(X)
     if hasattr(X, "__array__") and not hasattr(X, "ndim"):
         X = np.asarray(X)
     kind = getattr(getattr(X, "dtype", None), "kind", "")
     if kind == "O":
-        return X.ndim == 2 and not (X.size and _is_image(X.ravel()[0]))
+        return X.ndim == 2 and (X.shape[1] != 1 or _holds_rows(X.ravel().tolist()))
     # A single dimension of numbers is a table gone wrong.
     return kind not in ("U", "S", "T") and getattr(X, "ndim", 0) in ((1, 2) if kind else (2,))
-
-
-def unwrap_tensor(X: Any) -> Any:
-    """Return a torch tensor as an array, and anything else as it is."""
-    if not hasattr(X, "requires_grad"):  # `detach` would take a file object for one
-        return X
-    tensor = X.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":  # numpy has no such type
-        tensor = tensor.float()
-    return tensor.numpy()
-
-
-def open_image(source: Source, channels_last: bool = False) -> Image.Image:
-    """Open a path, encoded bytes, a PIL image or an array as upright 8-bit RGB.
-
-    An array is (H, W), (H, W, C) or (C, H, W); with `channels_last` it is not the last.
-
-    Alpha is composited on white, grey is copied to the three channels, the first frame of an
-    animation is taken and the EXIF orientation is applied. Floats are read on the scale [0, 1],
-    integers on [0, the maximum of their dtype].
-    """
-    if isinstance(source, np.ndarray):
-        return _from_array(source, channels_last)
-    if isinstance(source, Image.Image):
-        _load(source)
-        return _to_rgb(ImageOps.exif_transpose(source), _stored_dtype(source))
-    _check_encoded(source)
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image, _stored_dtype(image))
-
-
-def _content(source: Any) -> Iterator[bytes]:
-    """Yield all that decides on the pixels of a source."""
-    if isinstance(source, np.ndarray):
-        yield f"array {source.shape} {source.dtype.str}".encode()
-        yield source.tobytes()
-    elif isinstance(source, Image.Image):
-        _load(source)
-        orientation = source.getexif().get(ExifTags.Base.Orientation)
-        transparency = source.info.get("transparency")
-        palette = source.getpalette("RGBA") if source.palette else None
-        dtype = _stored_dtype(source)
-        told = (source.mode, source.size, dtype, orientation, transparency, palette)
-        yield f"image {told}".encode()
-        yield source.tobytes()
-    else:
-        _check_encoded(source)
-        yield b"encoded"
-        yield source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
 # X, taken apart ---------------------------------------------------------------------------------
 
 
 def _unwrap_columns(X: Any) -> Any:
-    """Refuse a single image; turn tensors, Series and one-column tables into arrays or lists."""
-    if isinstance(X, _SINGLE):
-        is_folder = isinstance(X, (str, os.PathLike)) and os.path.isdir(X)
-        raise ValueError(
-            f"X is a single {_describe(X)}; a sequence of images is expected: pass "
-            + ('sorted(pathlib.Path(X).rglob("*.jpg")).' if is_folder else "[X].")
-        )
+    """Refuse what holds no images; turn tensors, Series and one-column tables into arrays."""
+    _check_container(X)
     X = unwrap_tensor(X)
     if hasattr(X, "columns") and hasattr(X, "dtypes"):  # a pandas or polars DataFrame
         X = X.to_numpy()
     if hasattr(X, "to_numpy"):  # a Series
         X = X.to_numpy()
-    if not isinstance(X, (np.ndarray, Sequence)):
-        if not hasattr(X, "__array__"):
-            raise ValueError(
-                f"X is of type {type(X).__name__}; a sequence of images with a length is expected"
-                + (": pass list(X)." if isinstance(X, Iterable) else ".")
-            )
+    if not isinstance(X, (np.ndarray, Sequence)) and hasattr(X, "__array__"):
         X = np.asarray(X)
     if not isinstance(X, np.ndarray):
         return X
-    is_numeric = X.dtype.kind not in "OSTU"
+    if X.dtype.kind == "S":
+        raise ValueError(
+            f"X of dtype {X.dtype} has lost the zero bytes in which an encoded image may end: "
+            "pass a list of bytes, or an array with dtype=object."
+        )
+    is_numeric = X.dtype.kind not in "OTU"
     if X.ndim == 0 or not (is_numeric or X.size == len(X)):
         raise ValueError(
             f"X of shape {X.shape} and dtype {X.dtype} is no sequence of images: "
@@ -222,6 +173,33 @@ def _unwrap_columns(X: Any) -> Any:
         )
     # A memory map is taken apart ten times as fast as the plain array that it is.
     return np.asarray(X) if is_numeric else X.ravel().tolist()
+
+
+def _check_container(X: Any) -> None:
+    """Raise if X is one image, or nothing with a length that gives images by their index."""
+    if is_url(X):
+        raise ValueError(f"X is a URL: download {X!r}, and pass a list of paths.")
+    if isinstance(X, _SINGLE):
+        is_folder = isinstance(X, (str, os.PathLike)) and os.path.isdir(X)
+        raise ValueError(
+            f"X is a single {describe(X)}; a sequence of images is expected: pass "
+            + ('sorted(pathlib.Path(X).rglob("*.jpg")).' if is_folder else "[X].")
+        )
+    expected = f"X is of type {type(X).__name__}; a sequence of images with a length is expected"
+    if isinstance(X, Mapping):
+        keys = list(X)
+        likely = next((key for key in ("data", "images", "image") if key in keys), None)
+        if likely:
+            likely = f"X.{likely}" if hasattr(X, likely) else f"X[{likely!r}]"
+        raise ValueError(
+            f"{expected}: pass the entry of {keys} that holds the images"
+            + (f", {likely}." if likely else ".")
+        )
+    if hasattr(X, "__array__") or (hasattr(X, "__len__") and hasattr(X, "__getitem__")):
+        return
+    if hasattr(X, "dataset") and isinstance(X, Iterable):
+        raise ValueError(f"{expected}, and not batches of them: pass X.dataset, or the paths.")
+    raise ValueError(expected + (": pass list(X)." if isinstance(X, Iterable) else "."))
 
 
 def _split_array(X: Pixels, image_shape: ImageShape) -> Sequence[Pixels]:
@@ -236,7 +214,7 @@ def _split_array(X: Pixels, image_shape: ImageShape) -> Sequence[Pixels]:
             )
         return list(X)
     if X.ndim == 4:
-        return list(_channels_to_end(X, first_axis=1))
+        return list(channels_to_end(X, first_axis=1))
     raise ValueError(
         f"X of shape {X.shape} is no array of images: (n, H, W), (n, H, W, C) or (n, C, H, W) "
         "is expected, or (n, H * W * C) with image_shape=."
@@ -267,7 +245,7 @@ def _row_shape(X: Pixels, image_shape: ImageShape) -> tuple[int, ...]:
             f"a row has {X.shape[1]} values."
         )
     shape = tuple(side if side != -1 else inferred for side in sides)
-    if len(shape) == 3 and shape[-1] not in _CHANNELS:
+    if len(shape) == 3 and shape[-1] not in CHANNELS:
         raise ValueError(
             f"image_shape={image_shape} gives {shape[-1]} channels: 1, 2, 3 or 4 are expected, "
             "as the last of (H, W, C)."
@@ -275,182 +253,29 @@ def _row_shape(X: Pixels, image_shape: ImageShape) -> tuple[int, ...]:
     return shape
 
 
-def _as_source(item: Any) -> Any:
-    """Turn what a sequence holds into something that `open_image` takes, where that is cheap."""
-    item = unwrap_tensor(item)
-    if isinstance(item, (bytearray, memoryview)):
-        return bytes(item)
-    return np.asarray(item) if isinstance(item, (list, tuple)) else item
+def _as_record(index: int, item: Any, image_shape: ImageShape, of: str) -> Record:
+    """Make a record of what a list holds; a row that fits is brought to its shape."""
+    if image_shape is not None and _count_values(item):
+        with contextlib.suppress(Exception):  # an error of its own, once it is opened
+            row = np.asarray(unwrap_tensor(item))
+            image = row.reshape(_row_shape(row[None], image_shape))
+            return Record(index, image, True, of, is_row=True)
+    return Record(index, item, of=of)
 
 
-def _channels_to_end(array: Pixels, first_axis: int) -> Pixels:
-    """Move the channels of (..., H, W, C) or (..., C, H, W) to the end."""
-    first, last = array.shape[first_axis] in _CHANNELS, array.shape[-1] in _CHANNELS
-    if first and last:
-        raise ValueError(
-            f"shape {array.shape} can be read as channels first and as channels last: "
-            "pass PIL images, or flattened rows with image_shape=(H, W, C)."
-        )
-    if not first and not last:
-        raise ValueError(
-            f"shape {array.shape} has no axis of 1, 2, 3 or 4 channels, "
-            "neither first nor last in an image."
-        )
-    return array if last else np.moveaxis(array, first_axis, -1)
+def _holds_rows(items: Sequence[Any]) -> bool:
+    """Tell whether all items are numbers, or rows of as many: one image makes them images."""
+    lengths = {_count_values(items[0])} if items else {None}
+    return None not in lengths and all(_count_values(item) in lengths for item in items)
 
 
-def _is_image(item: Any) -> bool:
-    """Tell whether an item of X is an image, or should be one, rather than a row or a number."""
-    return isinstance(item, _SINGLE) or item is None or np.ndim(item) >= 2
-
-
-# One image, opened ------------------------------------------------------------------------------
-
-
-def _check_encoded(source: Any) -> None:
-    if not isinstance(source, (str, bytes, os.PathLike)):
-        raise TypeError(
-            "expected a path, a PIL image, an array, a tensor or encoded bytes, "
-            f"got {type(source).__name__}"
-        )
-
-
-def _load(image: Image.Image) -> None:
-    """Load what Pillow has put off, in one thread at a time."""
-    with _loading:
-        tile = getattr(image, "tile", None)
-        try:
-            image.load()
-        except Exception:
-            # Else Pillow takes it for loaded, and the next attempt gets what was decoded so far.
-            image.tile = tile  # type: ignore[attr-defined]
-            raise
-        image.getexif()  # put off as well, and seen half done by other threads
-
-
-def _to_rgb(image: Image.Image, stored_dtype: np.dtype[Any] | None = None) -> Image.Image:
-    if image.mode in _DEEP_MODES:
-        return _from_array(_deep_pixels(image, stored_dtype))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _deep_pixels(image: Image.Image, stored_dtype: np.dtype[Any] | None) -> Pixels:
-    pixels = np.asarray(image)
-    if stored_dtype is not None:
-        pixels = pixels.astype(stored_dtype)
-    if image.mode == "I;16" and "transparency" in image.info:  # one grey that is transparent
-        pixels = np.where(pixels == image.info["transparency"], 65535, pixels).astype(np.uint16)
-    return pixels
-
-
-def _stored_dtype(image: Image.Image) -> np.dtype[Any] | None:
-    """Tell what a file holds that Pillow reads into signed 32 bits; its scale is the file's."""
-    if image.mode == "I" and image.format in ("PNG", "PPM"):
-        return np.dtype(np.uint16)
-    if image.mode == "I" and isinstance(image, TiffImageFile):
-        bits, kind = image.tag_v2[BITSPERSAMPLE][0], image.tag_v2.get(SAMPLEFORMAT, (1,))[0]
-        return np.dtype(f"{'ui'[kind - 1]}{bits // 8}")
+def _count_values(item: Any) -> int | None:
+    """Count the values of a row, 0 for a number; None if it is, or should be, something else."""
+    if isinstance(item, (list, tuple)):
+        is_row = all(isinstance(value, numbers.Number) for value in item)
+        return len(item) or None if is_row else None
+    if isinstance(item, numbers.Number):
+        return 0 if item == item else None  # NaN stands for something that is missing
+    if getattr(item, "ndim", None) == 1 and hasattr(item, "dtype"):
+        return len(item) or None
     return None
-
-
-def _from_array(array: Pixels, channels_last: bool = False) -> Image.Image:
-    if array.ndim not in (2, 3):
-        raise ValueError(f"an array of shape {array.shape} is no image: (H, W) or (H, W, C)")
-    if 0 in array.shape:
-        raise ValueError(f"an array of shape {array.shape} has no pixels")
-    if array.ndim == 3 and not channels_last:
-        array = _channels_to_end(array, first_axis=0)
-    pixels = np.ascontiguousarray(_to_uint8(array))
-    if pixels.ndim == 3 and pixels.shape[-1] == 1:
-        pixels = pixels[..., 0]
-    return _to_rgb(Image.fromarray(pixels))
-
-
-def _to_uint8(array: Pixels) -> NDArray[np.uint8]:
-    """Map [0, 1] for floats, and [0, maximum of the dtype] for integers, to [0, 255]."""
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == bool:
-        return np.where(array, 255, 0).astype(np.uint8)
-    if array.dtype.kind == "f":
-        return _scale(array, _check_float_scale(array))
-    if array.dtype.kind in "iu":
-        return _scale(array, _check_integer_scale(array))
-    raise TypeError(f"an array of {array.dtype} is no image: floats, integers or booleans")
-
-
-def _check_float_scale(array: Pixels) -> int:
-    if not np.isfinite(array).all():
-        raise ValueError("the array contains NaN or infinity")
-    high = array.max()
-    # What lies outside is clipped, but these were surely meant for another scale.
-    if high > 127 or (high > 1 and (array == np.rint(array)).all()):
-        raise ValueError(
-            f"a float image is read on the scale [0, 1], but holds values up to {high:g}: divide "
-            "by the maximum of their scale, or cast (X.astype(np.uint8) for 0 to 255)"
-        )
-    return 1
-
-
-def _check_integer_scale(array: Pixels) -> int:
-    top = int(np.iinfo(array.dtype).max)
-    high = int(array.max())
-    if array.dtype.itemsize >= 4 and 0 < high * 255 < top / 2:
-        raise ValueError(
-            f"an image of {array.dtype} is read on the scale [0, {top}], but its values end at "
-            f"{high}, which is black: cast to the dtype of their scale "
-            "(X.astype(np.uint8) for 0 to 255)"
-        )
-    return top
-
-
-def _scale(array: Pixels, top: int) -> NDArray[np.uint8]:
-    scaled = array.astype("f8" if array.dtype.itemsize > 2 else "f4") * (255 / top)
-    if scaled.min() < 0 or scaled.max() > 255:
-        # No figures in the text: Python shows a repeated warning once.
-        warnings.warn(
-            "pixels outside the scale of their dtype ([0, 1] for floats) were clipped",
-            UserWarning,
-            stacklevel=2,
-        )
-        scaled = np.clip(scaled, 0, 255)
-    return np.asarray(np.rint(scaled), dtype=np.uint8)
-
-
-# Words for messages -----------------------------------------------------------------------------
-
-
-def _describe(source: Any) -> str:
-    if isinstance(source, (str, os.PathLike)):
-        return repr(str(os.fspath(source)))
-    if isinstance(source, bytes):
-        return f"{len(source)} encoded bytes"
-    if isinstance(source, Image.Image):
-        return f"{source.mode} PIL image"
-    if isinstance(source, np.ndarray):
-        return f"{source.dtype} array of shape {source.shape}"
-    return type(source).__name__
-
-
-def _reason(error: Exception, source: Any) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    if isinstance(error, IsADirectoryError):
-        return "this is a folder, not a file"
-    if isinstance(error, UnidentifiedImageError):
-        start = _first_bytes(source)
-        return f"not an image that Pillow can read; it starts with {start!r}" if start else "empty"
-    if isinstance(source, Image.Image) and isinstance(error, (AssertionError, AttributeError)):
-        return "its file is closed and was not read to the end"
-    return str(error) or type(error).__name__
-
-
-def _first_bytes(source: Any) -> bytes:
-    if isinstance(source, bytes):
-        return source[:8]
-    with open(source, "rb") as file:
-        return file.read(8)

@@ -7,7 +7,8 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import Tags
 from sklearn.utils.validation import validate_data
 
-from ._images import ImageShape, Record, as_records, is_tabular, unwrap_tensor
+from ._decoding import unwrap_tensor
+from ._images import ImageShape, Record, as_records, is_tabular
 
 
 def find_records(

@@ -48,7 +48,10 @@ def check_device(device: str | torch.device) -> None:
     try:
         torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r} is no device: {error}") from error
+        raise ValueError(
+            f"device={device!r}: 'auto' or a device of torch, such as 'cuda', 'cuda:1', 'mps' or "
+            "'cpu', is expected."
+        ) from error
 
 
 def _is_any(value: Any, others: tuple[str | None, ...]) -> bool:

@@ -1,6 +1,7 @@
 """Knows what is done to an image before it enters a network, by an image and by a batch."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -13,6 +14,9 @@ from torchvision.transforms import functional as F
 from torchvision.transforms._presets import ImageClassification
 
 Resize: TypeAlias = Literal["weights", "squash", "pad"]
+
+_THIN = 8  # times as long as wide: beyond, most of what is enlarged would be cut off
+_REACH = 4  # pixels: one more than the widest filter, Lanczos, looks to each side when enlarging
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,37 @@ def _normalize(batch: Tensor, mean: list[float], std: list[float]) -> Tensor:
 
 
 def _resize_and_crop(image: Image.Image, size: int, short_side: int, **how: Any) -> Image.Image:
+    short, long = sorted(image.size)
+    if short < short_side and long > _THIN * short:
+        resample = Image.Resampling[how["interpolation"].name]
+        return _enlarge_centre(image, size, short_side, resample)
     cropped: Image.Image = F.center_crop(F.resize(image, [short_side], **how), [size, size])
     return cropped
+
+
+def _enlarge_centre(
+    image: Image.Image, size: int, short_side: int, resample: Image.Resampling
+) -> Image.Image:
+    """Resize and crop to the same, but make nothing larger that is cut off afterwards."""
+    spans = [_find_centre(side, min(image.size), size, short_side) for side in image.size]
+    (left, right), (top, bottom) = spans
+    # Pixels that the filter of the outermost ones looks at.
+    columns, rows = (
+        (max(0, int(start) - _REACH), min(side, math.ceil(stop) + _REACH))
+        for (start, stop), side in zip(spans, image.size, strict=True)
+    )
+    centre = image.crop((columns[0], rows[0], columns[1], rows[1]))
+    # Rows first, as Pillow enlarges: it rounds and clips between the two.
+    box = left - columns[0], 0, right - columns[0], centre.height
+    wide = centre.resize((size, centre.height), resample, box)
+    return wide.resize((size, size), resample, (0, top - rows[0], size, bottom - rows[0]))
+
+
+def _find_centre(side: int, short: int, size: int, short_side: int) -> tuple[float, float]:
+    """Find what of a side is left of it by resizing and cropping."""
+    resized = int(short_side * side / short)
+    start = round((resized - size) / 2)
+    return start * side / resized, min((start + size) * side / resized, side)
 
 
 def _squash(image: Image.Image, size: int, **how: Any) -> Image.Image:

@@ -23,8 +23,8 @@ FLOORS = {
     2: {"_engine", "_freezing", "_inputs", "_labels", "_cache"},
     1: {"_images", "_backbones", "_heads", "_layers", "_store", "datasets"},
     0: {
-        *("_archive", "_bundled", "_files", "_fingerprint", "_optional", "_parameters"),
-        *("_claims", "_preprocessing", "_trace"),
+        *("_archive", "_bundled", "_claims", "_decoding", "_files", "_fingerprint", "_optional"),
+        *("_parameters", "_preprocessing", "_trace"),
     },
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
@@ -54,6 +54,7 @@ PUBLIC = {
 # What a room knows nothing of, as the packages that it would have to import.
 STRANGERS = {
     "_images": {"torch", "torchvision"},
+    "_decoding": {"torch", "torchvision"},
     "_cache": {"torch", "torchvision", "PIL"},
     "_claims": {"torch", "torchvision", "PIL"},
     "_store": {"torch", "torchvision", "PIL"},

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import threading
+import traceback
 import weakref
 from contextlib import closing
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
-from deepfeat._engine import count_features, find_device, pool, run_in_batches
+from deepfeat._engine import count_features, find_device, map_in_threads, pool, run_in_batches
 from deepfeat._layers import ResolvedLayer
 
 CPU = torch.device("cpu")
@@ -296,7 +297,7 @@ def test_a_failure_is_paired_with_its_sample(bad, num_workers):
     good = [number for number in range(10) if number not in bad]
     batches = list(run(range(10), prepare=prepare, batch_size=4, num_workers=num_workers))
     assert [number for batch in batches for number in batch.samples] == good
-    assert [len(batch.samples) for batch in batches[:-1]] == [4] * (len(batches) - 1)
+    assert [len(batch.samples) for batch in batches if batch.samples][:-1] == [4] * (len(good) // 4)
     assert_array_equal(rows_of(batches), twice(good))
     failures = [failure for batch in batches for failure in batch.failures]
     assert [(number, error.args) for number, error in failures] == [(n, (n,)) for n in sorted(bad)]
@@ -308,22 +309,67 @@ def test_samples_that_all_fail_run_nothing():
     def prepare(number):
         raise OSError(number)
 
-    (batch,) = run(range(9), pytest.fail, prepare, batch_size=4)
-    assert batch.samples == []
-    assert batch.rows == {}
-    assert [number for number, _ in batch.failures] == list(range(9))
+    batches = list(run(range(9), pytest.fail, prepare, batch_size=4))
+    assert [(batch.samples, batch.rows) for batch in batches] == [([], {})] * 3
+    failures = [failure for batch in batches for failure in batch.failures]
+    assert [number for number, _ in failures] == list(range(9))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_lack_of_memory_is_no_fault_of_a_sample(num_workers):
-    """It ends the run: a sample that could be read at another time is not written off."""
+def test_a_sample_that_memory_does_not_suffice_for_fails_alone(num_workers):
+    """One that is too large to be prepared does not end the run."""
 
     def prepare(number):
-        raise MemoryError
+        if number == 4:
+            raise MemoryError
+        return as_row(number)
 
-    with pytest.raises(MemoryError):
-        list(run(range(9), prepare=prepare, num_workers=num_workers))
-    assert threads_of_ours() == []
+    (batch,) = run(range(9), prepare=prepare, num_workers=num_workers)
+    ((number, error),) = batch.failures
+    assert (number, type(error)) == (4, MemoryError)
+    assert_array_equal(rows_of([batch]), twice([0, 1, 2, 3, 5, 6, 7, 8]))
+
+
+class Pixels:
+    """Something large, which a sample that is prepared holds for a while."""
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_failures_hold_nothing_that_was_in_use_when_they_happened(num_workers):
+    """Their traceback tells the lines, and lets go of the variables there, also of its causes."""
+    in_use = weakref.WeakSet()
+
+    def decode(pixels):
+        inner = Pixels()
+        in_use.add(inner)
+        raise OSError(f"planted for {type(pixels).__name__}")
+
+    def prepare(number):
+        pixels = Pixels()
+        in_use.add(pixels)
+        try:
+            decode(pixels)
+        except OSError as error:
+            raise KeyError(number) from error
+
+    results = list(map_in_threads(prepare, range(20), num_workers, ahead=64))
+    assert len(in_use) == 0
+    for number, error in results:
+        assert error.args == (number,)
+        lines = "".join(traceback.format_exception(error))
+        assert "decode(pixels)" in lines
+        assert "planted for Pixels" in lines
+
+
+def test_failures_are_handed_out_before_there_are_many():
+    """Of a million samples that fail, no more are held than make a batch."""
+
+    def prepare(number):
+        raise OSError(number)
+
+    with closing(run(itertools.count(), pytest.fail, prepare, batch_size=4)) as batches:
+        for batch in itertools.islice(batches, 5):
+            assert len(batch.failures) == 4
 
 
 def test_samples_of_two_shapes_make_no_batch():

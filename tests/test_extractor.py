@@ -1,7 +1,11 @@
 """Tests of extraction end to end: rows against a plain torchvision loop, and every way to fail."""
 
 import contextlib
+import io
 import pickle
+import threading
+import traceback
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import polars as pl
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
-from PIL import Image
+from PIL import Image, ImageFile
 from sklearn.base import clone
 from sklearn.preprocessing import normalize
 from torch import nn
@@ -358,9 +362,8 @@ def test_a_bad_image_leaves_nan_in_its_own_row(
         rows = extractor.fit_transform(X)
     assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
     assert set(extractor.errors_) == places
-    for place, reason in extractor.errors_.items():
-        assert f"X[{place}]" in reason
-        assert "bad.jpg" in reason
+    reason = "not an image that Pillow can read; it starts with b'no image'"
+    assert set(extractor.errors_.values()) == {reason}
 
 
 @pytest.mark.parametrize("place", [0, 2, 5])
@@ -401,20 +404,208 @@ BAD = {
     "array with NaN": lambda folder: np.full((4, 4), np.nan),
     "array without pixels": lambda folder: np.zeros((0, 4)),
     "None": lambda folder: None,
+    "missing value": lambda folder: np.nan,
     "number": lambda folder: 7,
+    "null byte": lambda folder: "a\0.jpg",
+    "lone surrogate": lambda folder: "\ud800.jpg",
+    "URL": lambda folder: "https://example.org/a.jpg",
+    "row": lambda folder: np.zeros(5),
+    "nothing": lambda folder: [],
+    "ragged": lambda folder: [[1, 2], [3]],
+    "image and label": lambda folder: (Image.new("RGB", (9, 9)), 3),
+    "array and label": lambda folder: [np.zeros((9, 9)), 3],
+    "path and label": lambda folder: ("a.jpg", 3),
+    "dict": lambda folder: {"image": Image.new("RGB", (9, 9)), "label": 3},
+    "masked array": lambda folder: np.ma.masked_less(np.zeros((4, 4)), 1),
+    "tensor without values": lambda folder: torch.empty(3, 9, 9, device="meta"),
+    "sparse tensor": lambda folder: torch.eye(9).to_sparse(),
+    "text file": lambda folder: io.StringIO("text"),
+    "closed file": lambda folder: closed(io.BytesIO(b"")),
 }
 
 
+def closed(file):
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize("place", [0, 2])
 @pytest.mark.parametrize("cache", [None, "memory"])
 @pytest.mark.parametrize("kind", BAD)
-def test_every_kind_of_bad_image_is_confined_to_its_row(scene_paths, tmp_path, kind, cache):
-    """Whatever comes in a list of images, the others are read."""
-    X = [scene_paths[0], BAD[kind](tmp_path), scene_paths[1]]
-    extractor = make(on_error="nan", cache=cache)
+def test_every_kind_of_bad_image_is_confined_to_its_row(scene_paths, tmp_path, kind, cache, place):
+    """Whatever comes in a list of images, first or last, the others are read."""
+    good = [scene_paths[0], np.asarray(Image.open(scene_paths[1]))]
+    X = [*good[:place], BAD[kind](tmp_path), *good[place:]]
+    extractor = make(on_error="nan", cache=cache).fit(X)
     rows = extractor.transform(X)
-    assert_allclose(rows[::2], extract(scene_paths[:2]), rtol=1e-5, atol=1e-7)
-    assert np.isnan(rows[1]).all()
-    assert list(extractor.errors_) == [1]
+    assert_allclose(np.delete(rows, place, 0), extract(good), rtol=1e-5, atol=1e-7)
+    assert np.isnan(rows[place]).all()
+    assert list(extractor.errors_) == [place]
+
+
+@pytest.mark.parametrize("kind", ["missing value", "None", "nothing", "image and label", "dict"])
+@pytest.mark.parametrize("container", [list, pd.Series])
+def test_an_x_of_nothing_but_bad_images_is_told_from_a_table(tmp_path, kind, container):
+    """Also where there is no good image that would tell."""
+    X = container([BAD[kind](tmp_path) for _ in range(2)])
+    if isinstance(X, pd.Series):
+        X = X.astype(object)
+    extractor = make(on_error="nan").fit(X)
+    assert np.isnan(extractor.transform(X)).all()
+    assert list(extractor.errors_) == [0, 1]
+
+
+def test_a_bad_row_of_a_list_is_confined_to_itself(pixels):
+    """A list of rows may miss one, or hold one that is too long."""
+    good = list(pixels.reshape(4, -1))
+    for bad in (None, np.nan, good[0][:-1], [], "a.jpg"):
+        extractor = make(on_error="nan", image_shape=(20, 24, 3))
+        rows = extractor.fit_transform([bad, *good])
+        assert_allclose(rows[1:], extract(list(pixels)), rtol=1e-5, atol=1e-7)
+        assert list(extractor.errors_) == [0]
+
+
+def test_images_that_fail_are_not_held():
+    """However many there are, no more of them are in memory than are worked on."""
+    opened = []
+    most = 0
+
+    def fail(image):
+        nonlocal most
+        if image.size == (256, 256):  # the grey image that the preprocessing is tried on
+            return TO_8_PIXELS(image)
+        opened.append(weakref.ref(image))
+        most = max(most, sum(reference() is not None for reference in opened))
+        raise ValueError("planted")
+
+    images = np.random.default_rng(0).integers(0, 256, (40, 9, 9, 3), dtype=np.uint8)
+    extractor = make(make_net(), "0", preprocessing=fail, on_error="nan", num_workers=0)
+    assert np.isnan(extractor.transform(images)).all()
+    assert most <= 2
+    assert set(extractor.errors_.values()) == {"ValueError: planted"}
+
+
+def test_an_image_that_is_too_large_for_memory_is_named(pixels):
+    """It is an error of that image, and a row of NaN, as any other."""
+
+    def prepare(image):
+        if image.size == (24, 1):
+            raise MemoryError
+        return TO_8_PIXELS(image)
+
+    X = [pixels[0], pixels[1][:1, :, 0], pixels[2]]
+    net = make_net()
+    with pytest.raises(ValueError, match=r"^X\[1\] \(uint8 array .*\): MemoryError$"):
+        extract(X, net, "0", preprocessing=prepare)
+    with pytest.raises(ValueError, match=r"^X\[1\] \(uint8 array .*\): MemoryError$"):
+        make(net, "0", preprocessing=prepare).preview(X)
+    extractor = make(net, "0", preprocessing=prepare, on_error="nan")
+    assert_array_equal(np.isnan(extractor.transform(X)).all(axis=1), [False, True, False])
+    assert extractor.errors_ == {1: "MemoryError"}
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_cause_of_an_error_is_kept_with_the_lines_where_it_was_raised(scene_paths, place):
+    """With or without a cache, and for any of several equal images."""
+
+    def fail(image):
+        if image.size == (256, 256):  # the grey image that the preprocessing is tried on
+            return TO_8_PIXELS(image)
+        raise KeyError("planted")
+
+    for cache in (None, FeatureCache()):
+        with pytest.raises(ValueError, match=r"^X\[0\] ") as caught:
+            extract(scene_paths[place:] * 2, make_net(), "2", preprocessing=fail, cache=cache)
+        assert isinstance(caught.value.__cause__, KeyError)
+        lines = "".join(traceback.format_exception(caught.value))
+        assert 'raise KeyError("planted")' in lines
+
+
+def test_errors_belong_to_one_call(scene_paths, bad_file):
+    """Two calls at once, of threads that share an extractor, do not mix theirs."""
+    together = threading.Barrier(2, timeout=20)
+
+    def prepare(image):
+        if image.size != (256, 256):  # the grey image that the preprocessing is tried on
+            together.wait()
+        return TO_8_PIXELS(image)
+
+    net = make_net()
+    extractor = make(net, "0", preprocessing=prepare, on_error="nan", batch_size=1)
+    calls = [bad_file, scene_paths[0]], [scene_paths[1], bad_file]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(extractor.transform, calls))
+    assert list(extractor.errors_) in ([0], [1])
+
+
+def test_a_call_that_raises_leaves_the_errors_of_the_last_one(scene_paths, bad_file):
+    """`errors_` is always that of a whole call."""
+    extractor = make(on_error="nan")
+    extractor.transform([bad_file, scene_paths[0]])
+    with pytest.raises(ValueError, match=r"X\[1\]"):
+        extractor.set_params(on_error="raise").transform([scene_paths[0], bad_file])
+    assert list(extractor.errors_) == [0]
+
+
+def test_whether_truncated_files_are_read_is_part_of_what_decides_on_a_row(
+    scene_paths, tmp_path, monkeypatch
+):
+    """A row of half an image is not served once Pillow is told to refuse it again."""
+    path = tmp_path / "half.png"
+    path.write_bytes(Path(scene_paths[0]).read_bytes()[:-3000])
+    for X in ([path], [path.read_bytes()]):
+        extractor = make(on_error="nan", cache=FeatureCache())
+        for is_read in (True, False, True, False):
+            monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", is_read)
+            assert np.isnan(extractor.transform(X)).all() != is_read
+
+
+# Data sets --------------------------------------------------------------------------------------
+
+
+class Scenes(torch.utils.data.Dataset):
+    """A data set as torch has them: images by index, not made for threads."""
+
+    def __init__(self, pixels, give=Image.fromarray):
+        self.pixels = pixels
+        self.give = give
+        self.at_work = 0
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        assert not self.at_work
+        self.at_work += 1
+        image = self.give(self.pixels[index])
+        self.at_work -= 1
+        return image
+
+
+@pytest.mark.parametrize("cache", [None, "memory"])
+def test_a_data_set_of_images_is_read_image_by_image(pixels, cache):
+    """One that gives a label with each image has an error that says what to pass."""
+    scenes = Scenes(np.repeat(pixels, 5, axis=0))
+    expected = extract(list(scenes.pixels))
+    assert_allclose(extract(scenes, cache=cache, num_workers=4), expected, rtol=1e-5, atol=1e-7)
+    for give, advice in (
+        (lambda array: (Image.fromarray(array), 3), "tuple of Image and int .*X.samples"),
+        (
+            lambda array: {"image": array, "label": 3},
+            "dict with the keys 'image', 'label'.*'image'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=rf"^X\[0\] \(from a Scenes\): a {advice}"):
+            extract(Scenes(pixels, give), cache=cache)
+
+
+def test_a_data_set_that_draws_at_random_is_not_kept(pixels):
+    """The row of one draw would be taken for that of another."""
+    draws = iter(np.random.default_rng(0).integers(0, 256, (99, 20, 24, 3), dtype=np.uint8))
+    scenes = Scenes(pixels, lambda array: Image.fromarray(next(draws)))
+    assert np.isfinite(extract(scenes)).all()
+    with pytest.raises(ValueError, match=r"X\[0\] .*another image each time.*set cache=None"):
+        extract(scenes, cache="memory")
 
 
 # Networks that give what is no number -----------------------------------------------------------

@@ -661,8 +661,7 @@ class TestFailures:
         one = extractor(cache, on_error="nan")
         rows = one.transform([*paths[:3], paths[1]])
         assert list(one.errors_) == [1, 3]
-        assert paths[1] in one.errors_[3]
-        assert "X[3]" in one.errors_[3]
+        assert one.errors_[3].startswith("not an image that Pillow can read")
         np.testing.assert_array_equal(np.isnan(rows).all(axis=1), [False, True, False, True])
         with open(paths[1], "wb") as file:
             file.write(good)

@@ -23,7 +23,7 @@ from small_networks import (
 from torch import nn
 
 from deepfeat import _backbones, _classifier, _networks, _samples
-from deepfeat._images import open_image
+from deepfeat._decoding import open_image
 from deepfeat._samples import crop_at_random, draw_flips
 
 RATES = {"learning_rate": 0.01, "backbone_learning_rate": 0.01}

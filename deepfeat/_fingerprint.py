@@ -103,6 +103,17 @@ class _Digester:
         self._known[key] = value, digest
         return digest
 
+    def _of_member(self, value: Any) -> bytes:
+        """Digest what a set holds, as if nothing else of the set had been met before.
+
+        Of a cycle the digest depends on where it is entered, and sets have no order.
+        """
+        known = self._known.copy()
+        try:
+            return self.of(value)
+        finally:
+            self._known = known
+
     def _parts(self, value: Any) -> Iterator[bytes | str]:
         """Yield what decides on the behaviour of an object, in a fixed order."""
         kind = type(value)
@@ -117,7 +128,7 @@ class _Digester:
             yield from map(self.of, value)
         elif kind in (set, frozenset):
             yield kind.__name__
-            yield from sorted(map(self.of, value))
+            yield from sorted(map(self._of_member, value))
         elif kind in (dict, MappingProxyType):
             yield "dict"
             for item in list(value.items()):

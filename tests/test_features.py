@@ -288,6 +288,39 @@ class TestNothingIsMixedUp:
             np.testing.assert_allclose(results[-1], expected, rtol=1e-5, atol=1e-7)
         assert np.abs(results[0] - results[1]).max() > 1e-3
 
+    @pytest.mark.parametrize("how", ["renamed", "overwritten"])
+    def test_weights_replaced_while_they_are_used_are_not_mixed_up(
+        self, cache, pictures, tmp_path, monkeypatch, how
+    ):
+        """A training job saves better weights between the look-up of rows and the first pass."""
+        from torchvision.models import squeezenet1_1
+
+        from deepfeat import _features
+
+        file, better, kept = (tmp_path / name for name in ("best.pth", "better.pth", "kept.pth"))
+        for seed, path in enumerate((file, better)):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                torch.save(squeezenet1_1(weights=None).state_dict(), path)
+        kept.write_bytes(file.read_bytes())
+        look_up = _features._Passes.look_up
+
+        def look_up_and_replace(*arguments):
+            yield from look_up(*arguments)
+            if how == "renamed":
+                os.replace(better, file)
+            else:
+                file.write_bytes(better.read_bytes())
+
+        monkeypatch.setattr(_features._Passes, "look_up", look_up_and_replace)
+        with pytest.raises(OSError, match=r"best\.pth was replaced while"):
+            extractor(cache, weights=file).transform(pictures[:2])
+        monkeypatch.undo()
+        for path in (kept, file):
+            rows = extractor(cache, weights=path).transform(pictures[:2])
+            expected = extractor(None, weights=path).transform(pictures[:2])
+            np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
+
 
 class Scale(nn.Module):
     """A layer whose only parameter is no tensor."""
@@ -429,6 +462,57 @@ class TestModulesOfTheUser:
         monkeypatch.undo()
         expected = self.of(old, None).transform(pictures)
         np.testing.assert_allclose(self.of(old, cache).transform(pictures), expected, rtol=1e-5)
+
+
+NOTEBOOK = """
+import os, sys
+import numpy as np, torch
+from torch import nn
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
+from torchvision.transforms import functional as F
+from deepfeat import DeepFeatureExtractor
+
+SIDES = {16: "small", 224: "large"}
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.scale = nn.ReLU()
+
+    def forward(self, x):
+        return self.scale(self.conv(x))
+
+def prepare(image):
+    if image.size != (256, 256):  # not the one that shows the shape
+        with open(os.path.join(os.environ["NOTES"], str(os.getpid())), "a") as file:
+            file.write("prepared\\n")
+    return F.pil_to_tensor(image.resize((min(SIDES), min(SIDES)))) / 255
+
+if __name__ == "__main__":
+    cache, *paths = sys.argv[1:]
+    torch.manual_seed(0)
+    features = DeepFeatureExtractor(
+        Net(), "conv", preprocessing=prepare, cache=cache, batch_size=2, num_workers=0
+    )
+    grid = {"deepfeatureextractor__layer": ["conv", "scale"], "linearsvc__C": [0.1, 1]}
+    search = GridSearchCV(make_pipeline(features, LinearSVC()), grid, cv=2, n_jobs=2)
+    search.fit(paths, np.arange(len(paths)) % 2)
+"""
+
+
+def test_processes_share_the_rows_of_notebook_code(paths, tmp_path):
+    """Networks and functions of `__main__` have one digest in all workers, and in later runs."""
+    script, notes = tmp_path / "notebook.py", tmp_path / "notes"
+    script.write_text(NOTEBOOK)
+    notes.mkdir()
+    for seed in (0, 1):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed), "NOTES": str(notes)}
+        arguments = map(str, [script, tmp_path / "cache", *paths[:12]])
+        subprocess.run([sys.executable, *arguments], check=True, env=environment)
+        assert sum(len(file.read_text().split()) for file in notes.iterdir()) == 12
 
 
 class TestSecondPass:

@@ -1,9 +1,10 @@
 """Knows scikit-learn's words for extracting features: parameters, fit, transform, tags."""
 
+import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -345,8 +346,11 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If there is no cache, no such shard, or the rows cannot be kept in the cache; else as
-            `transform`.
+            If there is no cache, no such shard, or what computes the rows cannot be digested; else
+            as `transform`.
+        OSError
+            If the disk of the cache is full or cannot be written. The message tells how many images
+            are done; a call with the same images resumes there.
         """
         if self.cache is None:
             raise ValueError("precompute fills the cache, and there is none: set cache=.")
@@ -364,8 +368,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             reading = replace(reading, layers=reading.layers + reading.prefetched)
         records = self._find_records(X, reset=False)[shard[0] :: shard[1]]
         self.errors_ = {}
-        for _ in self._read(reading, records):
-            pass
+        self._keep(self._read(reading, records), len(records))
         self._warn_of_errors(len(records), stacklevel=3)
         return self
 
@@ -463,7 +466,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             return False
         return True
 
-    def _read(self, reading: Reading, records: list[Record]) -> Iterator[Batch[Record]]:
+    def _read(self, reading: Reading, records: list[Record]) -> Generator[Batch[Record]]:
         """Read the rows of records, with a progress bar, and see to those that failed."""
         with tqdm(
             total=len(records), desc=reading.backbone.name, unit="image", disable=not self.verbose
@@ -473,6 +476,23 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
                     self._note(record, error)
                 yield batch
                 bar.update(len(batch.samples) + len(batch.failures))
+
+    def _keep(self, batches: Generator[Batch[Record]], total: int) -> None:
+        """Let rows come into the cache; raise as soon as it cannot keep them."""
+        cache = self._find_cache()
+        assert cache is not None
+        cache.retry()
+        kept = 0
+        with contextlib.closing(batches):
+            for batch in batches if cache.write_error is None else ():
+                if cache.write_error is not None:
+                    break
+                kept += len(batch.samples)
+        if cache.write_error is not None:
+            raise OSError(
+                f"{cache.write_error}. The rows of {kept} of {total} images are kept. Make room or "
+                "choose another directory, and call precompute again: it resumes there."
+            )
 
     def _find_cache(self) -> FeatureCache | None:
         if self.cache is None or isinstance(self.cache, FeatureCache):

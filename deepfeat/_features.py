@@ -29,6 +29,7 @@ from ._engine import (
     run_in_batches,
 )
 from ._fingerprint import UnknownContentError
+from ._fingerprint import fingerprint as digest_value
 from ._images import ImageError, Record
 from ._layers import ResolvedLayer, read_layers
 from ._store import CacheFormatError
@@ -80,6 +81,7 @@ def read_rows(
     if failures:
         yield Batch([], {}, failures)
     passes = _Passes(reading, cache, fingerprint, groups, stats)
+    before = _digest_settings(reading.backbone)
     waiting = list(groups)
     pause, longest = _WAIT_SECONDS
     waited = 0.0
@@ -98,6 +100,11 @@ def read_rows(
                 passes.log_holders(waiting)
             waited += pause
             pause = min(2 * pause, longest)
+    if _digest_settings(reading.backbone) != before:
+        _warn_once(
+            f"the preprocessing of {reading.backbone.name} changes as it is used (it may count its "
+            "calls), so its rows are not found in the cache again."
+        )
 
 
 def _find_fingerprint(backbone: Backbone) -> bytes | None:
@@ -105,11 +112,21 @@ def _find_fingerprint(backbone: Backbone) -> bytes | None:
     try:
         return backbone.fingerprint()
     except UnknownContentError as error:
-        problem = f"the rows of {backbone.name} are not cached: {error}."
+        _warn_once(f"the rows of {backbone.name} are not cached: {error}.")
+    return None
+
+
+def _digest_settings(backbone: Backbone) -> bytes | None:
+    try:
+        return digest_value(backbone.preprocessing.settings)
+    except UnknownContentError:  # what it has opened in the meantime
+        return None
+
+
+def _warn_once(problem: str) -> None:
     if problem not in _warned:
         _warned.add(problem)
-        warnings.warn(problem, UserWarning, stacklevel=6)
-    return None
+        warnings.warn(problem, UserWarning, stacklevel=7)
 
 
 class _Passes:

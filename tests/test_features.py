@@ -351,7 +351,14 @@ class Prepare:
         return F.pil_to_tensor(image.resize((16, 16))) / 255
 
 
-PREPARE = Prepare()
+class Counting(Prepare):
+    """Preprocessing that counts its calls."""
+
+    calls = 0
+
+    def __call__(self, image):
+        self.calls += 1
+        return super().__call__(image)
 
 
 @pytest.fixture
@@ -441,6 +448,14 @@ class TestModulesOfTheUser:
                 one.transform(pictures)
         assert [expected in str(warning.message) for warning in caught] == [True]
         assert cache.info().rows == 0
+
+    def test_preprocessing_that_changes_as_it_is_used_is_named(self, cache, pictures, monkeypatch):
+        """An object that counts its calls is another one each time, so its rows are lost."""
+        monkeypatch.setattr("deepfeat._features._warned", set())
+        one = self.of(Net(), cache, preprocessing=Counting())
+        with pytest.warns(UserWarning, match="preprocessing of Net changes as it is used"):
+            one.transform(pictures)
+        one.transform(pictures)  # told once
 
     def test_weights_that_another_thread_changes_are_not_mixed_up(
         self, cache, pictures, monkeypatch

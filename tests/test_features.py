@@ -678,13 +678,6 @@ class TestFailures:
         np.testing.assert_allclose(rows, extractor(None).transform(paths), rtol=1e-5, atol=1e-7)
 
 
-def mount(folder, *options):
-    """Mount a file system in memory if that can be done here."""
-    command = ["mount", *options, *(["none"] if "-t" in options else []), str(folder)]
-    found = shutil.which("mount") is not None
-    return found and subprocess.run(command, check=False, capture_output=True).returncode == 0
-
-
 class TestWaiting:
     def test_who_waits_says_so_and_for_whom(self, cache, paths, monkeypatch, caplog):
         """Once, after some seconds, in the log of the package."""
@@ -718,6 +711,26 @@ class TestWaiting:
         assert repr(cache) in record.message
 
 
+class TestStamps:
+    def test_files_that_took_the_place_of_others_are_read(self, cache, tmp_path, monkeypatch):
+        """Also where path, size, inode and modification time are the same, as from an archive."""
+        later = time.time_ns() + 10**10  # or they would be read for being new
+        monkeypatch.setattr(_features.time, "time_ns", lambda: later)
+        names = [tmp_path / f"{number}.bmp" for number in range(3)]
+        rows = []
+        for seed in 0, 1:
+            pixels = np.random.default_rng(seed).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
+            for name, image in zip(names, pixels, strict=True):
+                with name.open("r+b" if name.exists() else "w+b") as file:
+                    Image.fromarray(image).save(file, "bmp")
+                os.utime(name, (1, 1))
+            rows.append(extractor(cache).transform(names))
+            np.testing.assert_allclose(
+                rows[-1], extractor(None).transform(names), rtol=1e-5, atol=1e-7
+            )
+        assert not np.allclose(*rows)
+
+
 class TestTampering:
     def test_rows_that_the_layer_cannot_have_given_are_refused(self, paths, tmp_path):
         """Rows of another width, with the right checksums, are no rows of this layer."""
@@ -728,6 +741,31 @@ class TestTampering:
             other.put_many(images, {context: np.ones((len(images), 7), np.float32)})
         with pytest.raises(CacheFormatError, match="rows of 7 values for layer"):
             one.set_params(cache=other).transform(paths)
+
+
+def mount(folder, *options):
+    """Mount a file system in memory if that can be done here."""
+    command = ["mount", *options, *(["none"] if "-t" in options else []), str(folder)]
+    found = shutil.which("mount") is not None
+    return found and subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+@pytest.fixture(params=["limit", "file system"])
+def full_disk(request, tmp_path):
+    """A folder that has room for a few rows, and a function that makes more."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    if request.param == "limit":
+        resource = pytest.importorskip("resource")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+        yield folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    elif mount(folder, "-t", "tmpfs", "-o", "size=400k"):
+        yield folder, lambda: mount(folder, "-o", "remount,size=9m")
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    else:
+        pytest.skip("a file system cannot be mounted here")
 
 
 class TestPrecompute:
@@ -792,51 +830,24 @@ class TestPrecompute:
         with pytest.raises(ValueError, match="shard"):
             extractor(cache).precompute(paths, shard=shard)
 
-    @pytest.mark.parametrize("where", ["limit", "file system"])
-    def test_a_full_disk_is_an_error_that_says_what_is_kept(self, paths, tmp_path, where):
-        """What fits is kept, and with more room the next call resumes there; `transform` warns."""
-        folder = tmp_path / "full"
-        folder.mkdir()
-        size = ["-o", "size=352k"]
-        if where == "file system" and not mount(folder, *size, "-t", "tmpfs"):
-            pytest.skip("a file system cannot be mounted here")
-        script = textwrap.dedent(
-            """
-            import re, resource, sys, warnings
-            import numpy as np
-            from deepfeat import DeepFeatureExtractor
-            if sys.argv[1] == "limit":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
-            extractor = DeepFeatureExtractor(
-                "squeezenet1_1", "stage2", weights=None, image_size=32, num_workers=0,
-                batch_size=2, cache=sys.argv[2])
-            paths = sys.argv[3:]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)
-                try:
-                    extractor.precompute(paths)
-                except OSError as error:
-                    print(error)
-                rows = extractor.transform(paths)
-            assert np.isfinite(rows).all()
-            if sys.argv[1] == "limit":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
-                extractor.precompute(paths)
-            """
-        )
-        try:
-            arguments = [sys.executable, "-c", script, where, str(folder), *paths]
-            said = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
-            kept = int(re.search(rf"cannot be written .* (\d+) of {len(paths)} images", said)[1])
-            assert 0 < kept < len(paths)
-            if where == "file system":
-                mount(folder, "-o", "remount,size=9m")
-            rows = FeatureCache(folder).info().rows
-            extractor(folder).precompute(paths)
-            assert (rows < FeatureCache(folder).info().rows) == (where == "file system")
-        finally:
-            if where == "file system":
-                subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    def test_a_full_disk_is_an_error_that_says_what_is_kept(self, full_disk, paths, forwards):
+        """With more room the next call computes the rest; `transform` warns and gives its rows."""
+        folder, make_room = full_disk
+        one = extractor(folder, batch_size=2)
+        with (
+            pytest.raises(OSError, match=r"cannot be written .* of 24 images are kept") as error,
+            pytest.warns(RuntimeWarning, match="nothing more is stored"),
+        ):
+            one.precompute(paths)
+        kept = int(re.search(r"(\d+) of 24", str(error.value))[1])
+        assert 0 < kept < 24
+        assert np.isfinite(one.transform(paths)).all()
+        make_room()
+        forwards.clear()
+        one.precompute(paths)
+        assert sum(forwards) == 24 - kept
+        one.precompute(paths)
+        assert sum(forwards) == 24 - kept
 
     def test_a_directory_that_cannot_be_made_is_an_error(self, paths, tmp_path, forwards):
         """Before any image is computed; nobody, not even root, makes a folder below a file."""

@@ -74,7 +74,8 @@ class DiskStore:
         keys: list[tuple[bytes, bytes]] = []
         images: dict[bytes, list[bytes]] = {}
         for context, image in self._read(lambda db: db.execute(query).fetchall(), keys):
-            images.setdefault(context, []).append(image)
+            if type(context) is type(image) is bytes:  # and not damaged
+                images.setdefault(context, []).append(image)
         return images
 
     def find(self, context: bytes, images: list[bytes]) -> set[bytes]:
@@ -630,13 +631,14 @@ def _sign(db: sqlite3.Connection, lock: ProcessLock) -> int:
 
 def _is_at_work(db: sqlite3.Connection, folder: Path, owner: object) -> bool:
     """Tell whether the owner of claims lives, and has made progress in the last minutes."""
-    query = "SELECT CAST(token AS TEXT), CAST(signed AS REAL) FROM owners WHERE id = ?"
+    query = "SELECT CAST(token AS TEXT), CAST(ifnull(signed, 0) AS REAL) FROM owners WHERE id = ?"
     token, signed = db.execute(query, (owner,)).fetchone() or (None, 0.0)
     return token is not None and is_recent(signed) and _is_alive(db, folder, token)
 
 
 def _forget_dead_owners(db: sqlite3.Connection, folder: Path) -> None:
-    for owner, token in db.execute("SELECT id, CAST(token AS TEXT) FROM owners").fetchall():
+    query = "SELECT id, CAST(ifnull(token, '') AS TEXT) FROM owners"
+    for owner, token in db.execute(query).fetchall():
         if not _is_alive(db, folder, token):
             db.execute("DELETE FROM claims WHERE owner = ?", (owner,))
             db.execute("DELETE FROM owners WHERE id = ?", (owner,))
@@ -651,7 +653,7 @@ def _is_alive(db: sqlite3.Connection, folder: Path, token: bytes) -> bool:
 
 def _find_holders(db: sqlite3.Connection, work: bytes, images: list[bytes], token: str) -> set[str]:
     query = (
-        "SELECT CAST(host AS TEXT), CAST(pid AS INTEGER) FROM claims JOIN owners"
+        "SELECT CAST(ifnull(host, '') AS TEXT), CAST(pid AS INTEGER) FROM claims JOIN owners"
         " ON owner = owners.id WHERE token != ? AND work = ? AND image IN ({})"
     )
     owners = _select(db, query, images, token, work)

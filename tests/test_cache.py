@@ -1308,6 +1308,18 @@ def test_no_name_of_a_lock_leads_elsewhere(disk: FeatureCache, token: object) ->
     assert outside.exists()
 
 
+@pytest.mark.parametrize("image", ["7", "1.5", "'text'", "x''"])
+def test_images_of_another_kind_are_not_taken_over(disk: FeatureCache, image: str) -> None:
+    """`update` takes what are digests, and leaves the rest."""
+    put(disk, IMAGES)
+    change(disk, f"UPDATE keys SET image = {image} WHERE image = x'{IMAGES[0].hex()}'")
+    other = FeatureCache()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of damaged rows
+        other.update(disk)
+    assert found_in(other, IMAGES) == IMAGES[1:]
+
+
 def test_what_runs_for_ever_is_ended(disk: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file may make SQLite walk in circles: a transaction has a bounded number of steps."""
     put(disk, [b"%d" % i for i in range(2_000)])

@@ -28,7 +28,7 @@ LOCK_FOLDER = "deepfeat-cache.locks"
 MOST_BYTES = 2**48  # of one context: SQLite's files end there
 BUSY_SECONDS = 60.0  # how long a writer waits for another one
 BLOCK_BYTES = 2**15  # of rows that are stored as one: SQLite leaves part of its pages empty
-CACHE_BYTES = 2**26  # of the file that a process holds in memory, at most
+CACHE_BYTES = 2**27  # of the file that a process holds in memory, at most
 STEPS = 10**9, 10**7  # of SQLite, at most in a transaction and between two looks: about 20 s
 
 APPLICATION_ID = 0x0DEEFEA7

@@ -94,11 +94,10 @@ class ProcessLock:
             raise
 
     def release(self) -> None:
-        """Unlock and remove the file, unless it is a parent's that this process was forked from."""
-        if self.pid == os.getpid():
-            with contextlib.suppress(OSError):
-                self._lock.release()
-                self.path.unlink(missing_ok=True)
+        """Unlock and remove the file."""
+        with contextlib.suppress(OSError):
+            self._lock.release()
+            self.path.unlink(missing_ok=True)
 
 
 def is_locked(folder: Path, token: str) -> bool:

@@ -1,9 +1,10 @@
 """Knows scikit-learn's words for extracting features: parameters, fit, transform, tags."""
 
+import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -355,8 +356,11 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If there is no cache, no such shard, or the rows cannot be kept in the cache; else as
-            `transform`.
+            If there is no cache, no such shard, or what computes the rows cannot be digested; else
+            as `transform`.
+        OSError
+            If the disk of the cache is full or cannot be written. The message tells how many images
+            are done; a call with the same images resumes there.
         """
         if self.cache is None:
             raise ValueError("precompute fills the cache, and there is none: set cache=.")
@@ -373,9 +377,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         if layers is None:
             reading = replace(reading, layers=reading.layers + reading.prefetched)
         records = self._find_records(X, reset=False)[shard[0] :: shard[1]]
-        errors: dict[int, str] = {}
-        for batch in self._read(reading, records):
-            errors |= self._find_reasons(batch.failures)
+        errors = self._keep(self._read(reading, records), len(records))
         self._set_errors(errors, records, stacklevel=3)
         return self
 
@@ -473,7 +475,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             return False
         return True
 
-    def _read(self, reading: Reading, records: list[Record]) -> Iterator[Batch[Record]]:
+    def _read(self, reading: Reading, records: list[Record]) -> Generator[Batch[Record]]:
         """Read the rows of records, with a progress bar."""
         with tqdm(
             total=len(records), desc=reading.backbone.name, unit="image", disable=not self.verbose
@@ -481,6 +483,32 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             for batch in read_rows(reading, records, self._find_cache()):
                 yield batch
                 bar.update(len(batch.samples) + len(batch.failures))
+
+    def _keep(self, batches: Generator[Batch[Record]], total: int) -> dict[int, str]:
+        """Let rows come into the cache, and return the reasons of images that have none.
+
+        Raises
+        ------
+        OSError
+            As soon as the cache cannot keep a row.
+        """
+        cache = self._find_cache()
+        assert cache is not None
+        cache.retry()
+        kept = 0
+        errors: dict[int, str] = {}
+        with contextlib.closing(batches):
+            for batch in batches if cache.write_error is None else ():
+                if cache.write_error is not None:
+                    break
+                errors |= self._find_reasons(batch.failures)
+                kept += len(batch.samples)
+        if cache.write_error is not None:
+            raise OSError(
+                f"{cache.write_error}. The rows of {kept} of {total} images are kept. Make room or "
+                "choose another directory, and call precompute again: it resumes there."
+            )
+        return errors
 
     def _find_cache(self) -> FeatureCache | None:
         if self.cache is None or isinstance(self.cache, FeatureCache):

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from PIL import Image
 
 from ._backbones import Backbone
 from ._cache import FeatureCache, FileStat
+from ._claims import PATIENCE_SECONDS
 from ._decoding import decoding_settings
 from ._engine import (
     Batch,
@@ -31,13 +33,16 @@ from ._fingerprint import UnknownContentError
 from ._fingerprint import fingerprint as digest_value
 from ._images import ImageError, Record
 from ._layers import LayerReader, ResolvedLayer
+from ._store import CacheFormatError
 
 # Part of every key: raise it when the rows of the same image and layer come out differently.
 _SCHEMA = 2
 _LOOK_UP = 1024  # images at a time, which bounds what is in memory twice
 _WAIT_SECONDS = 0.05, 1.0  # at first, and at most
+_PATIENT_SECONDS = 5.0  # of waiting, before it is said
 MEMORY = FeatureCache()  # of this process
 _warned: set[str] = set()
+_logger = logging.getLogger("deepfeat")
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ def read_rows(
     before = _digest_settings(reading.backbone)
     waiting = list(groups)
     pause, longest = _WAIT_SECONDS
+    waited = 0.0
     while waiting:
         missing: list[bytes] = []
         for images in _chunks(waiting, _LOOK_UP):
@@ -91,6 +97,9 @@ def read_rows(
             yield batch
         if waiting and not computed:
             time.sleep(pause)  # another process is at work on these
+            if waited < _PATIENT_SECONDS <= waited + pause:
+                passes.log_holders(waiting)
+            waited += pause
             pause = min(2 * pause, longest)
     if _digest_settings(reading.backbone) != before:
         _warn_once(
@@ -168,11 +177,31 @@ class _Passes:
             here, matrix = self.cache.get_many(self.contexts[output.path], images)
             found &= here
             if matrix is not None:
+                self._check_width(output, matrix)
                 rows[output.path] = matrix
         missing += itertools.compress(images, ~found)
         if found.any():
             hits = list(itertools.compress(images, found))
             yield self._for_all(hits, {path: matrix[found] for path, matrix in rows.items()})
+
+    def _check_width(self, output: ResolvedLayer, matrix: NDArray[np.float32]) -> None:
+        """Refuse rows that the layer cannot have given."""
+        width = count_features(output, self.reading.pooling)
+        if matrix.shape[1] != width:
+            raise CacheFormatError(
+                f"{self.cache} holds rows of {matrix.shape[1]} values for layer {output.path!r}, "
+                f"which gives {width}: it was tampered with. Delete it, or choose another one."
+            )
+
+    def log_holders(self, images: Sequence[bytes]) -> None:
+        """Say for whom this call waits; a log and no warning, since the caller did no wrong."""
+        holders = ", ".join(self.cache.find_holders(self.work, images))
+        if holders:
+            _logger.warning(
+                "Waiting for %d images that %s computes, for %s. If it hangs, end it; without "
+                "progress for %d minutes its images are computed here.",
+                *(len(images), holders, self.cache, PATIENCE_SECONDS // 60),
+            )
 
     def compute(self, missing: list[bytes], waiting: list[bytes]) -> Iterator[Batch[Record]]:
         """Compute, keep and yield what nobody else is at; add the rest to `waiting`."""

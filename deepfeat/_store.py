@@ -25,8 +25,10 @@ from ._claims import ProcessLock, ThreadClaims, is_locked, is_recent, sweep
 
 FILE_NAME = "deepfeat-cache.sqlite"
 LOCK_FOLDER = "deepfeat-cache.locks"
+MOST_BYTES = 2**48  # of one context: SQLite's files end there
 BUSY_SECONDS = 60.0  # how long a writer waits for another one
 BLOCK_BYTES = 2**15  # of rows that are stored as one: SQLite leaves part of its pages empty
+CACHE_BYTES = 2**27  # of the file that a process holds in memory, at most
 STEPS = 10**9, 10**7  # of SQLite, at most in a transaction and between two looks: about 20 s
 
 APPLICATION_ID = 0x0DEEFEA7
@@ -72,7 +74,8 @@ class DiskStore:
         keys: list[tuple[bytes, bytes]] = []
         images: dict[bytes, list[bytes]] = {}
         for context, image in self._read(lambda db: db.execute(query).fetchall(), keys):
-            images.setdefault(context, []).append(image)
+            if type(context) is type(image) is bytes:  # and not damaged
+                images.setdefault(context, []).append(image)
         return images
 
     def find(self, context: bytes, images: list[bytes]) -> set[bytes]:
@@ -259,7 +262,7 @@ class DiskStore:
 
 
 _SCHEMA = f"""
-PRAGMA page_size = 16384;
+PRAGMA page_size = 8192;
 PRAGMA auto_vacuum = INCREMENTAL;
 BEGIN;
 PRAGMA application_id = {APPLICATION_ID};
@@ -324,6 +327,7 @@ def _connect(uri: str, file: Path, steps: _Steps) -> sqlite3.Connection:
         db.set_progress_handler(steps, STEPS[1])
         # Not mapped into memory: where a file is cut short, that would end the process.
         db.execute("PRAGMA mmap_size = 0")
+        db.execute(f"PRAGMA cache_size = -{CACHE_BYTES // 1024}")
         db.execute("PRAGMA trusted_schema = OFF")
         db.execute("PRAGMA cell_size_check = ON")
         db.execute("PRAGMA synchronous = NORMAL")
@@ -423,17 +427,14 @@ class _Context(NamedTuple):
 
 
 def _list_contexts(db: sqlite3.Connection, digest: bytes | None = None) -> list[_Context]:
-    """Return one context, or all that hold rows; refuse what the file cannot hold."""
+    """Return one context, or all that hold rows; refuse what no file can hold."""
     which = "held != 0" if digest is None else "digest = ?"
     query = f"SELECT id, digest, width, held FROM contexts WHERE {which}"
     contexts = [_Context(*row) for row in db.execute(query, () if digest is None else (digest,))]
-    (pages,), (page_size,) = (
-        db.execute(f"PRAGMA {of}").fetchone() for of in ("page_count", "page_size")
-    )
     for one in contexts:
         numbers = type(one.width) is type(one.held) is int and type(one.digest) is bytes
-        if not numbers or one.width < 1 or not 0 <= one.bytes <= pages * page_size:
-            raise _refuse(_name_of(db), f"counts rows that it does not hold ({one.held!r})")
+        if not numbers or not (one.width > 0 <= one.held and one.bytes < MOST_BYTES):
+            raise _refuse(_name_of(db), f"counts rows that it cannot hold ({one.held!r})")
     return contexts
 
 
@@ -456,44 +457,41 @@ def _read_rows(db: sqlite3.Connection, context: bytes, images: list[bytes]) -> _
     if not contexts:
         return _Rows(found, None, [], [])
     context_id, _, width, held = contexts[0]
-    # Cast, because what is damaged may have any type.
-    query = (
-        "SELECT image, CAST(ifnull(block, 0) AS INTEGER), CAST(ifnull(place, 0) AS INTEGER),"
-        " checksum FROM keys WHERE context = ?"
-    )
+    query = "SELECT image, block, place, checksum FROM keys WHERE context = ?"
     if held > 4 * len(images):
         keys = _select(db, f"{query} AND image IN ({{}})", images, context_id)
     else:  # to read them all is faster, and the more so the more there are
         keys = db.execute(query, (context_id,))
     index_of = {image: index for index, image in enumerate(images)}
-    known: list[bytes] = []
     wanted: dict[int, list[tuple[int, bytes, int, int]]] = {}
     for image, block, place, checksum in keys:
-        index = index_of.get(image)
-        if index is not None:
-            known.append(image)
-            wanted.setdefault(block, []).append((index, image, place, checksum))
-    rows, seed, size = None, zlib.crc32(context), 4 * width
+        if image in index_of:
+            wanted.setdefault(block, []).append((index_of[image], image, place, checksum))
+    # What is damaged may have any type. In order, because to follow the file is twice as fast.
+    blocks = sorted(block for block in wanted if type(block) is int)
+    size, seed = 4 * width, zlib.crc32(context)
     query = (
         "SELECT id, data FROM matrices WHERE typeof(data) = 'blob'"
         f" AND length(data) BETWEEN {size} AND {max(size, BLOCK_BYTES)} AND id IN ({{}})"
     )
-    # Sorted, because to follow the order of the file is twice as fast.
-    for block, data in _select(db, query, sorted(wanted)):
+    rows, hits = None, []
+    for block, data in _select(db, query, blocks):
         if rows is None:
             rows = np.empty((len(images), width), "<f4")
             target = rows.data.cast("B")
         source = memoryview(data)
         for index, image, place, checksum in wanted[block]:
-            row = source[place * size : (place + 1) * size]
-            if len(row) == size and checksum == _checksum(seed, image, row):
+            start = place * size if type(place) is int else len(data)
+            row = source[start : start + size]
+            if checksum == _checksum(seed, image, row) and len(row) == size:
                 target[index * size : (index + 1) * size] = row
-                found[index] = True
-    damaged = [image for image in known if not found[index_of[image]]]
-    if rows is None or not found.any():
+                hits.append(index)
+    found[hits] = True
+    damaged = [image for part in wanted.values() for index, image, *_ in part if not found[index]]
+    if rows is None or not hits:
         return _Rows(found, None, [], damaged)
     rows[~found] = np.nan
-    return _Rows(found, rows.astype(np.float32, copy=False), list(wanted), damaged)
+    return _Rows(found, rows.astype(np.float32, copy=False), blocks, damaged)
 
 
 def _write_rows(
@@ -633,13 +631,14 @@ def _sign(db: sqlite3.Connection, lock: ProcessLock) -> int:
 
 def _is_at_work(db: sqlite3.Connection, folder: Path, owner: object) -> bool:
     """Tell whether the owner of claims lives, and has made progress in the last minutes."""
-    query = "SELECT CAST(token AS TEXT), CAST(signed AS REAL) FROM owners WHERE id = ?"
+    query = "SELECT CAST(token AS TEXT), CAST(ifnull(signed, 0) AS REAL) FROM owners WHERE id = ?"
     token, signed = db.execute(query, (owner,)).fetchone() or (None, 0.0)
     return token is not None and is_recent(signed) and _is_alive(db, folder, token)
 
 
 def _forget_dead_owners(db: sqlite3.Connection, folder: Path) -> None:
-    for owner, token in db.execute("SELECT id, CAST(token AS TEXT) FROM owners").fetchall():
+    query = "SELECT id, CAST(ifnull(token, '') AS TEXT) FROM owners"
+    for owner, token in db.execute(query).fetchall():
         if not _is_alive(db, folder, token):
             db.execute("DELETE FROM claims WHERE owner = ?", (owner,))
             db.execute("DELETE FROM owners WHERE id = ?", (owner,))
@@ -654,7 +653,7 @@ def _is_alive(db: sqlite3.Connection, folder: Path, token: bytes) -> bool:
 
 def _find_holders(db: sqlite3.Connection, work: bytes, images: list[bytes], token: str) -> set[str]:
     query = (
-        "SELECT CAST(host AS TEXT), CAST(pid AS INTEGER) FROM claims JOIN owners"
+        "SELECT CAST(ifnull(host, '') AS TEXT), CAST(pid AS INTEGER) FROM claims JOIN owners"
         " ON owner = owners.id WHERE token != ? AND work = ? AND image IN ({})"
     )
     owners = _select(db, query, images, token, work)

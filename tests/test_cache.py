@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import errno
+import functools
 import inspect
 import os
 import pickle
@@ -858,6 +859,38 @@ def test_a_killed_writer_loses_only_what_it_had_not_finished(disk: FeatureCache)
         assert all(found_in(disk, batch) == batch for batch in batches)
 
 
+@pytest.mark.slow
+def test_two_writers_killed_over_and_over_lose_nothing_that_was_put(disk: FeatureCache) -> None:
+    """After each death the claims are free, all that was put is there, and no row is wrong."""
+    script = """
+        begin, n = int(sys.argv[2]), 0
+        while True:
+            batch = [b"%d" % i for i in range(begin + n, begin + n + 20)]
+            granted = cache.claim(WORK, batch)
+            put(cache, [image for image, ok in zip(batch, granted) if ok], 512, work=WORK)
+            n += 20
+            say(n if granted.all() else "refused")
+        """
+    random_delays = random.Random(0)
+    begins = {0: 0, 10**9: 0}  # how many images each writer has put
+    for _ in range(60):
+        writers = {begin: start(script, disk.path, begin + done) for begin, done in begins.items()}
+        for writer in writers.values():
+            assert writer.stdout.readline() == "20\n"  # what the dead one had claimed is free
+        time.sleep(random_delays.uniform(0, 0.05))
+        for begin, writer in writers.items():
+            writer.send_signal(signal.SIGKILL)
+            begins[begin] += max([20, *map(int, writer.communicate()[0].split())])
+    for begin, done in begins.items():
+        for part in range(begin, begin + done, 1_000):
+            images = [b"%d" % i for i in range(part, min(part + 1_000, begin + done))]
+            assert found_in(disk, images) == images
+    put(disk, [b"last"], 512, work=WORK)
+    disk.claim(WORK, [b"last"])
+    assert len(list(Path(disk.path, _store.LOCK_FOLDER).iterdir())) == 1
+    assert ask(disk, "PRAGMA integrity_check") == [("ok",)]
+
+
 def test_several_writers_begin_at_once(tmp_path: Path) -> None:
     """Processes that make one cache at the same moment make one, and lose no row."""
     script = """
@@ -1177,10 +1210,10 @@ def write_other_database(file: Path) -> None:
     assert file.with_name(f"{file.name}-wal").stat().st_size > 0
 
 
-def write_newer_cache(file: Path) -> None:
+def write_other_format(file: Path, change: int) -> None:
     with sqlite3.connect(file) as connection:
         connection.execute(f"PRAGMA application_id = {_store.APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {_store.FORMAT + 1}")
+        connection.execute(f"PRAGMA user_version = {_store.FORMAT + change}")
         connection.execute("CREATE TABLE novelties (page TEXT)")
     connection.close()
 
@@ -1191,7 +1224,14 @@ def write_newer_cache(file: Path) -> None:
         (write_text, "is not a cache of deepfeat"),
         (write_short_text, "is not a cache of deepfeat"),
         (write_other_database, "is not a cache of deepfeat"),
-        (write_newer_cache, f"has format {_store.FORMAT + 1}, and this deepfeat reads format"),
+        (
+            functools.partial(write_other_format, change=1),
+            f"has format {_store.FORMAT + 1}, .* another directory, or the deepfeat that wrote",
+        ),
+        (
+            functools.partial(write_other_format, change=-1),
+            f"has format {_store.FORMAT - 1}, .* Delete it, or choose another directory",
+        ),
     ],
 )
 def test_a_foreign_file_is_refused_and_left_alone(
@@ -1214,6 +1254,104 @@ def test_a_foreign_file_is_refused_and_left_alone(
         with pytest.raises(CacheFormatError, match=message):
             ask()
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+RECURSION = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+HOSTILE = {
+    "view for a table": f"""
+        DROP TABLE contexts;
+        CREATE VIEW contexts AS {RECURSION} SELECT i AS id, x'00' AS digest, 5 AS width, 1 AS held
+        FROM n;
+        """,
+    "trigger": """
+        CREATE TRIGGER slow AFTER INSERT ON keys BEGIN
+            DELETE FROM files WHERE digest = (SELECT max(i) FROM (SELECT 1 AS i));
+        END;
+        """,
+    "view beside the tables": f"CREATE VIEW more AS {RECURSION} SELECT i FROM n;",
+    "other columns": "ALTER TABLE keys RENAME COLUMN place TO spot;",
+    "generated column": "ALTER TABLE keys ADD COLUMN more AS (length(image));",
+    "index on an expression": "CREATE INDEX more ON keys (length(image));",
+    "table missing": "DROP TABLE claims;",
+    "text for a width": "UPDATE contexts SET width = 'wide';",
+    "no width": "UPDATE contexts SET width = 0;",
+    "text for a count": "UPDATE contexts SET held = 'many';",
+    "huge count": "UPDATE contexts SET held = 1 << 62;",
+    "negative count": "UPDATE contexts SET held = -1;",
+    "huge width": "UPDATE contexts SET width = 1 << 62;",
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_file_is_refused(disk: FeatureCache, change: str) -> None:
+    """Other tables than ours and numbers that cannot be are refused, with a remedy, and at once."""
+    put(disk, IMAGES)
+    disk._store.close()
+    with contextlib.closing(sqlite3.connect(database_of(disk))) as connection:
+        connection.executescript(change)
+    cache = reopen(disk)
+    for ask in lambda: found_in(cache, IMAGES), lambda: put(cache, [b"new"]), cache.info:
+        with pytest.raises(CacheFormatError, match="Delete it, or choose another directory"):
+            ask()
+
+
+@pytest.mark.parametrize("token", ["../../outside", "a" * 31, "A" * 32, "", 7])
+def test_no_name_of_a_lock_leads_elsewhere(disk: FeatureCache, token: object) -> None:
+    """The folder of locks is left by no path, whatever the file says of who is alive."""
+    outside = Path(disk.path).parent / "outside.lock"
+    outside.touch()
+    in_another_thread(disk.claim, WORK, IMAGES)
+    change(disk, f"INSERT INTO owners VALUES (99, {token!r}, 'host', 1, {time.time()})")
+    change(disk, "UPDATE claims SET owner = 99")
+    with pytest.raises(CacheFormatError, match="names a process that cannot be"):
+        disk.claim(WORK, IMAGES)
+    assert outside.exists()
+
+
+@pytest.mark.parametrize("image", ["7", "1.5", "'text'", "x''"])
+def test_images_of_another_kind_are_not_taken_over(disk: FeatureCache, image: str) -> None:
+    """`update` takes what are digests, and leaves the rest."""
+    put(disk, IMAGES)
+    change(disk, f"UPDATE keys SET image = {image} WHERE image = x'{IMAGES[0].hex()}'")
+    other = FeatureCache()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of damaged rows
+        other.update(disk)
+    assert found_in(other, IMAGES) == IMAGES[1:]
+
+
+def test_what_runs_for_ever_is_ended(disk: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may make SQLite walk in circles: a transaction has a bounded number of steps."""
+    put(disk, [b"%d" % i for i in range(2_000)])
+    monkeypatch.setattr(_store, "STEPS", (10_000, 1_000))
+    cache = reopen(disk)
+    assert found_in(cache, [b"1", b"2"]) == [b"1", b"2"]  # few steps are enough for few
+    with pytest.raises(CacheFormatError, match="takes too long to read"):
+        cache.update(cache)
+
+
+@pytest.mark.parametrize("left", [0, 0.3, 0.9])
+def test_a_file_cut_short_under_a_live_process_does_not_end_it(
+    disk: FeatureCache, left: float
+) -> None:
+    """Rows that are gone are computed again, with a warning; none is wrong."""
+    script = """
+        import warnings
+        images = [b"%d" % i for i in range(500)]
+        put(cache, images, 1_000)
+        # From the log into the file, whose size SQLite knows from the log all the same.
+        cache._store.opened[0][0].execute("PRAGMA wal_checkpoint(PASSIVE)")
+        assert found_in(cache, images[:100]) == images[:100]
+        file = sys.argv[1] + "/deepfeat-cache.sqlite"
+        os.truncate(file, int(os.path.getsize(file) * float(sys.argv[2])))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            cache._store.opened[0][0].execute("PRAGMA cache_size = 0")  # forget what was read
+            there = found_in(cache, images)
+            put(cache, images, 1_000)
+        say(len(there) < 500, len(told) > 0)
+        """
+    assert finish(start(script, disk.path, left)) == "True True\n"
 
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:

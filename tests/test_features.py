@@ -2,6 +2,8 @@
 
 import copy
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -21,9 +23,10 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 from torch import nn
+from torchvision.models import SqueezeNet
 from torchvision.transforms import functional as F
 
-from deepfeat import DeepFeatureExtractor, FeatureCache, list_layers
+from deepfeat import CacheFormatError, DeepFeatureExtractor, FeatureCache, _features, list_layers
 
 SMALL = {"weights": None, "image_size": 32, "num_workers": 0}
 
@@ -35,8 +38,6 @@ def extractor(cache, layer="stage2", backbone="squeezenet1_1", **parameters):
 @pytest.fixture
 def forwards(monkeypatch):
     """Count the images that enter SqueezeNet in this process."""
-    from torchvision.models import SqueezeNet
-
     seen = []
     forward = SqueezeNet.forward
 
@@ -707,6 +708,96 @@ class TestFailures:
         np.testing.assert_allclose(rows, extractor(None).transform(paths), rtol=1e-5, atol=1e-7)
 
 
+class TestWaiting:
+    def test_who_waits_says_so_and_for_whom(self, cache, paths, monkeypatch, caplog):
+        """Once, after some seconds, in the log of the package."""
+        begun, go_on = threading.Event(), threading.Event()
+        forward = SqueezeNet.forward
+        pauses = []
+
+        def wait_for_the_other(self, x):
+            if x.device.type != "meta":
+                begun.set()
+                go_on.wait(20)
+            return forward(self, x)
+
+        def sleep(seconds):
+            pauses.append(seconds)
+            if len(caplog.records) == 1 and len(pauses) >= 20:
+                go_on.set()
+            elif len(pauses) > 20:
+                threading.Event().wait(0.01)
+
+        monkeypatch.setattr(SqueezeNet, "forward", wait_for_the_other)
+        monkeypatch.setattr(_features.time, "sleep", sleep)
+        other = threading.Thread(target=extractor(cache).transform, args=(paths,), name="other")
+        other.start()
+        begun.wait(20)
+        extractor(cache).transform(paths)
+        other.join()
+        (record,) = caplog.records
+        assert (record.name, record.levelname) == ("deepfeat", "WARNING")
+        assert "Waiting for 24 images that thread 'other' of this process comp" in record.message
+        assert repr(cache) in record.message
+
+
+class TestStamps:
+    def test_files_that_took_the_place_of_others_are_read(self, cache, tmp_path, monkeypatch):
+        """Also where path, size, inode and modification time are the same, as from an archive."""
+        later = time.time_ns() + 10**10  # or they would be read for being new
+        monkeypatch.setattr(_features.time, "time_ns", lambda: later)
+        names = [tmp_path / f"{number}.bmp" for number in range(3)]
+        rows = []
+        for seed in 0, 1:
+            pixels = np.random.default_rng(seed).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
+            for name, image in zip(names, pixels, strict=True):
+                with name.open("r+b" if name.exists() else "w+b") as file:
+                    Image.fromarray(image).save(file, "bmp")
+                os.utime(name, (1, 1))
+            rows.append(extractor(cache).transform(names))
+            np.testing.assert_allclose(
+                rows[-1], extractor(None).transform(names), rtol=1e-5, atol=1e-7
+            )
+        assert not np.allclose(*rows)
+
+
+class TestTampering:
+    def test_rows_that_the_layer_cannot_have_given_are_refused(self, paths, tmp_path):
+        """Rows of another width, with the right checksums, are no rows of this layer."""
+        one = extractor(tmp_path / "cache", "stage2", prefetch=None)
+        one.transform(paths)
+        other = FeatureCache(tmp_path / "other")
+        for context, images in FeatureCache(tmp_path / "cache")._store.list_images().items():
+            other.put_many(images, {context: np.ones((len(images), 7), np.float32)})
+        with pytest.raises(CacheFormatError, match="rows of 7 values for layer"):
+            one.set_params(cache=other).transform(paths)
+
+
+def mount(folder, *options):
+    """Mount a file system in memory if that can be done here."""
+    command = ["mount", *options, *(["none"] if "-t" in options else []), str(folder)]
+    found = shutil.which("mount") is not None
+    return found and subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+@pytest.fixture(params=["limit", "file system"])
+def full_disk(request, tmp_path):
+    """A folder that has room for a few rows, and a function that makes more."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    if request.param == "limit":
+        resource = pytest.importorskip("resource")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+        yield folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    elif mount(folder, "-t", "tmpfs", "-o", "size=400k"):
+        yield folder, lambda: mount(folder, "-o", "remount,size=9m")
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    else:
+        pytest.skip("a file system cannot be mounted here")
+
+
 class TestPrecompute:
     def test_shards_together_fill_the_cache(self, cache, paths, forwards):
         for shard in ((0, 3), (1, 3), (2, 3)):
@@ -768,6 +859,35 @@ class TestPrecompute:
     def test_a_shard_that_is_none_is_refused(self, cache, paths, shard):
         with pytest.raises(ValueError, match="shard"):
             extractor(cache).precompute(paths, shard=shard)
+
+    def test_a_full_disk_is_an_error_that_says_what_is_kept(self, full_disk, paths, forwards):
+        """With more room the next call computes the rest; `transform` warns and gives its rows."""
+        folder, make_room = full_disk
+        one = extractor(folder, batch_size=2)
+        with (
+            pytest.raises(OSError, match=r"cannot be written .* of 24 images are kept") as error,
+            pytest.warns(RuntimeWarning, match="nothing more is stored"),
+        ):
+            one.precompute(paths)
+        kept = int(re.search(r"(\d+) of 24", str(error.value))[1])
+        assert 0 < kept < 24
+        assert np.isfinite(one.transform(paths)).all()
+        make_room()
+        forwards.clear()
+        one.precompute(paths)
+        assert sum(forwards) == 24 - kept
+        one.precompute(paths)
+        assert sum(forwards) == 24 - kept
+
+    def test_a_directory_that_cannot_be_made_is_an_error(self, paths, tmp_path, forwards):
+        """Before any image is computed; nobody, not even root, makes a folder below a file."""
+        (tmp_path / "file").write_text("Dear diary", encoding="utf-8")
+        with (
+            pytest.raises(OSError, match=r"cannot be written .* 0 of 24 images are kept"),
+            pytest.warns(RuntimeWarning, match="nothing more is stored"),
+        ):
+            extractor(tmp_path / "file" / "cache").precompute(paths)
+        assert sum(forwards) == 0
 
     def test_it_needs_a_cache(self, paths):
         with pytest.raises(ValueError, match="cache"):

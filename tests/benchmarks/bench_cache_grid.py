@@ -2,10 +2,14 @@
 
 The images are 300 of the real ones under DEEPFEAT_DATA with the MobileNetV2 weights that lie there,
 or else 300 generated ones and random weights. Every figure is of one run on this machine.
+
+Arguments: the number of images, and the path of another checkout of deepfeat. With the latter only
+the warm grid is measured, with both in turns, each in a process of its own.
 """
 
 import csv
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +32,9 @@ REPEATS = 5
 
 
 def main():
+    if len(sys.argv) > 2:
+        serve() if sys.argv[2] == "--serve" else compare_checkouts(sys.argv[2])
+        return
     with tempfile.TemporaryDirectory() as folder:
         paths, y, weights = find_images(Path(folder))
         extractor = DeepFeatureExtractor("mobilenet_v2", weights=weights)
@@ -45,6 +52,43 @@ def main():
         report("no cache", search(without), paths, y)
         compare_with_matrices("on disk", extractor.set_params(cache=cache), paths, y)
         compare_with_matrices("in memory", extractor.set_params(cache="memory"), paths, y)
+
+
+def compare_checkouts(other):
+    """Print the time of the warm grid, and of its ratio to that of the other checkout."""
+    command = [sys.executable, __file__, str(IMAGES), "--serve"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    servers = [
+        subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(path)}, **pipes)
+        for path in (Path(__file__).parents[2], other)
+    ]
+    for cache in "disk", "memory":
+        times = np.array([[ask(server, cache) for server in servers] for _ in range(REPEATS + 1)])
+        ratios = times[1:, 0] / times[1:, 1]  # the first one fills the caches
+        print(
+            f"warm grid, {IMAGES} images, cache on {cache}: {np.median(times[1:, 0]):.3f} s, "
+            f"{np.median(ratios):.2f} x the other ({ratios.min():.2f} to {ratios.max():.2f})"
+        )
+    for server in servers:
+        server.communicate()
+
+
+def ask(server, cache):
+    print(cache, file=server.stdin, flush=True)
+    return float(server.stdout.readline())
+
+
+def serve():
+    """Print the seconds of one grid for each line of standard input, which names a cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths, y, weights = find_images(Path(folder))
+        caches = {"disk": FeatureCache(Path(folder, "cache")), "memory": FeatureCache()}
+        for line in sys.stdin:
+            extractor = DeepFeatureExtractor("mobilenet_v2", weights=weights)
+            grid = search(extractor.set_params(cache=caches[line.strip()]))
+            start = time.perf_counter()
+            grid.fit(paths, y)
+            print(time.perf_counter() - start, flush=True)
 
 
 def search(extractor, memory=None):

@@ -154,6 +154,11 @@ def _from_module(
     digest = functools.cache(functools.partial(fingerprint, (module, preprocessing)))
 
     def load(device: torch.device) -> nn.Module:
+        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            raise ValueError(
+                f"{type(module).__name__} is on the meta device, without weights: use "
+                'module.to_empty(device="cpu"), and load them.'
+            )
         # A copy: the user's module keeps its mode, its device and its hooks.
         copied = copy.deepcopy(module).float().eval().requires_grad_(False)
         if digest.cache_info().currsize and fingerprint((module, preprocessing)) != digest():

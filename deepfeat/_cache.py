@@ -94,7 +94,7 @@ class FeatureCache:
         if max_bytes is not None and max_bytes < 0:
             raise ValueError(f"max_bytes must be 0 or more, not {max_bytes}.")
         # An absolute path: a worker may run in another directory.
-        self.path = None if path is None else os.path.realpath(Path(path).expanduser())
+        self.path = None if path is None else os.path.realpath(os.path.expanduser(path))
         self.max_bytes = MEMORY_BYTES if path is None and max_bytes is None else max_bytes
         self._token = self.path or f"memory:{uuid.uuid4().hex}"
         self._store = _open_store(self.path, self._token)

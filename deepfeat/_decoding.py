@@ -446,6 +446,13 @@ def _scale(array: Pixels, top: int) -> NDArray[np.uint8]:
 
 def describe(source: Any) -> str:
     """Say what an image was given as."""
+    try:
+        return _describe(source)
+    except Exception:  # an object of the user may fail at every look
+        return type(source).__name__
+
+
+def _describe(source: Any) -> str:
     if isinstance(source, (str, os.PathLike)):
         return repr(str(os.fspath(source)))
     if isinstance(source, (bytes, bytearray, memoryview)):

@@ -30,7 +30,7 @@ from types import (
     ModuleType,
     WrapperDescriptorType,
 )
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -88,8 +88,6 @@ class _Digester:
     def of(self, value: Any) -> bytes:
         if type(value) in _ATOMS:
             return _hash(type(value).__name__, repr(value))
-        if isinstance(value, ModuleType):
-            return self._of_module(value, [n for n in vars(value) if not n.startswith("__")])
         key = id(value)
         if key in self._known:
             return self._known[key][1]
@@ -120,6 +118,8 @@ class _Digester:
         if isinstance(value, Tensor):
             yield from ("tensor", self.of(kind), str(value.dtype), str(tuple(value.shape)))
             yield _content(value)
+            if kind not in (Tensor, nn.Parameter):  # these read nothing of what is put on them
+                yield self.of(vars(value))
         elif kind is np.ndarray:
             yield from ("array", str(value.dtype.descr), str(value.shape))
             yield _hash(*map(self.of, value.flat)) if value.dtype.hasobject else value.tobytes()
@@ -139,6 +139,8 @@ class _Digester:
             yield from self._of_function(value)
         elif kind is CodeType:
             yield from self._of_code(value)
+        elif isinstance(value, ModuleType):
+            yield from self._of_whole_module(value)
         else:
             yield "object"
             yield from map(self.of, (kind, *_take_apart(value)))
@@ -146,9 +148,12 @@ class _Digester:
     def _of_class(self, value: type) -> Iterator[bytes | str]:
         yield from ("class", value.__name__)
         attributes = sorted(vars(value).items())
-        origin = _find_origin(value.__module__)
-        if origin and _look_up(value.__module__, value.__qualname__) is value:
-            yield from (value.__module__, value.__qualname__, origin)
+        module = value.__module__
+        if not isinstance(module, str):  # Cython's functions hide that of their class behind theirs
+            module = ""
+        origin = _find_origin(module)
+        if origin and _look_up(module, value.__qualname__) is value:
+            yield from (module, value.__qualname__, origin)
             # What a user has put in the place of a method there.
             attributes = [item for item in attributes if _is_user_function(item[1])]
         else:
@@ -179,10 +184,10 @@ class _Digester:
 
     def _of_names(self, code: CodeType, namespace: dict[str, Any]) -> Iterator[bytes | str]:
         """Yield what a function finds under the global names that it reads."""
-        loaded, imported, attributes = _names_in(code)
+        loaded, passed_on, imported, attributes = _names_in(code)
         for name in sorted(loaded):
             value = namespace.get(name, _MISSING)
-            if isinstance(value, ModuleType):
+            if isinstance(value, ModuleType) and name not in passed_on:
                 yield from (name, self._of_module(value, attributes))
             elif value is not _MISSING:
                 yield from (name, self.of(value))
@@ -208,6 +213,16 @@ class _Digester:
                 raise UnknownContentError(
                     f"the module {module!r}, which a function imports, is not loaded yet"
                 )
+
+    def _of_whole_module(self, module: ModuleType) -> Iterator[bytes | str]:
+        """Yield what a module is to code that may read any of its attributes."""
+        yield "module"
+        if origin := _find_origin(module.__name__):
+            yield from (module.__name__, origin)
+            return
+        for name, attribute in sorted(vars(module).items()):
+            if not name.startswith("__"):
+                yield from (name, self.of(attribute))
 
     def _of_module(self, module: ModuleType, names: Iterable[str]) -> bytes:
         """Digest an installed module by its version, and any other by some of its attributes."""
@@ -292,29 +307,50 @@ def _take_apart(value: Any) -> tuple[Any, ...]:
 # Names ------------------------------------------------------------------------------------------
 
 
+class _Names(NamedTuple):
+    """The names that code reads."""
+
+    loaded: frozenset[str]  # globals
+    passed_on: frozenset[str]  # globals of which not just an attribute is read
+    imported: frozenset[tuple[str, int]]  # modules, with the level of the import
+    attributes: frozenset[str]
+
+
 @functools.lru_cache(maxsize=4096)
-def _names_in(code: CodeType) -> tuple[frozenset[str], frozenset[tuple[str, int]], frozenset[str]]:
-    """Return the names that code reads: globals, imports with their level, and attributes."""
+def _names_in(code: CodeType) -> _Names:
+    """Return the names that code reads, and the functions inside it."""
     loaded: set[str] = set()
+    passed_on: set[str] = set()
     imported: set[tuple[str, int]] = set()
     attributes: set[str] = set()
     constants: list[Any] = [0, None]
+    latest = None  # the global that was loaded just before
     for step in dis.get_instructions(code):
+        if step.opname == "EXTENDED_ARG":
+            continue
+        is_attribute = step.opname in ("LOAD_ATTR", "LOAD_METHOD")
+        if latest is not None and not is_attribute:
+            passed_on.add(latest)
+        latest = None
         if step.opname.startswith("LOAD_CONST") or step.opname == "LOAD_SMALL_INT":
             constants.append(step.argval)
         elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-            loaded.add(step.argval)
+            latest = step.argval
+            loaded.add(latest)
         elif step.opname == "IMPORT_NAME":
             imported.add((step.argval, constants[-2]))  # the level and the names come just before
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"):
+        elif is_attribute or step.opname == "IMPORT_FROM":
             attributes.add(step.argval)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             inner = _names_in(constant)
-            loaded |= inner[0]
-            imported |= inner[1]
-            attributes |= inner[2]
-    return frozenset(loaded), frozenset(imported), frozenset(attributes)
+            loaded |= inner.loaded
+            passed_on |= inner.passed_on
+            imported |= inner.imported
+            attributes |= inner.attributes
+    return _Names(
+        frozenset(loaded), frozenset(passed_on), frozenset(imported), frozenset(attributes)
+    )
 
 
 def _look_up(module: str, qualified_name: str) -> Any:

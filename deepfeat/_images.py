@@ -89,11 +89,11 @@ class Record:
         if not isinstance(self.source, (str, os.PathLike)):
             return None
         try:
-            status = os.stat(self.source)
-        except (OSError, ValueError):  # no file, or no name that a file can have
+            path = os.path.abspath(os.fspath(self.source))
+            status = os.stat(path)
+        except Exception:  # no file, no name that a file can have, or an object that gives none
             return None
         times = status.st_mtime_ns, status.st_ctime_ns
-        path = os.path.abspath(os.fspath(self.source))
         return path, status.st_size, *times, status.st_ino, status.st_dev
 
     def _try(self, read: Callable[[], T]) -> T:
@@ -271,6 +271,14 @@ def _holds_rows(items: Sequence[Any]) -> bool:
 
 def _count_values(item: Any) -> int | None:
     """Count the values of a row, 0 for a number; None if it is, or should be, something else."""
+    with contextlib.suppress(
+        Exception
+    ):  # a lazy array may fail at every look: an image like others
+        return _count_readable(item)
+    return None
+
+
+def _count_readable(item: Any) -> int | None:
     if isinstance(item, (list, tuple)):
         is_row = all(isinstance(value, numbers.Number) for value in item)
         return len(item) or None if is_row else None

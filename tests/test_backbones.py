@@ -1123,3 +1123,11 @@ def test_the_published_weights_of_every_model_are_its_own() -> None:
     """No two weights share a file, so the address of one tells it from all others."""
     urls = collections.Counter(weights.url for _, weights in ALL_WEIGHTS)
     assert json.dumps([url for url, count in urls.items() if count > 1]) == "[]"
+
+
+def test_a_module_without_weights_is_refused_by_name():
+    """On the meta device layers can be listed, and nothing be computed."""
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).to("meta")
+    backbone = find_backbone(module, preprocessing=SqueezeNet1_1_Weights.DEFAULT.transforms())
+    with pytest.raises(ValueError, match="Sequential is on the meta device"):
+        backbone.load(torch.device("cpu"))

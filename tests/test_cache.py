@@ -1587,3 +1587,13 @@ def test_memory_disk_and_dict_agree(tmp_path: Path) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_a_directory_may_be_called_as_a_home_that_is_not_there(tmp_path, monkeypatch):
+    """A tilde stands for a home only where there is that home, and at the beginning."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("~nobody-of-this-name", os.path.join(".", "~")):
+        assert FeatureCache(path).path == os.path.realpath(tmp_path / path)
+    assert FeatureCache(os.path.join("~", "rows")).path == os.path.realpath(
+        os.path.expanduser("~/rows")
+    )

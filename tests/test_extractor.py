@@ -421,7 +421,24 @@ BAD = {
     "sparse tensor": lambda folder: torch.eye(9).to_sparse(),
     "text file": lambda folder: io.StringIO("text"),
     "closed file": lambda folder: closed(io.BytesIO(b"")),
+    "path that fails": lambda folder: BrokenPath(),
+    "array that fails": lambda folder: BrokenArray(),
 }
+
+
+class BrokenPath:
+    def __fspath__(self):
+        raise RuntimeError("the mount is gone")
+
+
+class BrokenArray:
+    """As a lazy array whose file was closed: every look at it fails."""
+
+    @property
+    def ndim(self):
+        raise RuntimeError("the file is closed")
+
+    dtype = shape = requires_grad = __array__ = ndim
 
 
 def closed(file):

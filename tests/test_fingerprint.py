@@ -264,6 +264,33 @@ CHANGES = {
         "sub.k = 3",
     ),
     "a neighbour imported inside": ("", "package.f", "sub.k = 3"),
+    "a module that is passed on": (
+        "import {other}\ndef h(m, x): return m.g(x)\ndef f(x): return h({other}, x)",
+        "m.f",
+        "other.k = 3",
+    ),
+    "a module that is asked by name": (
+        "import {other}\ndef f(x): return getattr({other}, 'g')(x)",
+        "m.f",
+        "other.k = 3",
+    ),
+    "a module of a package in a closure": (
+        "import {package}.sub\ndel {package}.f\ndef wrap(p):\n"
+        "    return lambda x: p.sub.g(x)\nf = wrap({package})",
+        "m.f",
+        "sub.k = 3",
+    ),
+    "a module of a package as an attribute": (
+        "import {package}.sub\ndel {package}.f\nclass C:\n"
+        "    def __call__(self, x): return self.p.sub.g(x)\nx = C()\nx.p = {package}",
+        "m.x",
+        "sub.k = 3",
+    ),
+    "an attribute of a tensor": (
+        "import torch\nclass C(torch.Tensor): pass\nx = torch.ones(2).as_subclass(C)\nx.k = 2",
+        "m.x",
+        "m.x.k = 3",
+    ),
     "a module as an attribute": (
         "import {other}\nclass C: pass\nx = C()\nx.o = {other}",
         "m.x",
@@ -453,6 +480,7 @@ def test_copies_of_a_parametrized_layer_have_one_digest():
         v2.functional.resize,
         np.arange(6).reshape(2, 3),
         np.array(["a", None, 1.0], dtype=object),
+        np.random.default_rng(0),
         torch.float32,
         torch.device("cpu"),
         len,

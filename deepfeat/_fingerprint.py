@@ -265,6 +265,8 @@ def _take_apart(value: Any) -> tuple[Any, ...]:
     if isinstance(value, Graph):  # a list of nodes that are nested as deeply as it is long
         code = value.python_code("self")
         return code.src, code.globals
+    if isinstance(value, (set, frozenset)):  # of a subclass: pickle would write it in any order
+        return frozenset(value), getattr(value, "__dict__", None)
     if isinstance(value, MethodType):
         return value.__func__, value.__self__
     if isinstance(value, BuiltinFunctionType):

@@ -371,9 +371,13 @@ def is_even(n):
 def is_odd(n):
     return False if n == 0 else is_even(n - 1)
 
+class Words(set):
+    pass
+
 class Block(nn.Module):
     sizes = Size(4)
     kinds = {Color.RED, Color.BLUE}
+    words = Words(["one", "two", "three", "four"])
 
     def __init__(self):
         super().__init__()

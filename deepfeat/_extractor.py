@@ -125,7 +125,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         each stage and the last vectors, pooled, so that a search over these needs one pass; where
         it asks for another layer, the second pass over an image keeps all that `list_layers` names,
         if the cache has room for them. A list: these layers. None stops each pass at the deepest
-        layer asked for. Ignored without a cache; the first pass prefetches no flattened maps.
+        layer asked for. Ignored without a cache; flattened maps are kept only where asked for.
     on_error : {"raise", "warn", "nan"}, default="raise"
         What an image does that cannot be read: raise an error; or leave a row of NaN, with or
         without a warning, and its reason in `errors_`.
@@ -459,16 +459,18 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             return
         given = isinstance(self.prefetch, (list, tuple))
         for layer in map(index.resolve, self.prefetch) if given else index.stages():
-            is_large = self.pooling == "flatten" and len(layer.output_shape) > 1
-            if self._can_pool(layer) and not is_large:
+            if self._is_small(layer):
                 yield layer
 
     def _find_searched(self, index: LayerIndex) -> Iterator[ResolvedLayer]:
         """Yield the layers that a search may come to, if it is left to us what to prefetch."""
         if self.prefetch == "stages":
-            yield from filter(self._can_pool, (index.resolve(layer.name) for layer in index.table))
+            yield from filter(self._is_small, (index.resolve(layer.name) for layer in index.table))
 
-    def _can_pool(self, layer: ResolvedLayer) -> bool:
+    def _is_small(self, layer: ResolvedLayer) -> bool:
+        """Tell whether a layer can be pooled, and is no flattened map."""
+        if self.pooling == "flatten" and len(layer.output_shape) > 1:
+            return False
         try:
             count_features(layer, self.pooling)
         except ValueError:

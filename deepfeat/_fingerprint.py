@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import pickle
 import site
 import sys
 import sysconfig
@@ -35,8 +36,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
+_ATOMS = (type(None), bool, float, complex, str, bytes, type(...), type(NotImplemented))
 _DESCRIPTORS = (
     GetSetDescriptorType,
     MemberDescriptorType,
@@ -82,10 +84,12 @@ class _Digester:
 
     def __init__(self) -> None:
         # With the objects, so that none of them is freed and its number given to another.
-        self._known: dict[int, tuple[Any, bytes]] = {}
+        self._known: dict[Any, tuple[Any, bytes]] = {}
         self._path: dict[int, int] = {}
 
     def of(self, value: Any) -> bytes:
+        if type(value) is int:  # in hexadecimal, which has no limit
+            return _hash("int", hex(value))
         if type(value) in _ATOMS:
             return _hash(type(value).__name__, repr(value))
         key = id(value)
@@ -147,17 +151,14 @@ class _Digester:
 
     def _of_class(self, value: type) -> Iterator[bytes | str]:
         yield from ("class", value.__name__)
+        yield from map(self.of, (type(value), *value.__bases__))
         attributes = sorted(vars(value).items())
-        module = value.__module__
-        if not isinstance(module, str):  # Cython's functions hide that of their class behind theirs
-            module = ""
-        origin = _find_origin(module)
+        module = value.__module__  # of a type that is written in C it may be anything
+        origin = _find_origin(module) if isinstance(module, str) else None
         if origin and _look_up(module, value.__qualname__) is value:
             yield from (module, value.__qualname__, origin)
             # What a user has put in the place of a method there.
             attributes = [item for item in attributes if _is_user_function(item[1])]
-        else:
-            yield from map(self.of, (type(value), *value.__bases__))
         for name, attribute in attributes:
             if name not in _NO_BEHAVIOUR:
                 yield from (name, self.of(attribute))
@@ -228,19 +229,24 @@ class _Digester:
         """Digest an installed module by its version, and any other by some of its attributes."""
         if origin := _find_origin(module.__name__):
             return _hash("module", module.__name__, origin)
+        names = frozenset(names)
+        if (module, names) in self._known:  # modules that import each other meet in many ways
+            return self._known[module, names][1]
         key = id(module)
         if key in self._path:
             return _hash("above", module.__name__)
         self._path[key] = len(self._path)
         try:
             parts: list[bytes | str] = ["module"]
-            for name in sorted(set(names).intersection(vars(module))):
+            for name in sorted(names.intersection(vars(module))):
                 value = vars(module)[name]
                 is_module = isinstance(value, ModuleType)
                 parts += [name, self._of_module(value, names) if is_module else self.of(value)]
-            return _hash(*parts)
+            digest = _hash(*parts)
         finally:
             del self._path[key]
+        self._known[module, names] = module, digest
+        return digest
 
 
 def _hash(*parts: bytes | str) -> bytes:
@@ -268,11 +274,18 @@ def _take_apart(value: Any) -> tuple[Any, ...]:
     """Return what an object is made of, for the most part as pickle would."""
     if isinstance(value, nn.Module):  # pickle would refuse one with parametrizations
         return (vars(value),)
+    if isinstance(value, Graph):  # a list of nodes that are nested as deeply as it is long
+        code = value.python_code("self")
+        return code.src, code.globals
+    if isinstance(value, (set, frozenset)):  # of a subclass: pickle would write it in any order
+        return frozenset(value), getattr(value, "__dict__", None)
     if isinstance(value, MethodType):
         return value.__func__, value.__self__
     if isinstance(value, BuiltinFunctionType):
-        owner = value.__self__
-        return value.__qualname__, owner.__name__ if isinstance(owner, ModuleType) else owner
+        owner: Any = value.__self__
+        if isinstance(owner, ModuleType):
+            owner = owner.__name__, _release_of(owner.__name__, value)
+        return value.__qualname__, owner
     if isinstance(value, CellType):
         try:
             return (value.cell_contents,)
@@ -298,10 +311,23 @@ def _take_apart(value: Any) -> tuple[Any, ...]:
             f"a {type(value).__name__} cannot be digested: {error}"
         ) from error
     if isinstance(reduced, str):  # the name of a global
-        return type(value), reduced
+        module: str = pickle.whichmodule(value, reduced)  # type: ignore[attr-defined]
+        if _look_up(module, reduced) is not value:
+            raise UnknownContentError(f"{reduced!r} is known by a name that it does not have")
+        return reduced, _release_of(module, value)
     function, arguments, *rest = reduced
     rest = [list(part) if isinstance(part, Iterator) else part for part in rest]
     return function, arguments, *rest
+
+
+def _release_of(module: str, value: Any) -> str:
+    """Name the release of what is known by its name alone."""
+    if origin := _find_origin(module):
+        return origin
+    raise UnknownContentError(
+        f"a {type(value).__name__} of the module {module!r}, which is not installed, has nothing "
+        "but a name"
+    )
 
 
 # Names ------------------------------------------------------------------------------------------

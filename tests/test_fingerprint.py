@@ -301,6 +301,11 @@ CHANGES = {
         "m.x",
         "patch(torch.nn.Hardswish, 'forward', lambda self, x: x)",
     ),
+    "a method that an installed class inherits": (
+        "import torch\nx = torch.nn.Hardswish()",
+        "m.x",
+        "patch(torch.nn.Module, 'half', lambda self: self)",
+    ),
     "a parameter": ("import torch\nx = torch.nn.Linear(2, 2)", "m.x", "m.x.weight.data[0] += 1"),
     "a buffer": ("import torch\nx = torch.nn.BatchNorm1d(2)", "m.x", "m.x.running_mean[0] += 1"),
     "a hook": (
@@ -393,9 +398,13 @@ def is_even(n):
 def is_odd(n):
     return False if n == 0 else is_even(n - 1)
 
+class Words(set):
+    pass
+
 class Block(nn.Module):
     sizes = Size(4)
     kinds = {Color.RED, Color.BLUE}
+    words = Words(["one", "two", "three", "four"])
 
     def __init__(self):
         super().__init__()
@@ -485,6 +494,8 @@ def test_copies_of_a_parametrized_layer_have_one_digest():
         torch.device("cpu"),
         len,
         torch.relu,
+        np.add,
+        np.random.default_rng(0),
     ],
     ids=str,
 )
@@ -536,6 +547,34 @@ def test_a_checkout_is_no_installed_package(installer, tmp_path, monkeypatch):
         sys.modules.pop("mine_1", None)
 
 
+def test_a_traced_network_has_a_digest_however_long_it_is():
+    """The nodes of its graph know each other, and the last lies as deep as there are nodes."""
+    layers = nn.Sequential(*(nn.Linear(1, 1) for _ in range(300)))
+    one, same, other = map(torch.fx.symbolic_trace, (layers, layers, layers[:-1]))
+    assert fingerprint(same) == fingerprint(one) != fingerprint(other)
+    before = fingerprint(one)
+    with torch.no_grad():
+        layers[7].bias.add_(1)
+    assert fingerprint(one) != before
+
+
+def test_an_integer_has_a_digest_however_long_it_is():
+    """Python refuses to write integers of more than 4,300 digits in decimals."""
+    assert fingerprint(1 << 20_000) != fingerprint(1 << 20_001)
+
+
+def test_modules_that_import_each_other_are_digested_once():
+    """There are more ways through them than can be gone."""
+    modules = [types.ModuleType(f"friend_{number}") for number in range(20)]
+    for module in modules:
+        vars(module).update({one.__name__: one for one in modules})
+    before = fingerprint(modules[0])
+    modules[7].k = 1
+    assert fingerprint(modules[0]) == before  # nothing asks for a `k`
+    modules[0].k = 1
+    assert fingerprint(modules[0]) != before
+
+
 def looped():
     items = [1]
     items.append(items)
@@ -581,6 +620,7 @@ def waiting_import():
         (lambda: torch.zeros(3, device="meta"), "meta"),
         (waiting_import, "'this_is_not_loaded_yet', which a function imports, is not loaded yet"),
         (lambda: nest(100_000), "nested too deeply"),
+        (lambda: np.frompyfunc(abs, 1, 1), "is known by a name that it does not have"),
     ],
 )
 def test_what_cannot_be_digested_is_named(make, words, tmp_path, monkeypatch):

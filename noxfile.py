@@ -28,10 +28,11 @@ on_request = functools.partial(in_dev, default=False)
 
 @nox.session
 def lint(session):
-    """Check the rules of ruff and its layout."""
+    """Check the rules of ruff and its layout, and the floors that imports keep to."""
     session.install(*requirements("lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": os.getcwd()})
 
 
 @nox.session(default=False)
@@ -132,7 +133,7 @@ def build(session):
     session.run("python", "-m", "build", "--outdir", dist)
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        for file in ("deepfeat/py.typed", "deepfeat/resnet10_slim.safetensors"):
+        for file in ("deepfeat/py.typed", "deepfeat/_backbones/resnet10_slim.safetensors"):
             if file not in archive.namelist():
                 session.error(f"{wheel.name} holds no {file}.")
     session.install(f"{wheel}[plot]")

@@ -10,27 +10,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._backbones import list_backbones as list_backbones
-    from ._cache import FeatureCache as FeatureCache
-    from ._categories import predict_categories as predict_categories
-    from ._classifier import FineTuneClassifier as FineTuneClassifier
-    from ._extractor import DeepFeatureExtractor as DeepFeatureExtractor
-    from ._extractor import list_layers as list_layers
-    from ._layers import LayerNotFoundError as LayerNotFoundError
-    from ._store import CacheFormatError as CacheFormatError
+    from ._backbones.find import list_backbones as list_backbones
+    from ._cache.cache import FeatureCache as FeatureCache
+    from ._cache.disk import CacheFormatError as CacheFormatError
+    from ._extraction.categories import predict_categories as predict_categories
+    from ._extraction.extractor import DeepFeatureExtractor as DeepFeatureExtractor
+    from ._extraction.extractor import list_layers as list_layers
+    from ._finetuning.classifier import FineTuneClassifier as FineTuneClassifier
+    from ._layers.index import LayerNotFoundError as LayerNotFoundError
 
 __version__ = "0.1.0.dev0"
 
 # Each name is imported when it is first asked for: torch and torchvision take seconds to load.
 _ROOM_OF = {
-    "CacheFormatError": "_store",
-    "DeepFeatureExtractor": "_extractor",
-    "FeatureCache": "_cache",
-    "FineTuneClassifier": "_classifier",
-    "LayerNotFoundError": "_layers",
-    "list_backbones": "_backbones",
-    "list_layers": "_extractor",
-    "predict_categories": "_categories",
+    "CacheFormatError": "_cache.disk",
+    "DeepFeatureExtractor": "_extraction.extractor",
+    "FeatureCache": "_cache.cache",
+    "FineTuneClassifier": "_finetuning.classifier",
+    "LayerNotFoundError": "_layers.index",
+    "list_backbones": "_backbones.find",
+    "list_layers": "_extraction.extractor",
+    "predict_categories": "_extraction.categories",
 }
 
 __all__ = [

@@ -33,8 +33,11 @@ from torchvision.models import SqueezeNet1_1_Weights, WeightsEnum
 from torchvision.models._api import BUILTIN_MODELS
 from torchvision.transforms import InterpolationMode
 
-from deepfeat import _backbones, list_backbones
-from deepfeat._backbones import Backbone, find_backbone
+from deepfeat import list_backbones
+from deepfeat._backbones import find
+from deepfeat._backbones import torchvision as building
+from deepfeat._backbones.find import Backbone, find_backbone
+from deepfeat._extraction.readers import load_network
 
 exactly = functools.partial(assert_close, rtol=0, atol=0)
 CPU = torch.device("cpu")
@@ -48,7 +51,7 @@ ALL_WEIGHTS = [
 @pytest.fixture(autouse=True)
 def forget_networks() -> Iterator[None]:
     """Start and leave without networks in memory."""
-    forget = _backbones._load_cached.cache_clear
+    forget = building._load_cached.cache_clear
     forget()
     yield
     forget()
@@ -165,11 +168,11 @@ def test_weights_have_names_and_members() -> None:
 
 def test_finding_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backbone is found in no time, with a skeleton that takes no memory and no weights."""
-    monkeypatch.setattr(_backbones, "_load_cached", forbidden)
+    monkeypatch.setattr(building, "_load_cached", forbidden)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", forbidden)
     seconds = []
     for _ in range(3):
-        _backbones._skeleton.cache_clear()
+        building.make_skeleton.cache_clear()
         start = time.perf_counter()
         backbone = find_backbone("vgg16")
         seconds.append(time.perf_counter() - start)
@@ -187,7 +190,7 @@ def test_finding_leaves_random_numbers_alone() -> None:
     """The skeleton of no family draws from the global generators."""
     names = {name.partition("_")[0].rstrip("0123456789"): name for name in list_backbones()}
     names |= {name: name for name in ("swin_v2_t", "vit_b_16", "regnet_x_400mf", "inception_v3")}
-    _backbones._skeleton.cache_clear()
+    building.make_skeleton.cache_clear()
     with untouched_generators():
         for name in names.values():
             find_backbone(name)
@@ -222,7 +225,7 @@ def presets() -> dict[str, list[tuple[str, WeightsEnum]]]:
 @pytest.fixture
 def no_skeletons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the skeletons, which take most of the time that finding takes."""
-    monkeypatch.setattr(_backbones, "_skeleton", lambda *_: nn.Flatten())
+    monkeypatch.setattr(find, "make_skeleton", lambda *_: nn.Flatten())
 
 
 def test_there_are_115_weights_with_28_presets() -> None:
@@ -345,7 +348,7 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     """Another seed gives other weights, and the same one the same, whatever was drawn before."""
     first = copy.deepcopy(load(NAME, None, seed=1).state_dict())
     torch.rand(5)
-    _backbones._load_cached.cache_clear()
+    building._load_cached.cache_clear()
     exactly(load(NAME, None, seed=1).state_dict(), first)
     with pytest.raises(AssertionError):
         exactly(load(NAME, None, seed=2).state_dict(), first)
@@ -355,13 +358,13 @@ def test_random_weights_are_the_same_in_another_process() -> None:
     """A seed means the same weights for every worker."""
     code = (
         "import sys, torch\n"
-        "from deepfeat._backbones import find_backbone\n"
+        "from deepfeat._backbones.find import find_backbone\n"
         "torch.rand(3)\n"
         f"net = find_backbone({NAME!r}, None, seed=3).load(torch.device('cpu'))\n"
         "state = torch.cat([value.reshape(-1) for value in net.state_dict().values()])\n"
         "sys.stdout.buffer.write(state.numpy().tobytes())\n"
     )
-    root = Path(_backbones.__file__).parents[1]
+    root = Path(find.__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, stdout=subprocess.PIPE)
     state = load(NAME, None, seed=3).state_dict()
     expected = torch.cat([value.reshape(-1) for value in state.values()])
@@ -383,7 +386,7 @@ def test_random_weights_do_not_depend_on_other_threads() -> None:
     try:
         states = []
         for _ in range(3):
-            _backbones._load_cached.cache_clear()
+            building._load_cached.cache_clear()
             states.append(load(NAME, None, seed=5).state_dict())
     finally:
         stop.set()
@@ -584,7 +587,7 @@ def test_old_names_of_vit_are_understood(tmp_path: Path, monkeypatch: pytest.Mon
 
     small.__module__ = models.vision_transformer.__name__
     monkeypatch.setitem(BUILTIN_MODELS, "vit_b_32", small)
-    _backbones._skeleton.cache_clear()
+    building.make_skeleton.cache_clear()
     net = small(image_size=224)
     state = net.state_dict()
     old = {
@@ -595,7 +598,7 @@ def test_old_names_of_vit_are_understood(tmp_path: Path, monkeypatch: pytest.Mon
     net.load_state_dict(old)  # torchvision understands them as well
     torch.save(old, tmp_path / "old.pth")
     exactly(load("vit_b_32", tmp_path / "old.pth").state_dict(), state)
-    _backbones._skeleton.cache_clear()
+    building.make_skeleton.cache_clear()
 
 
 def test_mnasnet_loads_from_every_format(tmp_path: Path) -> None:
@@ -797,7 +800,7 @@ def test_threads_may_look_for_backbones_at_once() -> None:
     def find(name: str) -> None:
         start.wait()
         for _ in range(5):
-            _backbones._skeleton.cache_clear()
+            building.make_skeleton.cache_clear()
             try:
                 skeleton = find_backbone(name).skeleton
                 assert list(skeleton.state_dict()) == expected[name]
@@ -903,7 +906,7 @@ def test_a_module_of_the_user_runs_as_it_was_written(kind: type[nn.Module]) -> N
     batch = torch.stack([as_tensor_of_8(PICTURES[key]) for key in PICTURES])
     with torch.no_grad():
         expected = module(batch.contiguous())
-        found = backbone.load(CPU)(backbone.preprocessing.normalize(batch))
+        found = load_network(backbone, CPU)(backbone.preprocessing.normalize(batch))
     torch.testing.assert_close(found, expected)
 
 
@@ -915,7 +918,7 @@ def as_tensor_of_8(image: Image.Image) -> Tensor:
 def test_channels_come_last_where_a_module_allows_for_it() -> None:
     """That is faster, and the same to rounding."""
     module = user_module()
-    loaded = find_backbone(module, preprocessing=as_tensor_of_8).load(CPU)
+    loaded = load_network(find_backbone(module, preprocessing=as_tensor_of_8), CPU)
     assert loaded[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert not module[0].weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -1021,7 +1024,7 @@ def test_weights_are_downloaded_once(
     assert not server.paths
     exactly(backbone.load(CPU).state_dict(), state)
     backbone.load(CPU)
-    _backbones._load_cached.cache_clear()
+    building._load_cached.cache_clear()
     exactly(load(NAME).state_dict(), state)
     exactly(load(NAME, SqueezeNet1_1_Weights.IMAGENET1K_V1).state_dict(), state)
     name = Path(urllib.parse.urlsplit(SqueezeNet1_1_Weights.DEFAULT.url).path).name

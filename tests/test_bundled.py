@@ -19,12 +19,12 @@ from torchvision import transforms
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from deepfeat import DeepFeatureExtractor, list_backbones, list_layers
-from deepfeat._backbones import find_backbone
-from deepfeat._bundled import ResNet10Slim_Weights, SlimResNet
+from deepfeat._backbones.find import find_backbone
+from deepfeat._backbones.resnet10_slim import ResNet10Slim_Weights, SlimResNet
 
 NAME = "resnet10_slim"
 ROOT = Path(__file__).parents[1]
-FILE = ROOT / "deepfeat" / "resnet10_slim.safetensors"
+FILE = ROOT / "deepfeat" / "_backbones" / "resnet10_slim.safetensors"
 CPU = torch.device("cpu")
 # Run before a script: whatever opens a connection or asks for an address raises.
 CUT_OFF = """

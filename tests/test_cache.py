@@ -32,9 +32,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from numpy.testing import assert_array_equal
 from sklearn.base import BaseEstimator, clone
 
-from deepfeat import _cache, _claims, _store
-from deepfeat._cache import CacheInfo, FeatureCache, FileStat
-from deepfeat._store import FILE_NAME, CacheFormatError
+from deepfeat._cache import cache as _cache
+from deepfeat._cache import disk as _store
+from deepfeat._cache import owners as _claims
+from deepfeat._cache.cache import CacheInfo, FeatureCache, FileStat
+from deepfeat._cache.disk import FILE_NAME, CacheFormatError
 
 WORK = b"work"
 CONTEXT, OTHER = b"context", b"other context"
@@ -67,7 +69,7 @@ PREAMBLE = f"""
 import os, signal, sys, threading, time, zlib
 import numpy as np
 from numpy.testing import assert_array_equal
-from deepfeat._cache import FeatureCache
+from deepfeat._cache.cache import FeatureCache
 WORK, CONTEXT, WIDTH, IMAGES = {WORK}, {CONTEXT}, {WIDTH}, {IMAGES}
 {inspect.getsource(rows_of)}
 {inspect.getsource(put)}
@@ -84,7 +86,7 @@ def start(script: str, *args: object, prefix: Sequence[str] = ()) -> subprocess.
     python = [*prefix, sys.executable, "-W", "error", "-c"]
     return subprocess.Popen(
         [*python, PREAMBLE + textwrap.dedent(script), *map(str, args)],
-        env={**os.environ, "PYTHONPATH": str(Path(_cache.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(_cache.__file__).parents[2])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -679,7 +681,7 @@ def test_a_file_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
     """A maker that is killed half-way leaves nothing that stays."""
     script = """
         import sqlite3
-        from deepfeat import _store
+        from deepfeat._cache import disk as _store
         _store.os.link = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
         put(cache, IMAGES)
         """

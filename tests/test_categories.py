@@ -11,7 +11,7 @@ from torchvision import models
 from torchvision.models import SqueezeNet1_1_Weights, VGG16_Weights
 
 from deepfeat import predict_categories
-from deepfeat._backbones import find_backbone
+from deepfeat._backbones.find import find_backbone
 
 NAME = "squeezenet1_1"
 

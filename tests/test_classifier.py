@@ -23,7 +23,9 @@ from torch.nn import functional as F
 from torchvision import models, transforms
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from deepfeat import DeepFeatureExtractor, FeatureCache, _classifier, _training
+from deepfeat import DeepFeatureExtractor, FeatureCache
+from deepfeat._finetuning import classifier as _classifier
+from deepfeat._finetuning import training as _training
 
 RATES = {"learning_rate": 0.02, "backbone_learning_rate": 0.01}
 

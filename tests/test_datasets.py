@@ -25,8 +25,10 @@ from numpy.testing import assert_array_equal
 from sklearn.datasets import load_files
 from sklearn.utils import Bunch
 
-from deepfeat import _optional, datasets
-from deepfeat.datasets import fetch_scene15, load_image_folder, load_scene15
+from deepfeat import _optional
+from deepfeat.datasets import _scene15 as datasets
+from deepfeat.datasets._folders import load_image_folder
+from deepfeat.datasets._scene15 import fetch_scene15, load_scene15
 
 # What Lazebnik, Schmid and Ponce published, in the order of their folders' names.
 SCENES = {

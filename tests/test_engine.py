@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
-from deepfeat._engine import count_features, find_device, map_in_threads, pool, run_in_batches
-from deepfeat._layers import ResolvedLayer
+from deepfeat._engine.batches import run_in_batches
+from deepfeat._engine.devices import find_device
+from deepfeat._engine.threads import map_in_threads
+from deepfeat._layers.index import ResolvedLayer
+from deepfeat._layers.pooling import count_features, pool
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)

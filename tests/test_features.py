@@ -26,7 +26,8 @@ from torch import nn
 from torchvision.models import SqueezeNet
 from torchvision.transforms import functional as F
 
-from deepfeat import CacheFormatError, DeepFeatureExtractor, FeatureCache, _features, list_layers
+from deepfeat import CacheFormatError, DeepFeatureExtractor, FeatureCache, list_layers
+from deepfeat._extraction import rows as _features
 
 SMALL = {"weights": None, "image_size": 32, "num_workers": 0}
 
@@ -156,7 +157,7 @@ class TestOnce:
 
     def test_a_warm_cache_loads_no_weights(self, cache, pictures, monkeypatch):
         expected = extractor(cache).transform(pictures)
-        import deepfeat._backbones as backbones
+        import deepfeat._backbones.torchvision as backbones
 
         def refuse(*_arguments):
             raise AssertionError("weights were loaded")
@@ -237,7 +238,7 @@ class TestNothingIsMixedUp:
 
     def test_a_file_changed_while_X_is_read_is_told(self, cache, paths, pictures, monkeypatch):
         """Its new pixels are not kept under the digest of the old ones."""
-        from deepfeat import _features
+        from deepfeat._extraction import rows as _features
 
         group = _features._group_equal
 
@@ -296,7 +297,7 @@ class TestNothingIsMixedUp:
         """A training job saves better weights between the look-up of rows and the first pass."""
         from torchvision.models import squeezenet1_1
 
-        from deepfeat import _features
+        from deepfeat._extraction import rows as _features
 
         file, better, kept = (tmp_path / name for name in ("best.pth", "better.pth", "kept.pth"))
         for seed, path in enumerate((file, better)):
@@ -437,7 +438,7 @@ class TestModulesOfTheUser:
         self, cache, pictures, monkeypatch
     ):
         """A lock may decide on anything, so nothing is kept; one warning names it."""
-        monkeypatch.setattr("deepfeat._features._warned", set())
+        monkeypatch.setattr("deepfeat._extraction.rows._warned", set())
         prepare = Prepare()
         prepare.lock = threading.RLock()
         one = self.of(Net(), cache, preprocessing=prepare)
@@ -451,7 +452,7 @@ class TestModulesOfTheUser:
 
     def test_preprocessing_that_changes_as_it_is_used_is_named(self, cache, pictures, monkeypatch):
         """An object that counts its calls is another one each time, so its rows are lost."""
-        monkeypatch.setattr("deepfeat._features._warned", set())
+        monkeypatch.setattr("deepfeat._extraction.rows._warned", set())
         one = self.of(Net(), cache, preprocessing=Counting())
         with pytest.warns(UserWarning, match="preprocessing of Net changes as it is used"):
             one.transform(pictures)
@@ -461,7 +462,7 @@ class TestModulesOfTheUser:
         self, cache, pictures, monkeypatch
     ):
         """Rows of new weights are not kept under the digest of the old ones."""
-        from deepfeat import _features
+        from deepfeat._extraction import rows as _features
 
         net = Net()
         old = copy.deepcopy(net)
@@ -688,7 +689,7 @@ class TestFailures:
             """
             import os, signal, sys
             from deepfeat import DeepFeatureExtractor
-            import deepfeat._features as features
+            import deepfeat._extraction.rows as features
             put, times = features.FeatureCache.put_many, []
             def put_and_die(self, *arguments):
                 put(self, *arguments)

@@ -25,7 +25,7 @@ from small_networks import (
 from torchvision import models
 
 from deepfeat import FineTuneClassifier
-from deepfeat._files import read_network, write_network
+from deepfeat._finetuning.saving import read_network, write_network
 
 SMALL = "squeezenet1_1"
 
@@ -223,7 +223,7 @@ def test_loading_downloads_nothing(fitted, file, monkeypatch):
     state, description = read_network(file)
     description["params"]["weights"] = "DEFAULT"
     write_network(file, state, description)
-    monkeypatch.setattr("deepfeat._backbones._download", pytest.fail)
+    monkeypatch.setattr("deepfeat._backbones.torchvision._download", pytest.fail)
     assert FineTuneClassifier.load(file).weights == "DEFAULT"
 
 
@@ -263,7 +263,7 @@ def test_a_file_is_replaced_in_one_step(fitted, images, file, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("deepfeat._files.save_file", fail)
+    monkeypatch.setattr("deepfeat._finetuning.saving.save_file", fail)
     with pytest.raises(OSError, match="the disk is full"):
         fitted.save(file)
     assert file.read_bytes() == before

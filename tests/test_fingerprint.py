@@ -19,7 +19,7 @@ from torch import nn
 from torchvision import models
 from torchvision.transforms import v2
 
-from deepfeat._fingerprint import UnknownContentError, fingerprint
+from deepfeat._backbones.fingerprint import UnknownContentError, fingerprint
 
 numbers = itertools.count()
 
@@ -435,7 +435,7 @@ def test_a_digest_is_the_same_in_every_process(name, tmp_path):
         file = tmp_path / f"file_{seed}.py"
         file.write_text("# a comment\n\n" * seed + SOURCE)
         begin = f"from file_{seed} import *" if name == "a module" else file.read_text()
-        script = f"{begin}\nfrom deepfeat._fingerprint import fingerprint\n"
+        script = f"{begin}\nfrom deepfeat._backbones.fingerprint import fingerprint\n"
         script += "print(fingerprint((Block(), is_odd, NAMES)).hex())"
         run = subprocess.run(
             [sys.executable, "-c", script],
@@ -505,7 +505,7 @@ def test_a_pickle_has_the_digest_of_its_original(value):
 
 def test_installed_code_counts_by_its_release(monkeypatch):
     """The same transform of another torchvision is another one."""
-    from deepfeat import _fingerprint
+    from deepfeat._backbones import fingerprint as _fingerprint
 
     transform = v2.Resize(8)
     before = fingerprint(transform)
@@ -521,7 +521,7 @@ def test_installed_code_counts_by_its_release(monkeypatch):
 @pytest.mark.parametrize("installer", ["wheel", "checkout"])
 def test_a_checkout_is_no_installed_package(installer, tmp_path, monkeypatch):
     """Metadata beside the code of a development install do not freeze it at its version."""
-    from deepfeat import _fingerprint
+    from deepfeat._backbones import fingerprint as _fingerprint
 
     (tmp_path / "mine_1").mkdir()
     (tmp_path / "mine_1" / "__init__.py").write_text("k = 2\ndef f(x): return k * x")

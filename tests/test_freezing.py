@@ -14,18 +14,20 @@ from small_networks import (
 from torch import nn
 from torchvision import models
 
-from deepfeat import LayerNotFoundError, _training
-from deepfeat._freezing import (
+from deepfeat import LayerNotFoundError
+from deepfeat._finetuning import training as _training
+from deepfeat._finetuning.cutting import find_cut
+from deepfeat._finetuning.freezing import (
     Trained,
     find_blocks,
-    find_cut,
     find_trained,
     freeze,
     group_parameters,
     set_train_mode,
 )
-from deepfeat._heads import add_head, find_head
-from deepfeat._layers import LayerIndex
+from deepfeat._finetuning.heads import add_head
+from deepfeat._layers.head import find_head
+from deepfeat._layers.index import LayerIndex
 
 
 def prepare(module, unfreeze, side=16):
@@ -145,7 +147,7 @@ def test_a_frozen_parameter_without_weight_decay_would_not_pass(monkeypatch):
             parameter.requires_grad_(True)
         module.features[3].conv[0][0].weight.data *= 1 - 1e-6
 
-    monkeypatch.setattr("deepfeat._classifier.freeze", freeze_gradients)
+    monkeypatch.setattr("deepfeat._finetuning.classifier.freeze", freeze_gradients)
     with pytest.raises(AssertionError, match="is not frozen"):
         check_frozen(("mobilenet_v2", "features.17"), augment="crop")
 
@@ -307,7 +309,7 @@ def test_a_wrong_name_says_what_there_is(unfreeze, error, words):
 
 def test_a_typo_in_a_named_backbone_is_found_before_weights_are_loaded(monkeypatch):
     """Nobody waits for a download to be told."""
-    monkeypatch.setattr("deepfeat._backbones._download", pytest.fail)
+    monkeypatch.setattr("deepfeat._backbones.torchvision._download", pytest.fail)
     with pytest.raises(LayerNotFoundError, match=r"Close matches: .*'layer4'"):
         make_classifier("resnet18", weights="DEFAULT", unfreeze="layer_4").fit(*make_images())
 

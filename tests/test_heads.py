@@ -9,8 +9,9 @@ from torch import nn
 from torchvision import models
 
 from deepfeat import list_backbones
-from deepfeat._backbones import find_backbone
-from deepfeat._heads import AUXILIARY, add_head, find_head
+from deepfeat._backbones.find import find_backbone
+from deepfeat._finetuning.heads import AUXILIARY, add_head
+from deepfeat._layers.head import find_head
 
 # One small member of each family, its classification layer, and how many outputs follow that.
 FAMILIES = {

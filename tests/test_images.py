@@ -30,8 +30,8 @@ from sklearn.utils import Bunch
 from strategies import pil_images, pixels, sources
 from torch.utils.data import DataLoader
 
-from deepfeat._decoding import open_image
-from deepfeat._images import ImageError, as_records, is_tabular
+from deepfeat._images.decoding import open_image
+from deepfeat._images.records import ImageError, as_records, is_tabular
 
 HEIGHT, WIDTH = 6, 7
 

@@ -21,9 +21,11 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from deepfeat import LayerNotFoundError, list_backbones
-from deepfeat._backbones import _known_weights, find_backbone
-from deepfeat._engine import count_features, pool
-from deepfeat._layers import LayerIndex, ResolvedLayer, read_layers
+from deepfeat._backbones.find import find_backbone
+from deepfeat._backbones.torchvision import known_weights
+from deepfeat._layers.index import LayerIndex, ResolvedLayer
+from deepfeat._layers.pooling import count_features, pool
+from deepfeat._layers.reading import read_layers
 
 exactly = functools.partial(assert_close, rtol=0, atol=0)
 
@@ -258,7 +260,7 @@ def test_reading_stops_after_the_deepest_layer() -> None:
 class Interruption:
     """Ctrl-C before the nth line that a thread runs of the package, or of torch's hooks."""
 
-    FILES = ("_layers.py", "_trace.py", "_freezing.py", "torch/nn/modules/module.py", "hooks.py")
+    FILES = ("reading.py", "trace.py", "cutting.py", "torch/nn/modules/module.py", "hooks.py")
 
     def __init__(self, line: int):
         self.left = line
@@ -440,7 +442,7 @@ def test_the_list_shares_out_all_parameters(name: str) -> None:
     """The parameters of all layers add up to the network's, as torchvision publishes them."""
     expected = sum(weight.numel() for weight in find_backbone(name).skeleton.parameters())
     if name not in ("googlenet", "inception_v3"):  # published without auxiliary classifiers
-        assert expected == _known_weights(name)["DEFAULT"].meta["num_params"]
+        assert expected == known_weights(name)["DEFAULT"].meta["num_params"]
     assert sum(layer.parameters for layer in index_of(name).table) == expected
 
 
@@ -473,7 +475,7 @@ def test_a_shared_parameter_is_counted_once() -> None:
 def test_multiply_adds_are_those_that_torchvision_publishes(name: str) -> None:
     """The multiply-adds of all layers add up to torchvision's figure, to the last digit of it."""
     total = sum(layer.multiply_adds for layer in index_of(name).table)
-    assert round(total / 1e9, 3) == _known_weights(name)["DEFAULT"].meta["_ops"]
+    assert round(total / 1e9, 3) == known_weights(name)["DEFAULT"].meta["_ops"]
 
 
 @pytest.mark.parametrize("name", list_backbones())

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, functional
 from torchvision.transforms._presets import ImageClassification
 
-from deepfeat._preprocessing import preprocess_like
+from deepfeat._backbones.preprocessing import preprocess_like
 
 SIZES = [(300, 1), (1, 300), (500, 7), (7, 500), (901, 100), (37, 800), (2, 17), (640, 480), (9, 9)]
 

@@ -18,7 +18,8 @@ from sklearn.svm import LinearSVC
 from torchvision import models
 
 from deepfeat import DeepFeatureExtractor, FineTuneClassifier, predict_categories
-from deepfeat.datasets import load_image_folder, load_scene15
+from deepfeat.datasets._folders import load_image_folder
+from deepfeat.datasets._scene15 import load_scene15
 
 pytestmark = [
     pytest.mark.real,

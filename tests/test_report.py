@@ -18,7 +18,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 from torchvision import models
 
-from deepfeat import DeepFeatureExtractor, FineTuneClassifier, datasets
+from deepfeat import DeepFeatureExtractor, FineTuneClassifier
+from deepfeat.datasets import _scene15 as datasets
 
 SCRIPTS = Path(__file__).parents[1] / "examples/report"
 NET = "resnet10_slim"

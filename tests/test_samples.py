@@ -22,9 +22,12 @@ from small_networks import (
 )
 from torch import nn
 
-from deepfeat import _backbones, _classifier, _networks, _samples
-from deepfeat._decoding import open_image
-from deepfeat._samples import crop_at_random, draw_flips
+from deepfeat._extraction import readers
+from deepfeat._finetuning import classifier as _classifier
+from deepfeat._finetuning import networks as _networks
+from deepfeat._finetuning import samples as _samples
+from deepfeat._finetuning.samples import crop_at_random, draw_flips
+from deepfeat._images.decoding import open_image
 
 RATES = {"learning_rate": 0.01, "backbone_learning_rate": 0.01}
 
@@ -170,11 +173,11 @@ def test_frozen_layers_see_each_view_of_an_image_once(augment, epochs, expected)
     with pytest.MonkeyPatch.context() as patch:
         # To find out about the network, and to try the cut, a few images run through it too.
         patch.setattr(_classifier, "find_cut", uncounted(_classifier.find_cut))
-        for room in (_classifier, _networks):
+        for room in (_classifier, readers):
             patch.setattr(room, "LayerIndex", uncounted(room.LayerIndex))
         patch.setattr(_networks, "find_head", uncounted(_networks.find_head))
-        trial = uncounted(_backbones.prefer_channels_last)
-        patch.setattr(_backbones, "prefer_channels_last", trial)
+        trial = uncounted(readers.prefer_channels_last)
+        patch.setattr(readers, "prefer_channels_last", trial)
         Counting.seen = 0
         classifier.fit(X, y, X_val=X_val, y_val=y_val)
     assert Counting.seen == expected

@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from PIL import Image
 from torch import nn
 
-from deepfeat import DeepFeatureExtractor, FeatureCache, _cache
+from deepfeat import DeepFeatureExtractor, FeatureCache
+from deepfeat._cache import cache as _cache
 
 FILES = 4
 PICTURES = np.random.default_rng(0).integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)

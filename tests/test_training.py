@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from deepfeat import _training
+from deepfeat._finetuning import training as _training
 
 RATES = {"learning_rate": 0.02, "backbone_learning_rate": 0.005}
 OUT_OF_MEMORY = {

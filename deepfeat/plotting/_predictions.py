@@ -11,7 +11,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from deepfeat import predict_categories
 
-from .._images import as_records
+from .._images.records import as_records
 from ._axes import SKY, find_axes
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepfeat._bundled import SlimResNet
+from deepfeat._backbones.resnet10_slim import SlimResNet
 
 DRAWN, CROPPED = 2000, 400  # pictures of each family, crops of each photograph
 VIEW = 64

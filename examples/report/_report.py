@@ -12,7 +12,8 @@ from sklearn.feature_extraction.image import extract_patches_2d
 from sklearn.utils import Bunch
 
 from deepfeat import list_layers
-from deepfeat.datasets import fetch_scene15, load_image_folder, load_scene15
+from deepfeat.datasets._folders import load_image_folder
+from deepfeat.datasets._scene15 import fetch_scene15, load_scene15
 
 BUNDLED = "resnet10_slim"  # its weights come with deepfeat
 QUICK_PER_CLASS = 10

@@ -1,0 +1,154 @@
+"""Preprocessing: what is done to an image before it enters a network, per image and per batch."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as F
+from torchvision.transforms._presets import ImageClassification
+
+Resize: TypeAlias = Literal["weights", "squash", "pad"]
+
+_THIN = 8  # times as long as wide: beyond, most of what is enlarged would be cut off
+_REACH = 4  # pixels: one more than the widest filter, Lanczos, looks to each side when enlarging
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to an image before it enters a network.
+
+    `prepare` turns an RGB image into a tensor, image by image, in a worker thread; `normalize`
+    finishes a batch of them, on the device, as float32 of shape (n, C, H, W). `settings` tells
+    all of it apart.
+    """
+
+    prepare: Callable[[Image.Image], Tensor]
+    normalize: Callable[[Tensor], Tensor]
+    input_shape: tuple[int, ...]  # (C, H, W)
+    settings: Any
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Turn an RGB image into what the network takes, of shape (C, H, W)."""
+        return self.normalize(self.prepare(image)[None])[0]
+
+
+def preprocess_with(prepare: Callable[[Image.Image], Tensor]) -> Preprocessing:
+    sample = prepare(Image.new("RGB", (256, 256), "grey"))
+    if not isinstance(sample, Tensor) or sample.ndim != 3 or not sample.is_floating_point():
+        raise ValueError(
+            "preprocessing must turn an RGB PIL image into a float tensor of shape (C, H, W); "
+            f"it gave {_shape_words(sample)}."
+        )
+    return Preprocessing(prepare, _as_float32, tuple(sample.shape), prepare)
+
+
+def _as_float32(batch: Tensor) -> Tensor:
+    # Modules of the user may take maps to lie channel by channel, which permuted tensors do not.
+    return batch.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _shape_words(sample: Any) -> str:
+    if isinstance(sample, Tensor):
+        return f"a tensor of {sample.dtype} and shape {tuple(sample.shape)}"
+    return f"a {type(sample).__name__}"
+
+
+def as_picture(prepared: Tensor) -> Image.Image:
+    """Make a picture of what `prepare` gave: as it is if 8-bit, else stretched to the full range.
+
+    How a preprocessing of the user normalizes is not known, so that nothing else can be undone.
+    """
+    pixels = prepared.cpu().numpy()
+    if prepared.is_floating_point():
+        pixels = np.moveaxis(pixels - pixels.min(), 0, -1)
+        pixels = (255 * pixels / max(pixels.max(), np.finfo(pixels.dtype).tiny)).round()
+    pixels = pixels[..., 0] if pixels.shape[-1] != 3 else pixels
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def preprocess_like(
+    preset: ImageClassification, resize: Resize, image_size: int | None
+) -> Preprocessing:
+    """Split the weights' own preprocessing into a part an image and a part a batch."""
+    (crop_size,), (resize_size,) = set(preset.crop_size), set(preset.resize_size)
+    size = image_size or crop_size
+    fits: dict[Resize, Callable[..., Image.Image]] = {
+        "weights": functools.partial(
+            _resize_and_crop, short_side=round(resize_size * size / crop_size)
+        ),
+        "squash": _squash,
+        "pad": functools.partial(_pad, fill=tuple(round(255 * mean) for mean in preset.mean)),
+    }
+    how = {"interpolation": preset.interpolation, "antialias": preset.antialias}
+    prepare = functools.partial(_prepare, fit=functools.partial(fits[resize], size=size, **how))
+    normalize = functools.partial(_normalize, mean=preset.mean, std=preset.std)
+    settings = (resize, size, resize_size, crop_size, preset.mean, preset.std, sorted(how.items()))
+    return Preprocessing(prepare, normalize, (3, size, size), repr(settings))
+
+
+def _prepare(image: Image.Image, fit: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """Fit an image to the input size, as 8-bit (H, W, C): a quarter of the bytes of floats."""
+    return torch.from_numpy(np.array(fit(image)))
+
+
+def _normalize(batch: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """Turn 8-bit (n, H, W, C) into normalised float32 (n, C, H, W), channels last in memory."""
+    floats = F.convert_image_dtype(batch.permute(0, 3, 1, 2), torch.float32)
+    normalized: Tensor = F.normalize(floats, mean, std, inplace=True)
+    return normalized
+
+
+def _resize_and_crop(image: Image.Image, size: int, short_side: int, **how: Any) -> Image.Image:
+    short, long = sorted(image.size)
+    if short < short_side and long > _THIN * short:
+        resample = Image.Resampling[how["interpolation"].name]
+        return _enlarge_centre(image, size, short_side, resample)
+    cropped: Image.Image = F.center_crop(F.resize(image, [short_side], **how), [size, size])
+    return cropped
+
+
+def _enlarge_centre(
+    image: Image.Image, size: int, short_side: int, resample: Image.Resampling
+) -> Image.Image:
+    """Resize and crop to the same, but make nothing larger that is cut off afterwards."""
+    spans = [_find_centre(side, min(image.size), size, short_side) for side in image.size]
+    (left, right), (top, bottom) = spans
+    # Pixels that the filter of the outermost ones looks at.
+    columns, rows = (
+        (max(0, int(start) - _REACH), min(side, math.ceil(stop) + _REACH))
+        for (start, stop), side in zip(spans, image.size, strict=True)
+    )
+    centre = image.crop((columns[0], rows[0], columns[1], rows[1]))
+    # Rows first, as Pillow enlarges: it rounds and clips between the two.
+    box = left - columns[0], 0, right - columns[0], centre.height
+    wide = centre.resize((size, centre.height), resample, box)
+    return wide.resize((size, size), resample, (0, top - rows[0], size, bottom - rows[0]))
+
+
+def _find_centre(side: int, short: int, size: int, short_side: int) -> tuple[float, float]:
+    """Find what of a side is left of it by resizing and cropping."""
+    resized = int(short_side * side / short)
+    start = round((resized - size) / 2)
+    return start * side / resized, min((start + size) * side / resized, side)
+
+
+def _squash(image: Image.Image, size: int, **how: Any) -> Image.Image:
+    squashed: Image.Image = F.resize(image, [size, size], **how)
+    return squashed
+
+
+def _pad(image: Image.Image, size: int, fill: tuple[int, ...], **how: Any) -> Image.Image:
+    """Fit the whole image in, and pad with the mean colour, which is zero once normalised."""
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    canvas = Image.new("RGB", (size, size), fill)
+    canvas.paste(
+        F.resize(image, [height, width], **how), ((size - width) // 2, (size - height) // 2)
+    )
+    return canvas

@@ -1,0 +1,63 @@
+"""Devices: finding them, their precision, and what they raise when memory runs out."""
+
+import math
+from contextlib import AbstractContextManager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+# On a CPU the maps of larger batches than this leave its caches and are paged in anew for every
+# layer: 8 images at a time ran 1.2 to 1.5 times as fast as 32 on VGG16, ResNet-50 and MobileNetV2.
+_CPU_VALUES = 8 * 3 * 224 * 224
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """Turn "auto" into the best device of this machine; check that any other can be had."""
+    if isinstance(device, str) and device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found).cpu()
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # of MPS it has 7,777 characters
+        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from error
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
+def limit_part(size: int, shape: tuple[int, ...], device: torch.device) -> int:
+    """Return how many images to run at a time forwards: up to `size`, and on a CPU few."""
+    return size if device.type != "cpu" else min(int(size), max(1, _CPU_VALUES // math.prod(shape)))
+
+
+def to_device(batch: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        # From pinned memory the copy is queued behind the batch before, not waited for.
+        return batch.pin_memory().to(device, non_blocking=True)
+    return batch.to(device)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    if precision == "float32":
+        return torch.autocast(device.type, enabled=False)  # the caller's may be on
+    return torch.autocast(device.type, dtype=getattr(torch, precision))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Recognise what CUDA and its libraries, MPS and the CPU's allocator raise."""
+    words = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        phrase in words
+        for phrase in ("out of memory", "not enough memory", "can't allocate", "alloc_failed")
+    )
+
+
+def empty_cache(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()

@@ -1,0 +1,67 @@
+"""Functions mapped over samples in threads, in order."""
+
+import os
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Literal, TypeAlias, TypeVar
+
+Workers: TypeAlias = int | Literal["auto"]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def map_in_threads(
+    function: Callable[[T], R], samples: Iterable[T], num_workers: Workers, *, ahead: int
+) -> Iterator[tuple[T, R | Exception]]:
+    """Map in threads, in order, no more than `ahead` samples before the one that is taken.
+
+    What `function` raises for a sample is its result.
+    """
+    iterator = iter(samples)
+    workers = _count_workers() if num_workers == "auto" else num_workers
+    if workers == 0:
+        yield from ((sample, attempt(function, sample)) for sample in iterator)
+        return
+    threads = ThreadPoolExecutor(workers, thread_name_prefix="deepfeat")
+    try:
+        futures: deque[tuple[T, Future[R | Exception]]] = deque()
+        while True:
+            for sample in islice(iterator, ahead - len(futures)):
+                futures.append((sample, threads.submit(attempt, function, sample)))
+            if not futures:
+                return
+            sample, future = futures.popleft()
+            yield sample, future.result()
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _count_workers() -> int:
+    """Count the processors that this process may use: no more than 8 are worth a thread."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
+
+
+def attempt(function: Callable[[T], R], sample: T) -> R | Exception:
+    """Call a function; what it raises is its result, and holds nothing that the function held."""
+    try:
+        return function(sample)
+    except Exception as error:
+        _clear_frames(error)
+        return error
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Keep the lines in which an error and its causes were raised, and not the variables there."""
+    pending = [error]
+    seen: list[BaseException] = []
+    while pending:
+        cause = pending.pop()
+        if cause not in seen:
+            seen.append(cause)
+            traceback.clear_frames(cause.__traceback__)
+            pending += filter(None, (cause.__cause__, cause.__context__))

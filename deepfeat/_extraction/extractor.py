@@ -1,0 +1,640 @@
+"""`DeepFeatureExtractor` and `list_layers`: features for scikit-learn."""
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.preprocessing import normalize
+from sklearn.utils import Tags
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .._backbones.find import Backbone, find_backbone
+from .._backbones.fingerprint import UnknownContentError
+from .._backbones.preprocessing import Resize, as_picture
+from .._backbones.state_files import Weights
+from .._cache.cache import FeatureCache
+from .._engine.batches import Batch
+from .._engine.devices import Precision
+from .._engine.threads import Workers, attempt
+from .._images.records import ImageError, Record
+from .._images.tables import find_records, tag_images
+from .._layers.index import LayerIndex, LayerTable, ResolvedLayer
+from .._layers.pooling import Pooling, count_features
+from .._parameters import Choices, Counts, check_choices, check_counts, check_device
+from .readers import index_layers
+from .rows import MEMORY, Reading, read_rows
+
+
+def list_layers(
+    backbone: str | nn.Module,
+    *,
+    preprocessing: Callable[[Image.Image], Tensor] | None = None,
+    image_size: int | None = None,
+) -> LayerTable:
+    """List the layers of a backbone: names, shapes, sizes and costs. No weights are loaded.
+
+    The layers are whole blocks (a residual block, not its convolutions), in the order of
+    computation, and share out the network's parameters; any module path inside them can be read
+    as well. "stage1", "stage2", ... is the last layer before each down-sampling.
+
+    Parameters
+    ----------
+    backbone : str or torch.nn.Module
+        As for `DeepFeatureExtractor`.
+    preprocessing : callable, optional
+        As for `DeepFeatureExtractor`; needed for a module.
+    image_size : int, optional
+        Side of the input in pixels; by default that of the default weights.
+
+    Returns
+    -------
+    LayerTable
+        A list of `Layer` entries (`name`, `aliases`, `kind`, `output_shape`, `n_features`,
+        `parameters`, `multiply_adds`) that prints as a table; `pandas.DataFrame(table)` makes a
+        frame of it.
+
+    Examples
+    --------
+    >>> from deepfeat import list_layers
+    >>> layers = {layer.name: layer for layer in list_layers("vgg16")}
+    >>> layers["relu5_3"].output_shape, layers["relu5_3"].aliases
+    ((512, 14, 14), ('features.29', 'stage5'))
+    >>> sum(layers[name].parameters for name in ("fc6", "fc7", "fc8"))
+    123642856
+    """
+    return index_layers(
+        find_backbone(backbone, preprocessing=preprocessing, image_size=image_size)
+    ).table
+
+
+class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
+    """Turn images into features of a pretrained convolutional network or vision transformer.
+
+    Nothing is learned from X: `fit` checks the parameters and returns, and `transform` can be
+    called without it.
+
+    Parameters
+    ----------
+    backbone : str or torch.nn.Module, default="vgg16"
+        One of `list_backbones()`, or a network of your own, which needs `preprocessing`.
+    layer : str, int or list of these, default="relu7"
+        The layer to read, or several, whose columns are concatenated in that order. A name or
+        alias of `list_layers(backbone)`, any module path, or a place in that list (-1 is the
+        last). AlexNet and VGG have Caffe's names (`conv5_3`, `relu5_3`, `pool5`, `fc6`, `relu6`);
+        every backbone has `stage1`, `stage2`, ... A convolution is read before its ReLU.
+    weights : str, path, torchvision weights or None, default="DEFAULT"
+        "DEFAULT" or another name of torchvision's weights, downloaded at the first use (those of
+        `resnet10_slim` come with deepfeat); the path of a `.pth` or `.safetensors` state dict,
+        preprocessed like "DEFAULT"; or None for random weights.
+    preprocessing : callable, default=None
+        From an RGB PIL image to a float tensor of shape (C, H, W). By default the
+        weights' own; needed where `backbone` is a module.
+    pooling : {"avg", "max", "gem", "cls", "flatten"}, default="avg"
+        How maps (C, H, W) and tokens (N, D) become one row of C or D features: mean, maximum,
+        generalised mean (power 3) over the places, the class token alone, or all values.
+    norm : {"l2", "l1", "max"} or None, default="l2"
+        Norm to which each row is scaled, for each layer by itself.
+    resize : {"weights", "squash", "pad"}, default="weights"
+        "weights": the weights' own resizing and centre crop; "squash": the whole image, its sides
+        brought to the input size; "pad": the whole image in its proportions, on the mean colour.
+    image_size : int, default=None
+        Side of the network's input in pixels; by default that of the weights.
+    image_shape : tuple of int, default=None
+        (H, W) or (H, W, C) of an image that is given as a flattened row; one entry may be -1.
+        With it X may be a table of shape (n, H * W * C).
+    batch_size : int, default=32
+        Images held and run at a time. Halved where memory runs out.
+    device : str or torch.device, default="auto"
+        "auto" takes CUDA, else MPS, else the CPU.
+    precision : {"float32", "bfloat16", "float16"}, default="float32"
+        Type in which the network computes (autocast). Features are float32 in any case.
+    num_workers : int or "auto", default="auto"
+        Threads that read and prepare images meanwhile; 0 for none.
+    cache : "memory", path, FeatureCache or None, default="memory"
+        Where rows are kept, before `norm`, so that an image goes through the network once however
+        often it comes: in this process, up to 1 GiB; in a directory, for all processes and later
+        runs; in a `FeatureCache` of your own; or nowhere.
+    prefetch : "stages", list of layers or None, default="stages"
+        Layers that the pass over a new image keeps besides those asked for. "stages": the end of
+        each stage and the last vectors, pooled, so that a search over these needs one pass; where
+        it asks for another layer, the second pass over an image keeps all that `list_layers` names,
+        if the cache has room for them. A list: these layers. None stops each pass at the deepest
+        layer asked for. Ignored without a cache; flattened maps are kept only where asked for.
+    on_error : {"raise", "warn", "nan"}, default="raise"
+        What an image does that cannot be read: raise an error; or leave a row of NaN, with or
+        without a warning, and its reason in `errors_`.
+    random_state : int, default=None
+        Seed of the random weights where `weights` is None; None is 0, so that all processes draw
+        the same ones.
+    verbose : int, default=0
+        1 shows a progress bar.
+
+    Attributes
+    ----------
+    errors_ : dict of int to str
+        Index in X and reason of each image that could not be read, of the last call of `transform`
+        or `precompute` that came to its end. Threads that share an extractor each set it anew, and
+        to the errors of their own call alone.
+    n_features_in_ : int
+        Number of columns of X, where X was a table.
+    feature_names_in_ : ndarray of str
+        Names of the columns of X, where X was a table with names.
+
+    See Also
+    --------
+    list_backbones : Names of backbones.
+    list_layers : Names and shapes of a backbone's layers.
+
+    Notes
+    -----
+    X may be a list or an array of paths, PIL images, encoded bytes, binary files, arrays or tensors
+    of any sizes; a Series or one-column DataFrame of these; a data set that has a length and gives
+    images by index; one array or tensor of shape (n, H, W), (n, H, W, C) or (n, C, H, W); or a
+    table, with `image_shape`. Integers are read on the scale
+    from 0 to the maximum of their type and floats from 0 to 1, whatever the values. Grey becomes
+    three equal channels, and transparency is laid on white.
+
+    References
+    ----------
+    Donahue et al. (2014), "DeCAF: A Deep Convolutional Activation Feature for Generic Visual
+    Recognition"; Sharif Razavian et al. (2014), "CNN Features off-the-shelf: an Astounding
+    Baseline for Recognition".
+
+    Examples
+    --------
+    >>> from deepfeat import DeepFeatureExtractor
+    >>> from sklearn.datasets import load_digits
+    >>> images = load_digits().images[:4] / 16
+    >>> extractor = DeepFeatureExtractor("resnet10_slim", "layer3")
+    >>> extractor.fit_transform(images).shape
+    (4, 128)
+    >>> extractor.get_feature_names_out()[17]
+    'layer3_0017'
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "vgg16",
+        layer: str | int | list[str | int] = "relu7",
+        *,
+        weights: Weights = "DEFAULT",
+        preprocessing: Callable[[Image.Image], Tensor] | None = None,
+        pooling: Pooling = "avg",
+        norm: Literal["l2", "l1", "max"] | None = "l2",
+        resize: Resize = "weights",
+        image_size: int | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        batch_size: int = 32,
+        device: str | torch.device = "auto",
+        precision: Precision = "float32",
+        num_workers: Workers = "auto",
+        cache: str | os.PathLike[str] | FeatureCache | None = "memory",
+        prefetch: list[str | int] | str | None = "stages",
+        on_error: Literal["raise", "warn", "nan"] = "raise",
+        random_state: int | None = None,
+        verbose: int = 0,
+    ):
+        self.backbone = backbone
+        self.layer = layer
+        self.weights = weights
+        self.preprocessing = preprocessing
+        self.pooling = pooling
+        self.norm = norm
+        self.resize = resize
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.batch_size = batch_size
+        self.device = device
+        self.precision = precision
+        self.num_workers = num_workers
+        self.cache = cache
+        self.prefetch = prefetch
+        self.on_error = on_error
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> "DeepFeatureExtractor":
+        """Check the parameters and what kind of input X is; nothing is learned.
+
+        No weights are loaded and no image is read.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of the class.
+        y : object, optional
+            Ignored.
+
+        Returns
+        -------
+        self : DeepFeatureExtractor
+            The extractor itself.
+
+        Raises
+        ------
+        ValueError
+            If a parameter is out of its range, or X is empty, a single image, or of a shape that
+            is none of images or can be read in two ways.
+        LayerNotFoundError
+            If the backbone has no such layer.
+        """
+        index = index_layers(self._find_backbone())
+        self._find_sections(index)
+        list(self._find_prefetched(index))
+        self._find_records(X, reset=True)
+        self.errors_: dict[int, str] = {}
+        return self
+
+    def transform(self, X: Any) -> NDArray[np.float32]:
+        """Extract the features of images.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of the class.
+
+        Returns
+        -------
+        features : ndarray of shape (n, d), float32
+            Row i belongs to image i. d is the sum of the layers' features after pooling.
+
+        Raises
+        ------
+        ValueError
+            If an image cannot be read and `on_error` is "raise"; else as `fit`.
+        OSError
+            If the weights cannot be downloaded.
+        """
+        backbone = self._find_backbone()
+        index = index_layers(backbone)
+        sections = self._find_sections(index)
+        records = self._find_records(X, reset=False)
+        features = np.full((len(records), sections[-1].columns.stop), np.nan, dtype=np.float32)
+        errors: dict[int, str] = {}
+        reading = self._plan(backbone, index, [section.layer for section in sections])
+        for batch in self._read(reading, records):
+            errors |= self._find_reasons(batch.failures)
+            places = [record.index for record in batch.samples]
+            for section in sections:
+                if places:
+                    rows = self._scale(batch.rows[section.layer.name])
+                    features[places, section.columns] = rows
+            errors |= self._find_reasons(self._blank_non_finite(batch.samples, features))
+        self._set_errors(errors, records, stacklevel=4)  # past scikit-learn's wrapper
+        return features
+
+    def preview(self, X: Any) -> list[Image.Image]:
+        """Show images as the network sees them: resized and cropped, not yet normalized.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of the class.
+
+        Returns
+        -------
+        pictures : list of n PIL images
+            Of the network's input size. What `preprocessing` of your own gives is stretched to the
+            full range of brightness, and shown by its first channel unless it has three.
+
+        Raises
+        ------
+        ValueError
+            If an image cannot be read, whatever `on_error`.
+
+        Examples
+        --------
+        >>> from deepfeat import DeepFeatureExtractor
+        >>> from sklearn.datasets import load_sample_images
+        >>> photographs = load_sample_images().images
+        >>> photographs[0].shape
+        (427, 640, 3)
+        >>> DeepFeatureExtractor("vgg16").preview(photographs)[0].size
+        (224, 224)
+        """
+        prepare = self._find_backbone().preprocessing.prepare
+        records = self._find_records(X, reset=False)
+        pictures = []
+        for record in records:
+            prepared = attempt(lambda record: prepare(record.open()), record)
+            if isinstance(prepared, Exception):
+                raise record.error(prepared)
+            pictures.append(as_picture(prepared))
+        return pictures
+
+    def precompute(
+        self,
+        X: Any,
+        layers: str | int | list[str | int] | None = None,
+        *,
+        shard: tuple[int, int] = (0, 1),
+    ) -> "DeepFeatureExtractor":
+        """Fill the cache ahead of time, if need be on several machines or GPUs at once.
+
+        What is there already is not computed again, so that an interrupted run can be resumed.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of the class.
+        layers : str, int or list of these, optional
+            Layers to keep. By default `layer` and what `prefetch` adds.
+        shard : tuple of int, default=(0, 1)
+            (i, n): take every n-th image, from the i-th on.
+
+        Returns
+        -------
+        self : DeepFeatureExtractor
+            `errors_` tells which images could not be read.
+
+        Raises
+        ------
+        ValueError
+            If there is no cache, no such shard, or what computes the rows cannot be digested; else
+            as `transform`.
+        OSError
+            If the disk of the cache is full or cannot be written. The message tells how many images
+            are done; a call with the same images resumes there.
+        """
+        if self.cache is None:
+            raise ValueError("precompute fills the cache, and there is none: set cache=.")
+        if not (isinstance(shard, (list, tuple)) and len(shard) == 2 and 0 <= shard[0] < shard[1]):
+            raise ValueError(f"shard={shard!r}: (i, n) with 0 <= i < n is expected.")
+        backbone = self._find_backbone()
+        index = index_layers(backbone)
+        self._check_kept(backbone)
+        names = _as_list(self.layer if layers is None else layers)
+        resolved = [index.resolve(name) for name in names]
+        for layer in resolved:
+            count_features(layer, self.pooling)  # raises where it cannot be pooled
+        reading = self._plan(backbone, index, resolved)
+        if layers is None:
+            reading = replace(reading, layers=reading.layers + reading.prefetched)
+        records = self._find_records(X, reset=False)[shard[0] :: shard[1]]
+        errors = self._keep(self._read(reading, records), len(records))
+        self._set_errors(errors, records, stacklevel=3)
+        return self
+
+    def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
+        """Name the features: layer and number, such as "relu7_0017".
+
+        Parameters
+        ----------
+        input_features : array of str, optional
+            Checked against the columns that `fit` saw, and otherwise of no effect.
+
+        Returns
+        -------
+        names : ndarray of shape (d,), object
+            One name a column of `transform`.
+        """
+        self._check_input_features(input_features)
+        names = []
+        for layer, columns in self._find_sections(index_layers(self._find_backbone())):
+            count = columns.stop - columns.start
+            width = max(4, len(str(count - 1)))
+            names += [f"{layer.name}_{number:0{width}d}" for number in range(count)]
+        return np.asarray(names, dtype=object)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True  # there is nothing to learn
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = tag_images(super().__sklearn_tags__(), self.image_shape)
+        tags.requires_fit = False
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+    def _find_backbone(self) -> Backbone:
+        self._check_parameters()
+        return find_backbone(
+            self.backbone,
+            self.weights,
+            preprocessing=self.preprocessing,
+            resize=self.resize,
+            image_size=self.image_size,
+            seed=self.random_state or 0,
+        )
+
+    def _find_sections(self, index: LayerIndex) -> list["_Section"]:
+        """Resolve the layers, and share out the columns among them."""
+        sections: list[_Section] = []
+        start = 0
+        for layer in map(index.resolve, _as_list(self.layer)):
+            for other in (section.layer for section in sections):
+                if (other.path, other.rectified) == (layer.path, layer.rectified):
+                    raise ValueError(
+                        f"layers {other.name!r} and {layer.name!r} are the same: ask for one."
+                    )
+            stop = start + count_features(layer, self.pooling)
+            sections.append(_Section(layer, slice(start, stop)))
+            start = stop
+        return sections
+
+    def _find_records(self, X: Any, *, reset: bool) -> list[Record]:
+        finite = self.on_error == "raise"
+        return find_records(self, X, self.image_shape, reset=reset, ensure_all_finite=finite)
+
+    def _plan(self, backbone: Backbone, index: LayerIndex, layers: list[ResolvedLayer]) -> Reading:
+        return Reading(
+            backbone,
+            tuple(layers),
+            tuple(self._find_prefetched(index)),
+            tuple(self._find_searched(index)),
+            self.pooling,
+            self.device,
+            self.precision,
+            self.batch_size,
+            self.num_workers,
+        )
+
+    def _find_prefetched(self, index: LayerIndex) -> Iterator[ResolvedLayer]:
+        if self.prefetch is None:
+            return
+        given = isinstance(self.prefetch, (list, tuple))
+        for layer in map(index.resolve, self.prefetch) if given else index.stages():
+            if self._is_small(layer):
+                yield layer
+
+    def _find_searched(self, index: LayerIndex) -> Iterator[ResolvedLayer]:
+        """Yield the layers that a search may come to, if it is left to us what to prefetch."""
+        if self.prefetch == "stages":
+            yield from filter(self._is_small, (index.resolve(layer.name) for layer in index.table))
+
+    def _is_small(self, layer: ResolvedLayer) -> bool:
+        """Tell whether a layer can be pooled, and is no flattened map."""
+        if self.pooling == "flatten" and len(layer.output_shape) > 1:
+            return False
+        try:
+            count_features(layer, self.pooling)
+        except ValueError:
+            return False
+        return True
+
+    def _read(self, reading: Reading, records: list[Record]) -> Generator[Batch[Record]]:
+        """Read the rows of records, with a progress bar."""
+        with tqdm(
+            total=len(records), desc=reading.backbone.name, unit="image", disable=not self.verbose
+        ) as bar:
+            for batch in read_rows(reading, records, self._find_cache()):
+                yield batch
+                bar.update(len(batch.samples) + len(batch.failures))
+
+    def _keep(self, batches: Generator[Batch[Record]], total: int) -> dict[int, str]:
+        """Let rows come into the cache, and return the reasons of images that have none.
+
+        Raises
+        ------
+        OSError
+            As soon as the cache cannot keep a row.
+        """
+        cache = self._find_cache()
+        assert cache is not None
+        cache.retry()
+        kept = 0
+        errors: dict[int, str] = {}
+        with contextlib.closing(batches):
+            for batch in batches if cache.write_error is None else ():
+                if cache.write_error is not None:
+                    break
+                errors |= self._find_reasons(batch.failures)
+                kept += len(batch.samples)
+        if cache.write_error is not None:
+            raise OSError(
+                f"{cache.write_error}. The rows of {kept} of {total} images are kept. Make room or "
+                "choose another directory, and call precompute again: it resumes there."
+            )
+        return errors
+
+    def _find_cache(self) -> FeatureCache | None:
+        if self.cache is None or isinstance(self.cache, FeatureCache):
+            return self.cache
+        if self.cache == "memory":
+            return MEMORY
+        return _cache_at(os.path.realpath(os.path.expanduser(self.cache)))
+
+    def _check_kept(self, backbone: Backbone) -> None:
+        """Raise if rows that are computed ahead would be lost."""
+        if self._find_cache() is None:
+            raise ValueError("cache=None keeps no rows: there is nothing to precompute.")
+        try:
+            backbone.fingerprint()
+        except UnknownContentError as error:
+            raise ValueError(
+                f"the rows of {backbone.name} are not cached, so there is nothing to precompute: "
+                f"{error}."
+            ) from error
+
+    def _find_reasons(self, failures: Iterable[tuple[Record, Exception]]) -> dict[int, str]:
+        """Return what `errors_` tells of images, unless their errors are to be raised."""
+        reasons = {}
+        for record, error in failures:
+            named = record.error(error)
+            if self.on_error == "raise":
+                raise named
+            reasons[record.index] = named.reason
+        return reasons
+
+    def _set_errors(self, errors: dict[int, str], records: list[Record], stacklevel: int) -> None:
+        self.errors_ = dict(sorted(errors.items()))
+        if errors and self.on_error == "warn":
+            first = next(record for record in records if record.index in errors)
+            warnings.warn(
+                f"{len(errors)} of {len(records)} images could not be read; their rows are NaN "
+                f"and errors_ tells why. The first: {first}: {errors[first.index]}",
+                UserWarning,
+                stacklevel=stacklevel,
+            )
+
+    def _scale(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        finite = np.isfinite(rows).all(axis=1)
+        if self.norm is not None and finite.any():
+            # In float64, where the squares of float32 neither vanish nor overflow.
+            rows[finite] = normalize(rows[finite].astype(np.float64), norm=self.norm, copy=False)
+        return rows
+
+    def _blank_non_finite(
+        self, records: list[Record], features: NDArray[np.float32]
+    ) -> list[tuple[Record, Exception]]:
+        """Blank the rows of images for which the network gave NaN or infinity, and return these."""
+        failures: list[tuple[Record, Exception]] = []
+        places = [record.index for record in records]
+        broken = ~np.isfinite(features[places]).all(axis=1)
+        for place in np.flatnonzero(broken):
+            hint = "; float16 ends at 65,504: try bfloat16" * (self.precision == "float16")
+            reason = f"the network gave NaN or infinity at layer {self.layer!r}{hint}"
+            features[records[place].index] = np.nan
+            failures.append((records[place], ImageError(str(records[place]), reason)))
+        return failures
+
+    def _check_parameters(self) -> None:
+        params = self.get_params(deep=False)
+        check_choices(params, _CHOICES)
+        check_counts(params, _COUNTS)
+        check_device(self.device)
+        if not (self.prefetch in ("stages", None) or isinstance(self.prefetch, (list, tuple))):
+            raise ValueError(
+                f"prefetch={self.prefetch!r}: 'stages', a list of layers or None is expected."
+            )
+        is_place = isinstance(self.cache, (str, os.PathLike, FeatureCache)) and self.cache != ""
+        if not (self.cache is None or is_place):
+            raise ValueError(
+                f"cache={self.cache!r}: 'memory', a directory, a FeatureCache or None is expected."
+            )
+
+    def _check_input_features(self, input_features: Any) -> None:
+        if input_features is None:
+            return
+        seen = getattr(self, "feature_names_in_", None)
+        if seen is not None and list(seen) != list(input_features):
+            raise ValueError("input_features is not equal to feature_names_in_")
+        count = getattr(self, "n_features_in_", None)
+        if count is not None and count != len(input_features):
+            raise ValueError(
+                "input_features should have length equal to number of features "
+                f"({count}), got {len(input_features)}"
+            )
+
+
+class _Section(NamedTuple):
+    """The columns of one layer."""
+
+    layer: ResolvedLayer
+    columns: slice
+
+
+_CHOICES: Choices = {
+    "pooling": ("avg", "max", "gem", "cls", "flatten"),
+    "norm": ("l2", "l1", "max", None),
+    "resize": ("weights", "squash", "pad"),
+    "precision": ("float32", "bfloat16", "float16"),
+    "on_error": ("raise", "warn", "nan"),
+}
+_COUNTS: Counts = (
+    ("batch_size", 1, ()),
+    ("num_workers", 0, ("auto",)),
+    ("image_size", 1, (None,)),
+    ("random_state", 0, (None,)),
+)
+
+
+def _as_list(layers: str | int | list[str | int]) -> list[str | int]:
+    names = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    if not names:
+        raise ValueError("layer is an empty list: at least one is needed.")
+    return names
+
+
+@functools.lru_cache(maxsize=16)
+def _cache_at(path: str) -> FeatureCache:
+    return FeatureCache(path)

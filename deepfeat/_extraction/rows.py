@@ -1,0 +1,371 @@
+"""Rows of images: from the cache, or by a pass of the network."""
+
+import functools
+import hashlib
+import itertools
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from .._backbones.find import Backbone
+from .._backbones.fingerprint import UnknownContentError
+from .._backbones.fingerprint import fingerprint as digest_value
+from .._cache.cache import FeatureCache, FileStat
+from .._cache.disk import CacheFormatError
+from .._cache.owners import PATIENCE_SECONDS
+from .._engine.batches import Batch, run_in_batches
+from .._engine.devices import Precision, find_device
+from .._engine.threads import Workers, map_in_threads
+from .._images.decoding import decoding_settings
+from .._images.records import ImageError, Record
+from .._layers.index import ResolvedLayer
+from .._layers.pooling import Pooling, count_features, pool
+from .._layers.reading import LayerReader
+from .readers import load_network
+
+# Part of every key: raise it when the rows of the same image and layer come out differently.
+_SCHEMA = 2
+_LOOK_UP = 1024  # images at a time, which bounds what is in memory twice
+_WAIT_SECONDS = 0.05, 1.0  # at first, and at most
+_PATIENT_SECONDS = 5.0  # of waiting, before it is said
+MEMORY = FeatureCache()  # of this process
+_warned: set[str] = set()
+_logger = logging.getLogger("deepfeat")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of a backbone, and how.
+
+    `layers` are asked for, and `prefetched` are kept in the cache by the same pass. `searched` are
+    kept by a second pass over an image, so that a search over layers does not need a third.
+    """
+
+    backbone: Backbone
+    layers: tuple[ResolvedLayer, ...]
+    prefetched: tuple[ResolvedLayer, ...]
+    searched: tuple[ResolvedLayer, ...]
+    pooling: Pooling
+    device: str | torch.device
+    precision: Precision
+    batch_size: int
+    num_workers: Workers
+
+
+def read_rows(
+    reading: Reading, records: list[Record], cache: FeatureCache | None
+) -> Iterator[Batch[Record]]:
+    """Yield the pooled rows of all records, by layer name, in no certain order.
+
+    With a cache each image goes through the network once, whoever asks for it: equal images,
+    other layers, later calls and other processes are served from there. The network is loaded
+    when the first image needs it.
+    """
+    fingerprint = None if cache is None else _find_fingerprint(reading.backbone)
+    if cache is None or fingerprint is None:
+        for batch in _compute(reading, _find_outputs(reading.layers), records):
+            yield replace(batch, rows=_to_layers(reading.layers, batch.rows))
+        return
+    groups, stats, failures = _group_equal(records, cache, reading.num_workers)
+    if failures:
+        yield Batch([], {}, failures)
+    passes = _Passes(reading, cache, fingerprint, groups, stats)
+    before = _digest_settings(reading.backbone)
+    waiting = list(groups)
+    pause, longest = _WAIT_SECONDS
+    waited = 0.0
+    while waiting:
+        missing: list[bytes] = []
+        for images in _chunks(waiting, _LOOK_UP):
+            yield from passes.look_up(images, missing)
+        waiting = []
+        computed = 0
+        for batch in passes.compute(missing, waiting):
+            computed += len(batch.samples)
+            yield batch
+        if waiting and not computed:
+            time.sleep(pause)  # another process is at work on these
+            if waited < _PATIENT_SECONDS <= waited + pause:
+                passes.log_holders(waiting)
+            waited += pause
+            pause = min(2 * pause, longest)
+    if _digest_settings(reading.backbone) != before:
+        _warn_once(
+            f"the preprocessing of {reading.backbone.name} changes as it is used (it may count its "
+            "calls), so its rows are not found in the cache again."
+        )
+
+
+def _find_fingerprint(backbone: Backbone) -> bytes | None:
+    """Digest a backbone; if that is impossible, say so once and keep nothing of it."""
+    try:
+        return backbone.fingerprint()
+    except UnknownContentError as error:
+        _warn_once(f"the rows of {backbone.name} are not cached: {error}.")
+    return None
+
+
+def _digest_settings(backbone: Backbone) -> bytes | None:
+    try:
+        return digest_value(backbone.preprocessing.settings)
+    except UnknownContentError:  # what it has opened in the meantime
+        return None
+
+
+def _warn_once(problem: str) -> None:
+    if problem not in _warned:
+        _warned.add(problem)
+        warnings.warn(problem, UserWarning, stacklevel=7)
+
+
+class _Passes:
+    """Passes of the network over images that the cache lacks."""
+
+    def __init__(
+        self,
+        reading: Reading,
+        cache: FeatureCache,
+        fingerprint: bytes,
+        groups: dict[bytes, list[Record]],
+        stats: dict[Record, FileStat],
+    ):
+        self.reading = reading
+        self.stats = stats
+        self.cache = cache
+        self.groups = groups
+        self.image_of = {records[0]: image for image, records in groups.items()}
+        self.asked = _find_outputs(reading.layers)
+        self.first = _find_outputs((*reading.layers, *reading.prefetched))
+        self.second = self._find_second()
+        # Not in the key: threads and batch size change a row by 1e-6 of its length (MobileNetV2),
+        # Pillow 11.1 to 13.0 change 0.6 % of the pixels of JPEGs by one grey level, and devices and
+        # releases of torch round in other ways too. A cache of weeks of work shall survive an
+        # upgrade of these, and a machine with another GPU; a change beyond rounding raises _SCHEMA.
+        key = functools.partial(
+            _digest, _SCHEMA, fingerprint, reading.precision, decoding_settings()
+        )
+        self.contexts = {
+            # Pooling leaves vectors as they are.
+            output.path: key(output.path, reading.pooling * (len(output.output_shape) > 1))
+            for output in self.second
+        }
+        self.work = key(reading.pooling)
+
+    def _find_second(self) -> tuple[ResolvedLayer, ...]:
+        """Return what a second pass keeps: all it may, if that fits for each image of the call."""
+        outputs = _find_outputs((*self.first, *self.reading.searched))
+        width = sum(count_features(output, self.reading.pooling) for output in outputs)
+        return outputs if 4 * width * len(self.groups) <= self.cache.room() else self.first
+
+    def look_up(self, images: Sequence[bytes], missing: list[bytes]) -> Iterator[Batch[Record]]:
+        """Yield what the cache holds of every layer; add the other images to `missing`."""
+        found = np.ones(len(images), dtype=bool)
+        rows = {}
+        for output in self.asked:
+            here, matrix = self.cache.get_many(self.contexts[output.path], images)
+            found &= here
+            if matrix is not None:
+                self._check_width(output, matrix)
+                rows[output.path] = matrix
+        missing += itertools.compress(images, ~found)
+        if found.any():
+            hits = list(itertools.compress(images, found))
+            yield self._for_all(hits, {path: matrix[found] for path, matrix in rows.items()})
+
+    def _check_width(self, output: ResolvedLayer, matrix: NDArray[np.float32]) -> None:
+        """Refuse rows that the layer cannot have given."""
+        width = count_features(output, self.reading.pooling)
+        if matrix.shape[1] != width:
+            raise CacheFormatError(
+                f"{self.cache} holds rows of {matrix.shape[1]} values for layer {output.path!r}, "
+                f"which gives {width}: it was tampered with. Delete it, or choose another one."
+            )
+
+    def log_holders(self, images: Sequence[bytes]) -> None:
+        """Say for whom this call waits; a log and no warning, since the caller did no wrong."""
+        holders = ", ".join(self.cache.find_holders(self.work, images))
+        if holders:
+            _logger.warning(
+                "Waiting for %d images that %s computes, for %s. If it hangs, end it; without "
+                "progress for %d minutes its images are computed here.",
+                *(len(images), holders, self.cache, PATIENCE_SECONDS // 60),
+            )
+
+    def compute(self, missing: list[bytes], waiting: list[bytes]) -> Iterator[Batch[Record]]:
+        """Compute, keep and yield what nobody else is at; add the rest to `waiting`."""
+        if not missing:
+            return
+        seen = np.concatenate([self._find_seen(images) for images in _chunks(missing, _LOOK_UP)])
+        for outputs, images in (
+            (self.first, list(itertools.compress(missing, ~seen))),
+            (self.second, list(itertools.compress(missing, seen))),
+        ):
+            if images:
+                yield from self._pass(outputs, images, waiting)
+
+    def _find_seen(self, images: Sequence[bytes]) -> NDArray[np.bool_]:
+        """Tell which images the cache holds any row of, and so have been through the network."""
+        seen = np.zeros(len(images), dtype=bool)
+        for context in self.contexts.values():
+            if not seen.all():
+                unseen = list(itertools.compress(images, ~seen))
+                seen[~seen] = self.cache.has(context, unseen)
+        return seen
+
+    def _pass(
+        self, outputs: tuple[ResolvedLayer, ...], images: list[bytes], waiting: list[bytes]
+    ) -> Iterator[Batch[Record]]:
+        """Run the network over images as far as the deepest of some outputs, and keep these."""
+        held: set[bytes] = set()
+        claimed = self._claim(images, waiting, held)
+        try:
+            for batch in _compute(self.reading, outputs, claimed, self._open):
+                images = [self.image_of[record] for record in batch.samples]
+                if images:
+                    rows = {self.contexts[path]: rows for path, rows in batch.rows.items()}
+                    self.cache.put_many(images, rows, self.work)
+                failed = [(self.image_of[record], error) for record, error in batch.failures]
+                self._release([image for image, _ in failed], held)
+                held.difference_update(images)
+                failures = [
+                    (record, _for_record(record, error))
+                    for image, error in failed
+                    for record in self.groups[image]
+                ]
+                yield replace(self._for_all(images, batch.rows), failures=failures)
+        finally:
+            self._release(list(held), held)
+
+    def _claim(
+        self, missing: list[bytes], waiting: list[bytes], held: set[bytes]
+    ) -> Iterator[Record]:
+        """Yield a record of each image that is ours to compute, claiming it just before."""
+        for images in _chunks(missing, self.reading.batch_size):
+            granted = self.cache.claim(self.work, images)
+            ours = [image for image, ok in zip(images, granted, strict=True) if ok]
+            held.update(ours)
+            # Whoever held one of these until now may have finished it.
+            done = np.ones(len(ours), dtype=bool)
+            for output in self.asked:
+                done &= self.cache.has(self.contexts[output.path], ours)
+            self._release(list(itertools.compress(ours, done)), held)
+            waiting += [image for image in images if image not in held]
+            yield from (self.groups[image][0] for image in ours if image in held)
+
+    def _open(self, record: Record) -> Image.Image:
+        image = record.open()
+        if record in self.stats and record.stat() != self.stats[record]:
+            raise ImageError(str(record), "the file was changed while X was being read")
+        return image
+
+    def _release(self, images: list[bytes], held: set[bytes]) -> None:
+        if images:
+            self.cache.release(self.work, images)
+            held.difference_update(images)
+
+    def _for_all(self, images: list[bytes], rows: dict[str, NDArray[np.float32]]) -> Batch[Record]:
+        """Give the row of an image to every record of it, for the layers asked for."""
+        rows = _to_layers(self.reading.layers, rows)
+        samples = [record for image in images for record in self.groups[image]]
+        if len(samples) > len(images):
+            counts = [len(self.groups[image]) for image in images]
+            rows = {name: np.repeat(matrix, counts, axis=0) for name, matrix in rows.items()}
+        return Batch(samples, rows, [])
+
+
+def _find_outputs(layers: Iterable[ResolvedLayer]) -> tuple[ResolvedLayer, ...]:
+    """Return what the network itself gives for some layers, each under its path, and once."""
+    outputs = {layer.path: replace(layer, name=layer.path, rectified=False) for layer in layers}
+    return tuple(outputs.values())
+
+
+def _to_layers(
+    layers: tuple[ResolvedLayer, ...], rows: dict[str, NDArray[np.float32]]
+) -> dict[str, NDArray[np.float32]]:
+    """Turn the rows of outputs into those of layers; `relu8` follows from what `fc8` gives."""
+    return {
+        layer.name: np.maximum(rows[layer.path], 0) if layer.rectified else rows[layer.path]
+        for layer in layers
+        if layer.path in rows
+    }
+
+
+def _compute(
+    reading: Reading,
+    outputs: tuple[ResolvedLayer, ...],
+    records: Iterable[Record],
+    open_record: Callable[[Record], Image.Image] = Record.open,
+) -> Iterator[Batch[Record]]:
+    """Run the network over records as far as the deepest of some outputs."""
+    steps = reading.backbone.preprocessing
+    reduce = functools.partial(pool, pooling=reading.pooling)
+    device = find_device(reading.device)
+    # Before the first image is claimed: it may take long.
+    module = load_network(reading.backbone, device)
+    asked = {layer.path for layer in reading.layers}
+    optional = {output.path for output in outputs} - asked
+    read = LayerReader(module, outputs, reduce, optional)
+    yield from run_in_batches(
+        module,
+        lambda batch: read(steps.normalize(batch)),
+        records,
+        lambda record: steps.prepare(open_record(record)),
+        device=device,
+        precision=reading.precision,
+        batch_size=reading.batch_size,
+        num_workers=reading.num_workers,
+    )
+
+
+def _group_equal(
+    records: list[Record], cache: FeatureCache, num_workers: Workers
+) -> tuple[dict[bytes, list[Record]], dict[Record, FileStat], list[tuple[Record, Exception]]]:
+    """Group records by the digest of their image; files seen before are not read for that."""
+    now = time.time_ns()
+    stats = {record: stat for record in records if (stat := record.stat()) is not None}
+    known = zip(stats, cache.known_digests(list(stats.values())), strict=True)
+    digests = {record: digest for record, digest in known if digest is not None}
+    unknown = [record for record in records if record not in digests]
+    failures: list[tuple[Record, Exception]] = []
+    for record, result in map_in_threads(Record.digest, unknown, num_workers, ahead=64):
+        if isinstance(result, Exception):
+            # Only the first can be raised: of all others, however many, the words will do.
+            words = ImageError(str(record), record.error(result).reason)
+            failures.append((record, words if failures else result))
+        else:
+            digests[record] = result
+    fresh = [record for record in unknown if record in digests and record in stats]
+    cache.remember_digests(
+        [stats[record] for record in fresh],
+        [digests[record] for record in fresh],
+        stat_time_ns=now,
+    )
+    groups: dict[bytes, list[Record]] = {}
+    for record in records:
+        if record in digests:
+            groups.setdefault(digests[record], []).append(record)
+    return groups, stats, failures
+
+
+def _for_record(record: Record, error: Exception) -> Exception:
+    """Word the error of an image for another place in X that holds the same image."""
+    if not isinstance(error, ImageError):
+        return error
+    other = ImageError(str(record), error.reason)
+    other.__cause__ = error.__cause__
+    return other
+
+
+def _digest(*parts: object) -> bytes:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=32).digest()
+
+
+def _chunks(items: Sequence[bytes], size: int) -> Iterator[Sequence[bytes]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,178 @@
+"""Cutting a network where its frozen beginning ends."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .._layers.index import LayerIndex
+from .._layers.reading import share_weights
+from .._layers.trace import first_tensor
+from .freezing import Trained, is_touched, lies_in
+
+Fill: TypeAlias = Callable[..., Tensor]  # of a tensor like it and a shape
+
+
+class Cut:
+    """A network that is run in two parts: its frozen beginning, and the rest.
+
+    Both run through copies of the modules that share the network's weights and follow its modes;
+    the network itself is never touched, whatever happens. One thread at a time uses a cut.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The network.
+    input_shape : tuple of int
+        (C, H, W) of an image as the network takes it.
+    boundary : str
+        Path of the first module of the rest.
+    skipped : mapping of str to tuple of int
+        The frozen layers before it, with the shape of what each gives for an image.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        input_shape: tuple[int, ...],
+        boundary: str,
+        skipped: Mapping[str, tuple[int, ...]],
+    ):
+        self.boundary = boundary
+        self.skipped = skipped
+        self._input_shape = input_shape
+        self._prefix, self._suffix = share_weights(module), share_weights(module)
+        self._pairs = [
+            pair
+            for part in (self._prefix, self._suffix)
+            for pair in zip(module.modules(), part.modules(), strict=True)
+        ]
+        self._resumed = _Resumed()
+        self._prefix.get_submodule(boundary).register_forward_pre_hook(_leave)
+        end = self._suffix.get_submodule(boundary)
+        end.register_forward_pre_hook(self._resumed.replace_input)
+        for path, shape in skipped.items():
+            layer = self._suffix.get_submodule(path)
+            layer.forward = functools.partial(self._resumed.skip, shape)
+
+    def run_prefix(self, batch: Tensor) -> Tensor:
+        """Run the frozen beginning: return what the boundary takes."""
+        self._follow_modes()
+        try:
+            self._prefix(batch)
+        except _AtBoundary as reached:
+            return reached.activations
+        raise ValueError(f"{self.boundary!r} is not called in the forward pass.")
+
+    def run_suffix(self, activations: Tensor, *, fill: Fill = Tensor.new_empty) -> Any:
+        """Run the rest on what its boundary takes: return what the network does.
+
+        The frozen layers before give memory that nobody has filled, in the right shapes, or what
+        `fill` makes. What the network makes of that between them is lost where the boundary takes
+        `activations` instead.
+        """
+        self._follow_modes()
+        self._resumed.activations, self._resumed.fill = activations, fill
+        try:
+            return self._suffix(self._resumed.skip(self._input_shape))
+        finally:
+            self._resumed.activations = None
+
+    def run(self, batch: Tensor, *, part: int) -> Any:
+        """Run the frozen beginning some images at a time, and the rest on all of them."""
+        with torch.no_grad():
+            activations = torch.cat([self.run_prefix(some) for some in torch.split(batch, part)])
+        return self.run_suffix(activations)
+
+    def _follow_modes(self) -> None:
+        for original, copied in self._pairs:
+            if copied.training != original.training:
+                copied.training = original.training
+
+
+class _Resumed:
+    """What the hooks of a network's second part put in the place of its first."""
+
+    activations: Tensor | None = None
+    fill: Fill
+
+    def replace_input(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self.activations, *inputs[1:])
+
+    def skip(self, shape: tuple[int, ...], *_inputs: Any, **_options: Any) -> Tensor:
+        assert self.activations is not None
+        return self.fill(self.activations, (len(self.activations), *shape))
+
+
+class _AtBoundary(Exception):
+    """Leaves a forward pass with what the boundary was to take."""
+
+    def __init__(self, activations: Tensor):
+        super().__init__()
+        self.activations = activations
+
+
+def _leave(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    raise _AtBoundary(inputs[0])
+
+
+def find_cut(
+    module: nn.Module, index: LayerIndex, trained: Trained, input_shape: tuple[int, ...]
+) -> Cut | None:
+    """Find where the frozen beginning ends.
+
+    None where nothing is frozen before the rest, or where the rest needs more of it than what
+    the boundary takes: that is tried.
+    """
+    found = _find_boundary(module, index, trained)
+    if found is None:
+        return None
+    cut = Cut(module, input_shape, *found)
+    anywhere = next(module.parameters())
+    noise = torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(anywhere.device, anywhere.dtype)
+    module.eval()
+    with torch.no_grad():
+        whole = first_tensor(module(noise))
+        try:
+            activations = cut.run_prefix(noise)
+            # In another order: tokens may come first, and images second.
+            parts = first_tensor(cut.run_suffix(activations.flip(0), fill=_nans_like))
+        except Exception:  # a module of the user may be put together in any way
+            return None
+    is_same = parts.shape == whole.shape and torch.allclose(
+        parts.flip(0), whole, rtol=1e-4, atol=1e-5
+    )
+    return cut if is_same and len(activations) == len(noise) else None
+
+
+def _find_boundary(
+    module: nn.Module, index: LayerIndex, trained: Trained
+) -> tuple[str, dict[str, tuple[int, ...]]] | None:
+    """Find the first module that is not frozen, and the shapes of the frozen layers before it."""
+    skipped: dict[str, tuple[int, ...]] = {}
+    for path, call in index.calls.items():
+        if path in trained.active or (path in index.units and is_touched(module, path, trained)):
+            unit = next((unit for unit in index.units if lies_in(path, [unit])), path)
+            return (_widest(unit, index, trained), skipped) if skipped else None
+        if path in index.units:
+            skipped[path] = call.raw_shape
+    return None
+
+
+def _widest(path: str, index: LayerIndex, trained: Trained) -> str:
+    """Return the largest trained container that begins with a module; what has none, as it is.
+
+    It may have parameters of its own, and dropouts, before the first of its layers.
+    """
+    places = [place for place, letter in enumerate(path) if letter == "."]
+    containers = (path[:place] for place in places)
+    return next((one for one in containers if one in trained and one in index.calls), path)
+
+
+def _nans_like(activations: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Fill with what shows wherever it is used; old memory may hold the right values."""
+    return activations.new_full(shape, math.nan)

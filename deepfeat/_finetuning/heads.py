@@ -1,0 +1,95 @@
+"""New heads: the classification layer replaced, or one appended."""
+
+import math
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import GoogLeNet, Inception3
+
+from .._layers.head import HeadPlace
+
+Head: TypeAlias = Literal["replace", "append"]
+
+# GoogLeNet and Inception classify at these modules too while they learn, as a side job.
+AUXILIARY = {"aux1": "inception4a", "aux2": "inception4d", "AuxLogits": "Mixed_6e"}
+
+
+def add_head(module: nn.Module, place: HeadPlace, head: Head, n_classes: int, seed: int) -> str:
+    """Give a network `n_classes` outputs, in place; return the path of its new layer.
+
+    "replace" puts a new layer in the place of the classification layer, and in that of each
+    auxiliary classifier. "append" lets ReLU and a new linear layer follow what the network put
+    out, and leaves out auxiliary classifiers, which know the old classes alone.
+
+    Raises
+    ------
+    ValueError
+        If the last layer is none that classifies.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if head == "append":
+        drop_auxiliary(module, list(AUXILIARY))
+        end, layer = module.get_submodule(place.end), module.get_submodule(place.layer)
+        anywhere = next(module.parameters())
+        linear = nn.Linear(place.n_outputs, n_classes, device="meta")
+        _fill(linear, anywhere, generator)
+        if not anywhere.is_meta and not any(bool(value.any()) for value in layer.parameters()):
+            _fill(layer, anywhere, generator)  # a new ViT's is all zero: ReLU would keep it so
+        steps = nn.Sequential(end, nn.ReLU(), linear)
+        if place.end != place.layer:  # what pools at the end leaves maps of one pixel
+            steps = nn.Sequential(end, nn.Flatten(), nn.ReLU(), linear)
+        module.set_submodule(place.end, steps)
+        return f"{place.end}.{len(steps) - 1}"
+    _replace(module, place.layer, place.n_outputs, n_classes, generator)
+    for name in auxiliary_of(module):
+        layers = module.get_submodule(name).named_modules()
+        linears = [path for path, layer in layers if isinstance(layer, nn.Linear)]
+        _replace(module, f"{name}.{linears[-1]}", place.n_outputs, n_classes, generator)
+    return place.layer
+
+
+def auxiliary_of(module: nn.Module) -> list[str]:
+    """Return the names of a network's auxiliary classifiers."""
+    if not isinstance(module, (GoogLeNet, Inception3)):
+        return []
+    return [name for name in AUXILIARY if isinstance(getattr(module, name, None), nn.Module)]
+
+
+def drop_auxiliary(module: nn.Module, names: list[str]) -> None:
+    """Take auxiliary classifiers away, in place."""
+    for name in set(names).intersection(auxiliary_of(module)):
+        setattr(module, name, None)
+    if hasattr(module, "aux_logits"):
+        module.aux_logits = bool(auxiliary_of(module))  # type: ignore[assignment]
+
+
+def _replace(
+    module: nn.Module, path: str, n_outputs: int, n_classes: int, generator: torch.Generator
+) -> None:
+    old = module.get_submodule(path)
+    new: nn.Module
+    if isinstance(old, nn.Linear) and old.out_features == n_outputs:
+        new = nn.Linear(old.in_features, n_classes, device="meta")
+    elif isinstance(old, nn.Conv2d) and (*old.kernel_size, old.out_channels) == (1, 1, n_outputs):
+        new = nn.Conv2d(old.in_channels, n_classes, 1, device="meta")
+    else:
+        raise ValueError(
+            f"{type(module).__name__} ends in {path!r}, a {type(old).__name__}, which is no "
+            f"classification layer with {n_outputs} outputs: nothing can take its place. Use "
+            "head='append'."
+        )
+    _fill(new, next(old.parameters()), generator)
+    module.set_submodule(path, new)
+
+
+def _fill(layer: nn.Module, like: Tensor, generator: torch.Generator) -> None:
+    """Draw weights as torch does, but from a generator of their own."""
+    if like.is_meta:
+        return
+    layer.to_empty(device="cpu")
+    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+    bound = 1 / math.sqrt(weight[0].numel())
+    nn.init.uniform_(bias, -bound, bound, generator=generator)
+    layer.to(like.device, like.dtype)

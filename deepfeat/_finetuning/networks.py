@@ -1,0 +1,95 @@
+"""Networks for certain classes, from a backbone or from a file."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .._backbones.find import Backbone
+from .._extraction.readers import load_network
+from .._layers.head import find_head
+from .._layers.reading import prefer_channels_last
+from .heads import AUXILIARY, Head, add_head, drop_auxiliary
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with a new head.
+
+    `head` is the path of the new layer. `n_outputs` is how many outputs the network had before.
+    """
+
+    module: nn.Module
+    head: str
+    n_outputs: int
+
+
+def build_network(
+    backbone: Backbone, head: Head, n_classes: int, device: torch.device, seed: int
+) -> Network:
+    """Load a backbone and give a copy of it a head with random weights.
+
+    Raises
+    ------
+    ValueError
+        If the backbone has no place for such a head.
+    OSError
+        If the weights cannot be downloaded.
+    """
+    input_shape = backbone.preprocessing.input_shape
+    place = find_head(backbone.skeleton, input_shape)
+    module = load_network(backbone, device)
+    module = copy.deepcopy(module) if backbone.shared else module
+    path = add_head(module, place, head, n_classes, seed)
+    if not backbone.shared:  # a network of the user may compute in ways that no module shows
+        _check_head(module, head, input_shape)
+    return Network(module, path, place.n_outputs)
+
+
+def rebuild_network(
+    backbone: Backbone,
+    head: Head,
+    n_classes: int,
+    n_outputs: int,
+    state: dict[str, Tensor],
+    *,
+    pretrained: bool,
+) -> Network:
+    """Build a network around the state dict of one like it, on the CPU.
+
+    Raises
+    ------
+    RuntimeError
+        If the state dict is that of another network.
+    """
+    module = copy.deepcopy(backbone.skeleton)
+    if hasattr(module, "transform_input"):  # what the weights were trained on is rescaled inside
+        module.transform_input = pretrained  # type: ignore[assignment]
+    place = find_head(module, backbone.preprocessing.input_shape)
+    if n_outputs != place.n_outputs:  # its weights knew other classes than the default ones do
+        add_head(module, place, "replace", n_outputs, 0)
+        place = replace(place, n_outputs=n_outputs)
+    path = add_head(module, place, head, n_classes, 0)
+    drop_auxiliary(module, _missing_auxiliary(state))
+    kept = module.state_dict()  # with the metadata that MNASNet insists on
+    kept.clear()
+    kept.update(state)
+    module.load_state_dict(kept, strict=True, assign=True)
+    module = module.eval().requires_grad_(False)
+    if backbone.shared:
+        module = module.to(memory_format=torch.channels_last)
+    else:
+        module = prefer_channels_last(module, backbone.preprocessing.input_shape)
+    return Network(module, path, n_outputs)
+
+
+def _missing_auxiliary(state: dict[str, Tensor]) -> list[str]:
+    return [name for name in AUXILIARY if not any(key.startswith(f"{name}.") for key in state)]
+
+
+def _check_head(module: nn.Module, head: Head, input_shape: tuple[int, ...]) -> None:
+    try:
+        find_head(module, input_shape)
+    except ValueError as error:
+        raise ValueError(f"{type(module).__name__} has no place for {head=}: {error}") from error

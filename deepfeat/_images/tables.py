@@ -1,0 +1,41 @@
+"""X as an estimator takes it: images, or a table that scikit-learn checks first."""
+
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.utils import Tags
+from sklearn.utils.validation import validate_data
+
+from .decoding import unwrap_tensor
+from .records import ImageShape, Record, as_records, is_tabular
+
+
+def find_records(
+    estimator: BaseEstimator,
+    X: Any,
+    image_shape: ImageShape,
+    *,
+    reset: bool,
+    ensure_all_finite: bool = True,
+    of: str = "X",
+) -> list[Record]:
+    """Take X apart; remember the columns of a table (`reset`), or compare them with those."""
+    X = unwrap_tensor(X)
+    if reset:  # the columns of an earlier table
+        estimator.__dict__.pop("n_features_in_", None)
+        estimator.__dict__.pop("feature_names_in_", None)
+    if is_tabular(X):
+        if image_shape is None:
+            X = np.asarray(X)
+        else:
+            X = validate_data(estimator, X, reset=reset, ensure_all_finite=ensure_all_finite)
+    return as_records(X, image_shape, of)
+
+
+def tag_images(tags: Tags, image_shape: ImageShape) -> Tags:
+    """Say that images are taken, and tables where rows have a shape."""
+    tags.input_tags.two_d_array = image_shape is not None
+    tags.input_tags.three_d_array = True
+    tags.input_tags.string = True
+    return tags

@@ -1,0 +1,59 @@
+"""Pooling: the output of a layer becomes one row per image."""
+
+import math
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from .index import ResolvedLayer, count_channels
+
+Pooling: TypeAlias = Literal["avg", "max", "gem", "cls", "flatten"]
+_GEM_POWER = 3.0
+
+
+def pool(layer: ResolvedLayer, output: Tensor, pooling: Pooling) -> Tensor:
+    """Turn the output of a layer into one float32 row per image.
+
+    Maps (n, C, H, W) are pooled over H and W, tokens (n, N, D) over those of patches, sequences
+    (n, C, L) over L; vectors (n, D) stay. "gem" is the generalised mean of Radenovic et al. (2019),
+    "Fine-tuning CNN Image Retrieval with No Human Annotation", with power 3: values below 1e-6
+    count as 1e-6.
+    """
+    output = output.float()
+    if output.ndim == 4 and layer.channels_last:
+        output = output.movedim(-1, 1)
+    if pooling == "flatten" or output.ndim == 2:
+        return output.reshape(len(output), -1)
+    if pooling == "cls":
+        return output[:, 0]
+    if output.ndim == 3 and layer.channels_last:
+        output = output[:, layer.prefix_tokens :].movedim(-1, 1)
+    places = tuple(range(2, output.ndim))
+    if pooling == "max":
+        return output.amax(places)
+    if pooling == "gem":
+        return output.clamp(min=1e-6).pow(_GEM_POWER).mean(places).pow(1 / _GEM_POWER)
+    return output.mean(places)
+
+
+def count_features(layer: ResolvedLayer, pooling: Pooling) -> int:
+    """Tell how many features a layer has after pooling.
+
+    Raises
+    ------
+    ValueError
+        If the layer cannot be pooled so.
+    """
+    shape = layer.output_shape
+    if pooling == "flatten" or len(shape) == 1:
+        return math.prod(shape)
+    if pooling == "cls" and not layer.class_token:
+        raise ValueError(
+            f"pooling='cls' needs a class token, but layer {layer.name!r} (output shape {shape}) "
+            "does not have one: use 'avg', 'max', 'gem' or 'flatten'."
+        )
+    if len(shape) not in (2, 3):
+        raise ValueError(
+            f"layer {layer.name!r} of output shape {shape} can be pooled by 'flatten' alone."
+        )
+    return count_channels(layer)

@@ -1,0 +1,232 @@
+"""The trace of a forward pass: which modules are called, and what they give."""
+
+import copy
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+# What these give has its channels second, and so first in each image.
+_CHANNELS_FIRST = {
+    *(F.conv1d, F.conv2d, F.conv3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    *(F.unfold, F.batch_norm, F.group_norm, F.instance_norm),
+}
+# And what these give has them last.
+_CHANNELS_LAST = {F.linear, F.layer_norm, F.embedding}
+# Grids of places that may become tokens come from these.
+_GRIDS = {F.conv1d, F.conv2d, F.conv3d, F.unfold}
+
+
+@dataclass(frozen=True)
+class Call:
+    """The first call of a module in a forward pass.
+
+    `shape` is that of one image: (C, H, W) of maps, also where they come as (H, W, C); (N, D) of
+    tokens; (C, L) of a sequence with its channels first. `passes_on` tells that the module gave
+    what it got, at most in another arrangement.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    channels_last: bool  # maps come as (H, W, C); tokens always have theirs last
+    parameters: int
+    multiply_adds: int
+    output: int  # the same number where modules put out the same tensor
+    passes_on: bool = False
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """The shape as the module gives it."""
+        if len(self.shape) == 3 and self.channels_last:
+            return (*self.shape[1:], self.shape[0])
+        return self.shape
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What was seen of a forward pass: the first call of every module, in order of return.
+
+    `grids` has the numbers of places that convolutions gave.
+    """
+
+    calls: dict[str, Call]
+    grids: frozenset[int]
+
+
+def trace_calls(module: nn.Module, input_shape: tuple[int, ...]) -> Trace:
+    """Run one image through a copy; note what every module gives."""
+    # Versions of tensors, which tell what was changed in place, are not kept in inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        # Without gradients: the counter of operations fails on parameters handed to a module.
+        module = copy.deepcopy(module).eval().requires_grad_(False)
+        tracer, axes = _Tracer(module), _ChannelAxes()
+        blank = make_blank(module, input_shape)
+        axes.mark(blank, 1)
+        try:
+            with tracer.counter, axes:
+                module(blank)
+        except Exception as error:  # a module of the user may raise anything
+            raise ValueError(
+                f"{type(module).__name__} does not take an image of shape {input_shape}: {error}"
+            ) from error
+    return Trace(tracer.calls, frozenset(axes.grids))
+
+
+def make_blank(module: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
+    """Make a batch of one black image, of the type and on the device of a network's weights."""
+    anywhere = next(module.parameters(), torch.empty(0))
+    return torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
+
+
+def first_tensor(output: Any) -> Tensor:
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(first, Tensor):
+        raise TypeError(f"a layer gave {type(output).__name__}, not a tensor")
+    return first
+
+
+class _Tracer:
+    """Hooks that note the calls of a network's modules while an image runs through it."""
+
+    def __init__(self, module: nn.Module):
+        self.calls: dict[str, Call] = {}
+        # Of its counts only the total is one thread's own: modules are told apart by hooks of all.
+        self.counter = FlopCounterMode(display=False)
+        self._entered: dict[nn.Module, tuple[int, list[tuple[Tensor, int]]]] = {}
+        self._numbers = itertools.count()
+        self._latest: tuple[Tensor | None, int, int] = (None, 0, 0)
+        for path, child in module.named_modules():
+            if path:
+                child.register_forward_pre_hook(self._enter, with_kwargs=True)
+                child.register_forward_hook(functools.partial(self._leave, path))
+
+    def _enter(self, called: nn.Module, inputs: Any, options: Any) -> None:
+        given = [(tensor, tensor._version) for tensor in find_tensors((inputs, options))]
+        self._entered[called] = self.counter.get_total_flops(), given
+
+    def _leave(self, path: str, called: nn.Module, _inputs: Any, output: Any) -> None:
+        flops, given = self._entered.pop(called)
+        spent = (self.counter.get_total_flops() - flops) // 2
+        if path in self.calls:
+            call = self.calls[path]
+            self.calls[path] = replace(call, multiply_adds=call.multiply_adds + spent)
+        try:
+            first = first_tensor(output)
+        except TypeError:
+            return
+        number = self._number(first)
+        if path in self.calls or first.ndim < 2:
+            return
+        shape = tuple(first.shape[1:])
+        axis = _ChannelAxes.of(first)
+        # Where nothing is known, three dimensions are those of tokens, four those of maps.
+        is_last = axis in (None, 2) if first.ndim == 3 else first.ndim == 4 and axis == 3
+        self.calls[path] = Call(
+            type(called).__name__,
+            (shape[2], *shape[:2]) if is_last and len(shape) == 3 else shape,
+            is_last,
+            sum(parameter.numel() for parameter in called.parameters()),
+            spent,
+            number,
+            # Flattening may copy, according to how its input lies in memory.
+            type(called) in (nn.Flatten, nn.Unflatten) or _is_passed_on(given, first),
+        )
+
+    def _number(self, output: Tensor) -> int:
+        """Give an output its number: the last one's if it is that very tensor, unchanged since."""
+        latest, version, number = self._latest
+        if output is not latest or output._version != version:
+            number = next(self._numbers)
+        self._latest = output, output._version, number
+        return number
+
+
+def _is_passed_on(given: list[tuple[Tensor, int]], output: Tensor) -> bool:
+    """Tell whether an output is an input, unchanged since it had its version, or a view of it."""
+    return any(
+        tensor.numel() == output.numel()
+        and _share_memory(tensor, output)
+        and tensor._version == version
+        for tensor, version in given
+    )
+
+
+class _ChannelAxes(TorchFunctionMode):
+    """Follows through all functions which axis of a tensor has the channels of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grids: set[int] = set()
+
+    @staticmethod
+    def mark(tensor: Tensor, axis: int) -> None:
+        tensor._channel_axis = axis  # type: ignore[attr-defined]
+
+    @staticmethod
+    def of(tensor: Tensor) -> int | None:
+        return getattr(tensor, "_channel_axis", None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for output in find_tensors(result):
+            axis = self._find(func, args, kwargs, output)
+            if axis is not None:
+                self.mark(output, axis)
+            if func in _GRIDS:
+                self.grids.add(output.shape[2:].numel())
+        return result
+
+    def _find(self, func: Any, args: Any, kwargs: Any, output: Tensor) -> int | None:
+        if func in _CHANNELS_FIRST:
+            return 1
+        if func in _CHANNELS_LAST:
+            return output.ndim - 1
+        known = [
+            (tensor, axis)
+            for tensor in find_tensors((args, kwargs))
+            if (axis := self.of(tensor)) is not None
+        ]
+        known.sort(key=lambda pair: pair[0].ndim != output.ndim)
+        return _follow(*known[0], output) if known else None
+
+
+def _follow(given: Tensor, axis: int, output: Tensor) -> int | None:
+    """Find the axis of the channels in what a function made of a tensor."""
+    size = given.shape[axis]
+    if output.shape == given.shape and output.stride() == given.stride():
+        return axis
+    axes = [other for other in range(1, output.ndim) if output.shape[other] == size]
+    if _share_memory(given, output):  # permuted, cut or reshaped
+        step = given.stride(axis)
+        return next((other for other in axes if output.stride(other) == step), None)
+    if output.shape == given.shape:
+        return axis
+    if output.numel() == given.numel():  # reshaped into a copy
+        before = given.shape[:axis].numel()
+        return next((other for other in axes if output.shape[:other].numel() == before), None)
+    return axis if output.ndim == given.ndim else None
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    if one.layout != torch.strided or other.layout != torch.strided:
+        return one is other
+    # On the meta device all memory has the address 0.
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+def find_tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors among arguments or results, also those in lists and dictionaries."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple, dict)):
+        inside: Iterable[Any] = values.values() if isinstance(values, dict) else values
+        for value in inside:
+            yield from find_tensors(value)

@@ -1,0 +1,6 @@
+"""Data sets: images in folders, one per class, and the 15-Scene data set."""
+
+from ._folders import load_image_folder
+from ._scene15 import fetch_scene15, load_scene15
+
+__all__ = ["fetch_scene15", "load_image_folder", "load_scene15"]

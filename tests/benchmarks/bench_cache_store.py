@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepfeat._cache.cache import FeatureCache
+from deepfeat import FeatureCache
 
 REPEATS = 9
 ROWS = 5_000

@@ -206,7 +206,7 @@ class Changes(RuleBasedStateMachine):
         np.testing.assert_allclose(rows, extract(None), rtol=1e-4, atol=1e-5)
 
 
-thorough = settings.get_current_profile_name() == "thorough"
+thorough = settings().max_examples > 100
 TestChanges = Changes.TestCase
 TestChanges.settings = settings(
     settings(),

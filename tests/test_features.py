@@ -562,6 +562,17 @@ class TestSecondPass:
         rows = 10 * listed + (len(pictures) - 10) * (contexts + 1)
         assert cache.info().rows == rows
 
+    def test_both_passes_of_a_call_load_the_network_once(self, cache, pictures, monkeypatch):
+        """New images among known ones take a pass of their own, by the same network."""
+        from deepfeat._extraction import rows
+
+        extractor(cache, "stage2").transform(pictures[:10])
+        loads = []
+        load = rows.load_network
+        monkeypatch.setattr(rows, "load_network", lambda *args: loads.append(1) or load(*args))
+        extractor(cache, "features.6").transform(pictures)
+        assert len(loads) == 1
+
     def test_a_small_cache_keeps_what_was_asked_for(self, pictures, forwards):
         """Rows of all layers would drive each other out; nothing is lost by not keeping them."""
         width = sum(layer.n_features for layer in list_layers("squeezenet1_1", image_size=32))

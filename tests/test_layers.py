@@ -5,7 +5,7 @@ import functools
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -25,9 +25,20 @@ from deepfeat._backbones.find import find_backbone
 from deepfeat._backbones.torchvision import known_weights
 from deepfeat._layers.index import LayerIndex, ResolvedLayer
 from deepfeat._layers.pooling import count_features, pool
-from deepfeat._layers.reading import read_layers
+from deepfeat._layers.reading import LayerReader
 
 exactly = functools.partial(assert_close, rtol=0, atol=0)
+
+
+def read_layers(
+    module: nn.Module,
+    layers: Sequence[ResolvedLayer],
+    batch: Tensor,
+    reduce: Callable[[ResolvedLayer, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Read layers of a network for a single batch."""
+    return LayerReader(module, layers, reduce)(batch)
+
 
 # One small member of each family of torchvision, and a side of input that it takes.
 FAMILIES = {

@@ -525,8 +525,6 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
 
     def _check_kept(self, backbone: Backbone) -> None:
         """Raise if rows that are computed ahead would be lost."""
-        if self._find_cache() is None:
-            raise ValueError("cache=None keeps no rows: there is nothing to precompute.")
         try:
             backbone.fingerprint()
         except UnknownContentError as error:

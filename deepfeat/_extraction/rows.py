@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from .._backbones.find import Backbone
 from .._backbones.fingerprint import UnknownContentError
@@ -70,7 +71,8 @@ def read_rows(
     """
     fingerprint = None if cache is None else _find_fingerprint(reading.backbone)
     if cache is None or fingerprint is None:
-        for batch in _compute(reading, _find_outputs(reading.layers), records):
+        module = load_network(reading.backbone, find_device(reading.device))
+        for batch in _compute(reading, module, _find_outputs(reading.layers), records):
             yield replace(batch, rows=_to_layers(reading.layers, batch.rows))
         return
     groups, stats, failures = _group_equal(records, cache, reading.num_workers)
@@ -158,6 +160,11 @@ class _Passes:
         }
         self.work = key(reading.pooling)
 
+    @functools.cached_property
+    def network(self) -> nn.Module:
+        """The network, loaded when the first image needs it, and once for all passes of a call."""
+        return load_network(self.reading.backbone, find_device(self.reading.device))
+
     def _find_second(self) -> tuple[ResolvedLayer, ...]:
         """Return what a second pass keeps: all it may, if that fits for each image of the call."""
         outputs = _find_outputs((*self.first, *self.reading.searched))
@@ -223,10 +230,11 @@ class _Passes:
         self, outputs: tuple[ResolvedLayer, ...], images: list[bytes], waiting: list[bytes]
     ) -> Iterator[Batch[Record]]:
         """Run the network over images as far as the deepest of some outputs, and keep these."""
+        module = self.network  # before the first image is claimed: to load it may take long
         held: set[bytes] = set()
         claimed = self._claim(images, waiting, held)
         try:
-            for batch in _compute(self.reading, outputs, claimed, self._open):
+            for batch in _compute(self.reading, module, outputs, claimed, self._open):
                 images = [self.image_of[record] for record in batch.samples]
                 if images:
                     rows = {self.contexts[path]: rows for path, rows in batch.rows.items()}
@@ -299,6 +307,7 @@ def _to_layers(
 
 def _compute(
     reading: Reading,
+    module: nn.Module,
     outputs: tuple[ResolvedLayer, ...],
     records: Iterable[Record],
     open_record: Callable[[Record], Image.Image] = Record.open,
@@ -306,9 +315,6 @@ def _compute(
     """Run the network over records as far as the deepest of some outputs."""
     steps = reading.backbone.preprocessing
     reduce = functools.partial(pool, pooling=reading.pooling)
-    device = find_device(reading.device)
-    # Before the first image is claimed: it may take long.
-    module = load_network(reading.backbone, device)
     asked = {layer.path for layer in reading.layers}
     optional = {output.path for output in outputs} - asked
     read = LayerReader(module, outputs, reduce, optional)
@@ -317,7 +323,7 @@ def _compute(
         lambda batch: read(steps.normalize(batch)),
         records,
         lambda record: steps.prepare(open_record(record)),
-        device=device,
+        device=find_device(reading.device),
         precision=reading.precision,
         batch_size=reading.batch_size,
         num_workers=reading.num_workers,

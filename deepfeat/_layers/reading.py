@@ -107,16 +107,6 @@ class _Kept:
             raise _AllRead  # nothing after the deepest layer is needed
 
 
-def read_layers(
-    module: nn.Module,
-    layers: Sequence[ResolvedLayer],
-    batch: Tensor,
-    reduce: Callable[[ResolvedLayer, Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """Read layers of a network for a single batch, as `LayerReader` does."""
-    return LayerReader(module, layers, reduce)(batch)
-
-
 class _AllRead(Exception):
     """Leaves a forward pass once every layer asked for has been read."""
 

@@ -23,7 +23,7 @@ from deepfeat._backbones.find import find_backbone
 from deepfeat._backbones.resnet10_slim import ResNet10Slim_Weights, SlimResNet
 
 NAME = "resnet10_slim"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deepfeat" / "_backbones" / "resnet10_slim.safetensors"
 CPU = torch.device("cpu")
 # Run before a script: whatever opens a connection or asks for an address raises.

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .._backbones.preprocessing import Preprocessing
 from .._engine.batches import run_in_batches, stack
-from .._engine.devices import Precision, to_device
+from .._engine.devices import Outputs, Precision, to_device
 from .._engine.threads import Workers, attempt, map_in_threads
+from .._extraction.readers import TorchReader
 from .._images.records import Record
 from .cutting import Cut
 
@@ -144,26 +145,24 @@ def keep_activations(
     """
     shape: tuple[int, ...] = ()
 
-    def begin(batch: Tensor) -> dict[str, Tensor]:
+    def forward(batch: Tensor) -> Outputs:
         nonlocal shape
-        activations = cut.run_prefix(samples.preprocessing.normalize(batch))
+        activations = cut.run_prefix(batch)
         shape = tuple(activations.shape[1:])
         return {"": activations.float().flatten(1)}
 
-    def prepare(sample: tuple[int, int]) -> Tensor:
+    def open_view(sample: tuple[int, int]) -> Image.Image:
         view, place = sample
         image = samples.records[place].open()
-        return samples.preprocessing.prepare(ImageOps.mirror(image) if view else image)
+        return ImageOps.mirror(image) if view else image
 
     count = len(samples.records)
     kept: NDArray[np.float32] | None = None
+    reader = TorchReader(module, forward, samples.preprocessing, samples.device, precision)
     for batch in run_in_batches(
-        module,
-        begin,
+        reader,
         itertools.product(range(views), range(count)),
-        prepare,
-        device=samples.device,
-        precision=precision,
+        open_view,
         batch_size=batch_size,
         num_workers=samples.num_workers,
     ):

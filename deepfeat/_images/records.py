@@ -118,7 +118,8 @@ def as_records(X: Any, image_shape: ImageShape = None, of: str = "X") -> list[Re
     of : str, default="X"
         What an error calls `X`, where it names one of the images.
     """
-    X = _unwrap_columns(X)
+    X = unwrap_tensor(X)
+    X = _unwrap_columns(np.asarray(X) if is_tabular(X) else X)
     if not len(X):
         raise ValueError("X is empty: at least one image is needed.")
     if isinstance(X, np.ndarray):
@@ -151,7 +152,6 @@ def is_tabular(X: Any) -> bool:
 def _unwrap_columns(X: Any) -> Any:
     """Refuse what holds no images; turn tensors, Series and one-column tables into arrays."""
     _check_container(X)
-    X = unwrap_tensor(X)
     if hasattr(X, "columns") and hasattr(X, "dtypes"):  # a pandas or polars DataFrame
         X = X.to_numpy()
     if hasattr(X, "to_numpy"):  # a Series

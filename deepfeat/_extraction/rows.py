@@ -162,7 +162,7 @@ class _CachedExtraction:
         while pending:
             missing: list[bytes] = []
             for images in _chunks(pending, _LOOK_UP):
-                batch, absent = self._look_up(images)
+                batch, absent = self.look_up(images)
                 missing += absent
                 if batch.samples:
                     yield batch
@@ -174,7 +174,7 @@ class _CachedExtraction:
                 waited += pause
                 pause = min(2 * pause, longest)
 
-    def _look_up(self, images: Sequence[bytes]) -> tuple[Batch[Record], list[bytes]]:
+    def look_up(self, images: Sequence[bytes]) -> tuple[Batch[Record], list[bytes]]:
         """Return the images of which the cache holds every layer, and the others."""
         found = np.ones(len(images), dtype=bool)
         rows = {}

@@ -182,6 +182,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     'layer3_0017'
     """
 
+    __module__ = "deepfeat"  # so that pickles outlive moves
+
     def __init__(
         self,
         backbone: str | nn.Module = "vgg16",
@@ -638,3 +640,7 @@ def _as_list(layers: str | int | list[str | int]) -> list[str | int]:
 @functools.lru_cache(maxsize=16)
 def _cache_at(path: str) -> FeatureCache:
     return FeatureCache(path)
+
+
+# Here doctest finds the examples of a class that says it is in another module.
+__test__ = {"DeepFeatureExtractor": DeepFeatureExtractor}

@@ -218,6 +218,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     (3, 2)
     """
 
+    __module__ = "deepfeat"  # so that pickles outlive moves
+
     def __init__(
         self,
         backbone: str | nn.Module = "resnet50",
@@ -927,3 +929,7 @@ _RANGES: Ranges = (
     ("validation_fraction", "(0, 1)", ()),
     ("tol", "[0, inf)", ()),
 )
+
+
+# Here doctest finds the examples of a class that says it is in another module.
+__test__ = {"FineTuneClassifier": FineTuneClassifier}

@@ -34,6 +34,8 @@ _SINGLE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
 class ImageError(ValueError):
     """An image cannot be read. The arguments are its place in X, in words, and the reason."""
 
+    __module__ = "deepfeat"  # so that pickles outlive moves
+
     def __str__(self) -> str:
         return ": ".join(map(str, self.args))
 

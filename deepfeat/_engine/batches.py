@@ -79,14 +79,14 @@ def _prepare_batches(
     batch_size: int,
     num_workers: Workers,
 ) -> Iterator[tuple[list[T], list[Tensor], list[tuple[T, Exception]]]]:
-    """Gather full batches of what could be prepared, and what could not be."""
+    """Gather full batches of what could be prepared, and the failures among them."""
     good: list[T] = []
     tensors: list[Tensor] = []
     failures: list[tuple[T, Exception]] = []
     for sample, result in map_in_threads(prepare, samples, num_workers, ahead=2 * batch_size):
         if isinstance(result, Exception):
             failures.append((sample, result))
-            if len(failures) == batch_size:  # however many there are, few are held
+            if len(failures) == batch_size:  # however many there are, only a few are held
                 yield [], [], failures
                 failures = []
             continue
@@ -103,17 +103,17 @@ def stack(samples: list[T], tensors: list[Tensor]) -> Tensor:
     for sample, tensor in zip(samples, tensors, strict=True):
         if tensor.shape != tensors[0].shape:
             raise ValueError(
-                f"the images of a batch must have one shape, but {sample} was prepared as "
-                f"{tuple(tensor.shape)}, and {samples[0]} as {tuple(tensors[0].shape)}."
+                f"The images of a batch must have the same shape; got {tuple(tensor.shape)} for "
+                f"{sample}, and {tuple(tensors[0].shape)} for {samples[0]}."
             )
     return torch.stack(tensors)
 
 
 def _fetch(outputs: Outputs, device: torch.device) -> Fetched:
-    """Copy outputs to the host; on CUDA only queue that, with an event that tells of its end."""
+    """Copy outputs to the host; on CUDA only queue the copy, with an event that marks its end."""
     if device.type != "cuda":
         return {key: output.cpu() for key, output in outputs.items()}, None
-    # Queued now, the copy precedes the next batch: asked for later, it would wait for that too.
+    # Queued now, the copy precedes the next batch; requested later, it would wait for that too.
     fetched = {key: output.to("cpu", non_blocking=True) for key, output in outputs.items()}
     return fetched, torch.cuda.current_stream(device).record_event()
 
@@ -122,5 +122,5 @@ def _collect(good: list[T], fetched: Fetched, failures: list[tuple[T, Exception]
     outputs, arrival = fetched
     if arrival is not None:
         arrival.synchronize()
-    # Copies: on CUDA the outputs lie in pinned memory, which rows may not hold for long.
+    # Copies: on CUDA the outputs are in pinned memory, which rows should not occupy for long.
     return Batch(good, {key: output.numpy().copy() for key, output in outputs.items()}, failures)

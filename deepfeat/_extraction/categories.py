@@ -1,4 +1,4 @@
-"""`predict_categories`: images classified by a network's own head, in the words of its weights."""
+"""`predict_categories`: the most probable categories of the classes a network was trained on."""
 
 from typing import Any, get_args
 
@@ -30,10 +30,10 @@ def predict_categories(
     precision: Precision = "float32",
     num_workers: Workers = "auto",
 ) -> list[list[tuple[str, float]]]:
-    """Tell what a pretrained network sees in images: its most probable categories.
+    """Classify images with the head of a pretrained network: its most probable categories.
 
-    The categories are those that the weights were trained to tell apart, 1,000 of ImageNet for
-    the weights that torchvision publishes.
+    The categories are those that the weights were trained on: 1,000 of ImageNet for the weights
+    that torchvision publishes.
 
     Parameters
     ----------
@@ -42,10 +42,10 @@ def predict_categories(
     backbone : str, default="vgg16"
         One of `list_backbones()`.
     weights : str, path or torchvision weights, default="DEFAULT"
-        As for `DeepFeatureExtractor`, but not None: random weights know no categories. Outputs of
-        a file are named as those of "DEFAULT", if there are as many.
+        As for `DeepFeatureExtractor`, but not None: random weights have no categories. The outputs
+        of a weights file are named like those of "DEFAULT" if there are as many.
     top : int, default=5
-        Number of categories an image.
+        Number of categories per image.
     resize : {"weights", "squash", "pad"}, default="weights"
         As for `DeepFeatureExtractor`.
     image_size : int, optional
@@ -64,16 +64,16 @@ def predict_categories(
     Returns
     -------
     categories : list of n lists of `top` pairs (str, float)
-        For each image the names of categories with their probabilities, the most probable first.
-        Pairs, since a name is read together with its probability: `dict(categories[i])` looks one
-        up, and `pandas.DataFrame(categories[i])` makes a table. The probabilities of all
-        categories, of which these are the largest, sum to 1.
+        For each image, names of categories with their probabilities, the most probable first.
+        `dict(categories[i])` looks up a probability by name, and `pandas.DataFrame(categories[i])`
+        makes a table. The probabilities of all categories, of which these are the largest, sum to
+        1.
 
     Raises
     ------
     ValueError
         If an image cannot be read, the outputs have no names, there are fewer than `top`, or an
-        argument is out of its range.
+        argument is invalid.
     OSError
         If the weights cannot be downloaded.
 
@@ -85,7 +85,7 @@ def predict_categories(
     >>> for categories in predict_categories(photographs, top=1):  # doctest: +SKIP
     ...     print(categories)
 
-    The backbone that comes with deepfeat needs no download, but knows no such categories:
+    The backbone that comes with deepfeat needs no download, but does not know such categories:
 
     >>> predictions = predict_categories(photographs, "resnet10_slim", top=3)
     >>> [len(pairs) for pairs in predictions]
@@ -93,8 +93,8 @@ def predict_categories(
     """
     if not isinstance(backbone, str):
         raise TypeError(
-            f"backbone is a {type(backbone).__name__}; a name is expected: what the outputs of a "
-            "module of your own stand for is not known."
+            f"backbone must be a name; got a {type(backbone).__name__}: the categories of a module "
+            "of your own are not known."
         )
     check_choices({"resize": resize, "precision": precision}, _CHOICES)
     counts = {"batch_size": batch_size, "num_workers": num_workers, "top": top}
@@ -102,7 +102,9 @@ def predict_categories(
     found = find_backbone(backbone, weights, resize=resize, image_size=image_size)
     names = _name_outputs(found, weights)
     if top > len(names):
-        raise ValueError(f"top={top}: {found.name} has no more than {len(names)} categories.")
+        raise ValueError(
+            f"top must be at most {len(names)}, the number of {found.name}'s categories; got {top}."
+        )
     records = as_records(images, image_shape)
     target = find_device(device)
     reader = make_logit_reader(found.load(target), found.preprocessing, target, precision)
@@ -125,9 +127,9 @@ def _name_outputs(backbone: Backbone, weights: Weights) -> tuple[str, ...]:
     if backbone.categories is None:
         *_, head = backbone.skeleton.state_dict().values()
         raise ValueError(
-            f"nobody has named the {len(head)} outputs of {backbone.name} with "
-            f"weights={weights!r}: names come with the weights of torchvision, such as "
-            "'DEFAULT', and are taken from there for a file with as many outputs."
+            f"The {len(head)} outputs of {backbone.name} with weights={weights!r} have no category "
+            "names: they come with torchvision's weights, such as 'DEFAULT', and are used for a "
+            "file with as many outputs."
         )
     return backbone.categories
 

@@ -1,4 +1,4 @@
-"""Rows of images: from the cache, or by a pass of the network."""
+"""Rows of images: from the cache, or from a pass of the network."""
 
 import functools
 import hashlib
@@ -30,12 +30,12 @@ from .._layers.index import ResolvedLayer
 from .._layers.pooling import Pooling, count_features
 from .readers import load_network, make_layer_reader
 
-# Part of every key: raise it when the rows of the same image and layer come out differently.
+# Part of every key: increase it when the rows of the same image and layer change.
 _SCHEMA = 2
-_LOOK_UP = 1024  # images at a time, which bounds what is in memory twice
+_LOOK_UP = 1024  # images at a time, which limits what is in memory twice
 _WAIT_SECONDS = 0.05, 1.0  # at first, and at most
-_PATIENT_SECONDS = 5.0  # of waiting, before it is said
-MEMORY = FeatureCache()  # of this process
+_PATIENT_SECONDS = 5.0  # of waiting, before it is logged
+MEMORY = FeatureCache()  # the cache of this process
 _warned: set[str] = set()
 _logger = logging.getLogger("deepfeat")
 
@@ -82,24 +82,24 @@ def read_rows(
     yield from _CachedExtraction(spec, cache, fingerprint, groups, stats).read()
     if _digest_settings(spec.backbone) != before:
         _warn_once(
-            f"the preprocessing of {spec.backbone.name} changes as it is used (it may count its "
-            "calls), so its rows are not found in the cache again."
+            f"The preprocessing of {spec.backbone.name} changes while it is used (it may count its "
+            "calls), so its rows will not be found in the cache again."
         )
 
 
 def _find_fingerprint(backbone: Backbone) -> bytes | None:
-    """Digest a backbone; if that is impossible, say so once and keep nothing of it."""
+    """Digest a backbone; None, with one warning, if it cannot be digested: nothing is kept."""
     try:
         return backbone.fingerprint()
     except UnknownContentError as error:
-        _warn_once(f"the rows of {backbone.name} are not cached: {error}.")
+        _warn_once(f"The rows of {backbone.name} are not cached: {error}.")
     return None
 
 
 def _digest_settings(backbone: Backbone) -> bytes | None:
     try:
         return digest_value(backbone.preprocessing.settings)
-    except UnknownContentError:  # what it has opened in the meantime
+    except UnknownContentError:  # it may have opened something in the meantime
         return None
 
 
@@ -112,7 +112,7 @@ def _warn_once(problem: str) -> None:
 class _CachedExtraction:
     """Rows of images from the cache, and passes of the network over those that it lacks.
 
-    `groups` has the records of each image, by its digest; `stats` what their files were like then.
+    `groups` has the records of each image by its digest, `stats` the state of their files then.
     """
 
     def __init__(
@@ -133,11 +133,11 @@ class _CachedExtraction:
         self.second = self._find_second()
         # Not in the key: threads and batch size change a row by 1e-6 of its length (MobileNetV2),
         # Pillow 11.1 to 13.0 change 0.6 % of the pixels of JPEGs by one grey level, and devices and
-        # releases of torch round in other ways too. A cache of weeks of work shall survive an
-        # upgrade of these, and a machine with another GPU; a change beyond rounding raises _SCHEMA.
+        # releases of torch round differently as well. A cache that took weeks to fill should
+        # survive upgrades of these and another GPU; a change beyond rounding increases _SCHEMA.
         key = functools.partial(_digest, _SCHEMA, fingerprint, spec.precision, decoding_settings())
         self.namespaces = {
-            # Pooling leaves vectors as they are.
+            # Vectors are not pooled.
             output.path: key(output.path, spec.pooling * (len(output.output_shape) > 1))
             for output in self.second
         }
@@ -149,7 +149,7 @@ class _CachedExtraction:
         return load_network(self.spec.backbone, find_device(self.spec.device))
 
     def _find_second(self) -> tuple[ResolvedLayer, ...]:
-        """Return what a second pass keeps: all it may, if that fits for each image of the call."""
+        """Return what a second pass keeps: as much as is allowed, if there is room for it."""
         outputs = _find_outputs((*self.first, *self.spec.searched))
         width = sum(count_features(output, self.spec.pooling) for output in outputs)
         return outputs if 4 * width * len(self.groups) <= self.cache.room() else self.first
@@ -175,7 +175,7 @@ class _CachedExtraction:
                 pause = min(2 * pause, longest)
 
     def look_up(self, images: Sequence[bytes]) -> tuple[Batch[Record], list[bytes]]:
-        """Return the images of which the cache holds every layer, and the others."""
+        """Return the rows of images of which the cache has every layer, and the other images."""
         found = np.ones(len(images), dtype=bool)
         rows = {}
         for output in self.requested:
@@ -195,26 +195,26 @@ class _CachedExtraction:
         width = count_features(output, self.spec.pooling)
         if matrix.shape[1] != width:
             raise CacheFormatError(
-                f"{self.cache} holds rows of {matrix.shape[1]} values for layer {output.path!r}, "
+                f"{self.cache} has rows of {matrix.shape[1]} values for layer {output.path!r}, "
                 f"which gives {width}: it was tampered with. Delete it, or choose another one."
             )
 
     def _log_holders(self, images: Sequence[bytes]) -> None:
-        """Say for whom this call waits; a log and no warning, since the caller did no wrong."""
+        """Log who is being waited for. It is not a warning: the caller did nothing wrong."""
         holders = ", ".join(self.cache.find_holders(self.job, images))
         if holders:
             _logger.warning(
-                "Waiting for %d images that %s computes, for %s. If it hangs, end it; without "
-                "progress for %d minutes its images are computed here.",
+                "Waiting for %d images that %s is computing for %s. If it hangs, end it; after %d "
+                "minutes without progress, its images are computed here.",
                 *(len(images), holders, self.cache, PATIENCE_SECONDS // 60),
             )
 
     def _compute_missing(
         self, missing: list[bytes]
     ) -> Generator[Batch[Record], None, tuple[list[bytes], int]]:
-        """Compute, keep and yield what nobody else is computing.
+        """Compute, keep and yield images that nobody else is computing.
 
-        Return the images that are left to others, and how many were computed.
+        Return the images that are left to others, and how many rows were yielded.
         """
         pending: list[bytes] = []
         computed = 0
@@ -226,7 +226,7 @@ class _CachedExtraction:
             (self.second, list(itertools.compress(missing, seen))),
         ):
             if images:
-                network = self.network  # before an image is claimed: to load it may take long
+                network = self.network  # before an image is claimed: loading may take long
                 claims = _Claims(self.cache, self.job)
                 try:
                     for batch in self._pass(network, outputs, images, claims):
@@ -238,7 +238,7 @@ class _CachedExtraction:
         return pending, computed
 
     def _find_seen(self, images: Sequence[bytes]) -> NDArray[np.bool_]:
-        """Tell which images the cache holds any row of, and so have been through the network."""
+        """Tell which images the cache has any row of: they have been through the network."""
         seen = np.zeros(len(images), dtype=bool)
         for namespace in self.namespaces.values():
             if not seen.all():
@@ -253,7 +253,7 @@ class _CachedExtraction:
         images: list[bytes],
         claims: "_Claims",
     ) -> Iterator[Batch[Record]]:
-        """Run the network over images as far as the deepest of some outputs, and keep these."""
+        """Run the network over images up to the deepest of some outputs, and keep these."""
         records = self._claim(images, claims)
         for batch in _compute(self.spec, network, outputs, records, self._open):
             done = [self.image_of[record] for record in batch.samples]
@@ -290,7 +290,7 @@ class _CachedExtraction:
         return image
 
     def _for_all(self, images: list[bytes], rows: dict[str, NDArray[np.float32]]) -> Batch[Record]:
-        """Give the row of an image to every record of it, for the layers requested."""
+        """Repeat the row of each image for all its records, for the requested layers."""
         rows = _to_layers(self.spec.layers, rows)
         samples = [record for image in images for record in self.groups[image]]
         if len(samples) > len(images):
@@ -323,7 +323,7 @@ class _Claims:
 
 
 def _find_outputs(layers: Iterable[ResolvedLayer]) -> tuple[ResolvedLayer, ...]:
-    """Return what the network itself gives for some layers, each under its path, and once."""
+    """Return the outputs of the network that layers are made of, each once, under its path."""
     outputs = {layer.path: replace(layer, name=layer.path, rectified=False) for layer in layers}
     return tuple(outputs.values())
 
@@ -331,7 +331,7 @@ def _find_outputs(layers: Iterable[ResolvedLayer]) -> tuple[ResolvedLayer, ...]:
 def _to_layers(
     layers: tuple[ResolvedLayer, ...], rows: dict[str, NDArray[np.float32]]
 ) -> dict[str, NDArray[np.float32]]:
-    """Turn the rows of outputs into those of layers; `relu8` follows from what `fc8` gives."""
+    """Turn the rows of outputs into those of layers; `relu8` follows from `fc8`."""
     return {
         layer.name: np.maximum(rows[layer.path], 0) if layer.rectified else rows[layer.path]
         for layer in layers
@@ -346,7 +346,7 @@ def _compute(
     records: Iterable[Record],
     open_record: Callable[[Record], Image.Image] = Record.open,
 ) -> Iterator[Batch[Record]]:
-    """Run the network over records as far as the deepest of some outputs."""
+    """Run the network over records up to the deepest of some outputs."""
     requested = {layer.path for layer in spec.layers}
     reader = make_layer_reader(
         network,
@@ -365,7 +365,7 @@ def _compute(
 def _group_equal(
     records: list[Record], cache: FeatureCache, num_workers: Workers
 ) -> tuple[dict[bytes, list[Record]], dict[Record, FileStat], list[tuple[Record, Exception]]]:
-    """Group records by the digest of their image; files seen before are not read for that."""
+    """Group records by the digest of their image, without reading files that were seen before."""
     now = time.time_ns()
     stats = {record: stat for record in records if (stat := record.stat()) is not None}
     known = zip(stats, cache.known_digests(list(stats.values())), strict=True)
@@ -374,9 +374,9 @@ def _group_equal(
     failures: list[tuple[Record, Exception]] = []
     for record, result in map_in_threads(Record.digest, unknown, num_workers, ahead=64):
         if isinstance(result, Exception):
-            # Only the first can be raised: of all others, however many, the words will do.
-            words = ImageError(str(record), record.error(result).reason)
-            failures.append((record, words if failures else result))
+            # Only the first can be raised: of the others, however many, the message is enough.
+            message = ImageError(str(record), record.error(result).reason)
+            failures.append((record, message if failures else result))
         else:
             digests[record] = result
     fresh = [record for record in unknown if record in digests and record in stats]
@@ -393,7 +393,7 @@ def _group_equal(
 
 
 def _for_record(record: Record, error: Exception) -> Exception:
-    """Word the error of an image for another place in X that holds the same image."""
+    """Give the error of an image to another record of the same image."""
     if not isinstance(error, ImageError):
         return error
     other = ImageError(str(record), error.reason)

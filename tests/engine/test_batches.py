@@ -313,7 +313,7 @@ def test_failures_are_handed_out_before_there_are_many():
 
 def test_samples_of_two_shapes_make_no_batch():
     """The error names one of each, and says how they came out."""
-    expected = r"one shape, but 2 was prepared as \(5,\), and 0 as \(2,\)"
+    expected = r"the same shape; got \(5,\) for 2, and \(2,\) for 0\."
     with pytest.raises(ValueError, match=expected):
         list(run(range(4), prepare=lambda number: torch.zeros(5 if number == 2 else 2)))
 

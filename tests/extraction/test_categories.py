@@ -154,13 +154,15 @@ def test_weights_of_torchvision_bring_their_names(entry):
 
 def test_weights_without_categories_have_no_names(images):
     """VGG16's weights that were made for their features alone have no head to speak of."""
-    with pytest.raises(ValueError, match="nobody has named the 1000 outputs of vgg16"):
+    with pytest.raises(
+        ValueError, match=r"The 1000 outputs of vgg16 with weights=.* have no category"
+    ):
         predict_categories(images, "vgg16", weights="IMAGENET1K_FEATURES")
 
 
 def test_random_weights_have_no_names(images):
     """What is random tells no categories apart."""
-    with pytest.raises(ValueError, match=r"nobody has named .* with weights=None: names"):
+    with pytest.raises(ValueError, match=r"outputs of .* with weights=None have no category names"):
         classify(images, None)
 
 
@@ -168,13 +170,15 @@ def test_a_file_with_another_number_of_outputs_has_no_names(tmp_path, images):
     """Weights of one's own for 15 classes are not called by names of ImageNet."""
     path = tmp_path / "scenes.pth"
     torch.save(models.get_model(NAME, weights=None, num_classes=15).state_dict(), path)
-    with pytest.raises(ValueError, match="nobody has named the 15 outputs of squeezenet1_1"):
+    with pytest.raises(
+        ValueError, match=r"The 15 outputs of squeezenet1_1 with weights=.* have no category"
+    ):
         classify(images, path)
 
 
 def test_a_module_of_ones_own_is_refused(images):
     """Nobody knows what its outputs stand for."""
-    with pytest.raises(TypeError, match="backbone is a Linear; a name is expected"):
+    with pytest.raises(TypeError, match="backbone must be a name; got a Linear"):
         predict_categories(images, nn.Linear(3, 5))
     module = models.get_model(NAME, weights=None)
     preprocessing = SqueezeNet1_1_Weights.DEFAULT.transforms()
@@ -188,7 +192,10 @@ def test_a_module_of_ones_own_is_refused(images):
     ("params", "message"),
     [
         ({"top": 0}, "top=0: a whole number from 1"),
-        ({"top": 1001}, "top=1001: squeezenet1_1 has no more than 1000 categories"),
+        (
+            {"top": 1001},
+            "top must be at most 1000, the number of squeezenet1_1's categories; got 1001",
+        ),
         ({"top": 2.5}, "top=2.5: "),
         ({"top": True}, "top=True: "),
         ({"resize": "crop"}, "resize='crop' is none of"),

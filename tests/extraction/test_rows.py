@@ -439,7 +439,7 @@ class TestModulesOfTheUser:
         prepare = Prepare()
         prepare.lock = threading.RLock()
         one = self.of(Net(), cache, preprocessing=prepare)
-        expected = "rows of Net are not cached: a RLock cannot be digested"
+        expected = "The rows of Net are not cached: a RLock cannot be digested"
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
@@ -451,7 +451,7 @@ class TestModulesOfTheUser:
         """An object that counts its calls is another one each time, so its rows are lost."""
         monkeypatch.setattr("deepfeat._extraction.rows._warned", set())
         one = self.of(Net(), cache, preprocessing=Counting())
-        with pytest.warns(UserWarning, match="preprocessing of Net changes as it is used"):
+        with pytest.warns(UserWarning, match="preprocessing of Net changes while it is used"):
             one.transform(pictures)
         one.transform(pictures)  # told once
 
@@ -747,7 +747,7 @@ class TestWaiting:
         other.join()
         (record,) = caplog.records
         assert (record.name, record.levelname) == ("deepfeat", "WARNING")
-        assert "Waiting for 24 images that thread 'other' of this process comp" in record.message
+        assert "Waiting for 24 images that thread 'other' of this process is comp" in record.message
         assert repr(cache) in record.message
 
 
@@ -875,7 +875,9 @@ class TestPrecompute:
         folder, make_room = full_disk
         one = extractor(folder, batch_size=2)
         with (
-            pytest.raises(OSError, match=r"cannot be written .* of 24 images are kept") as error,
+            pytest.raises(
+                OSError, match=r"cannot be written .* of 24 images have been kept"
+            ) as error,
             pytest.warns(RuntimeWarning, match="nothing more is stored"),
         ):
             one.precompute(paths)
@@ -893,7 +895,7 @@ class TestPrecompute:
         """Before any image is computed; nobody, not even root, makes a folder below a file."""
         (tmp_path / "file").write_text("Dear diary", encoding="utf-8")
         with (
-            pytest.raises(OSError, match=r"cannot be written .* 0 of 24 images are kept"),
+            pytest.raises(OSError, match=r"cannot be written .* 0 of 24 images have been kept"),
             pytest.warns(RuntimeWarning, match="nothing more is stored"),
         ):
             extractor(tmp_path / "file" / "cache").precompute(paths)

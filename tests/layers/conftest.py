@@ -40,6 +40,7 @@ FAMILIES = {
     "vgg11_bn": 32,
     "vit_b_32": 64,
 }
+IN_A_DEFAULT_RUN = (*FAMILIES, "resnet10_slim")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,9 +64,18 @@ def side(family: str) -> int:
     return FAMILIES[family]
 
 
-@pytest.fixture(params=list_backbones())
+@pytest.fixture(
+    params=[
+        *IN_A_DEFAULT_RUN,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in list_backbones()
+            if name not in IN_A_DEFAULT_RUN
+        ),
+    ]
+)
 def backbone(request: pytest.FixtureRequest) -> str:
-    """Every network by name."""
+    """Every network by name; a default run takes one of each family."""
     return request.param
 
 

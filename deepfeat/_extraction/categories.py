@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._backbones.find import Backbone, find_backbone
+from .._backbones.networks import count_outputs
 from .._backbones.preprocessing import Resize
 from .._backbones.state_files import Weights
 from .._engine.batches import run_in_batches
@@ -135,10 +136,9 @@ def predict_categories(
 
 def _name_outputs(backbone: Backbone, weights: Weights) -> tuple[str, ...]:
     if backbone.categories is None:
-        *_, head = backbone.skeleton.state_dict().values()
         raise ValueError(
-            f"nobody has named the {len(head)} outputs of {backbone.name} with "
-            f"weights={weights!r}: names come with the weights of torchvision, such as "
+            f"The {count_outputs(backbone.skeleton)} outputs of {backbone.name} with "
+            f"weights={weights!r} have no names: names come with published weights, such as "
             "'DEFAULT', and are taken from there for a file with as many outputs."
         )
     return backbone.categories

@@ -3,24 +3,28 @@
 import copy
 import difflib
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor, nn
-from torchvision import models
 from torchvision.models import WeightsEnum
 
-from . import resnet10_slim as _bundled
+from . import resnet10_slim, torchvision
 from .fingerprint import fingerprint
+from .networks import (
+    Family,
+    RandomWeights,
+    WeightsSource,
+    count_outputs,
+    load_shared,
+    make_skeleton,
+)
 from .preprocessing import Preprocessing, Resize, preprocess_like, preprocess_with
-from .state_files import FILE_SUFFIXES, Weights, digest_once, is_weights_file, weights_key
-from .torchvision import known_weights, load_shared, make_skeleton
+from .state_files import FILE_SUFFIXES, Weights, WeightsFile, is_weights_file
+
+_FAMILIES: tuple[Family, ...] = (torchvision, resnet10_slim)
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,10 @@ class Backbone:
     """A network that need not be loaded yet, and its preprocessing.
 
     `skeleton` has the network's structure, without its weights; `load` gives the network itself
-    in eval mode on a device. Where both are `shared` by the process they must not be changed.
+    in eval mode on a device. If both are `shared` by the process they must not be changed.
     `fingerprint` digests the weights and the preprocessing, the same in every process; it raises
-    `UnknownContentError` where they cannot be digested. `categories` names the outputs; None if
-    they have no names.
+    `UnknownContentError` if they cannot be digested. `categories` names the outputs; None if they
+    have no names.
     """
 
     name: str
@@ -46,7 +50,7 @@ class Backbone:
 def list_backbones() -> list[str]:
     """List the names of all backbones: torchvision's classification models, and deepfeat's own.
 
-    Its own is `resnet10_slim`, whose weights come with the package.
+    deepfeat's own is `resnet10_slim`, whose weights come with the package.
 
     Returns
     -------
@@ -59,7 +63,7 @@ def list_backbones() -> list[str]:
     >>> [name for name in list_backbones() if name.startswith("vgg16")]
     ['vgg16', 'vgg16_bn']
     """
-    return sorted([*models.list_models(module=models), _bundled.NAME])
+    return sorted(name for family in _FAMILIES for name in family.list_names())
 
 
 def find_backbone(
@@ -76,10 +80,10 @@ def find_backbone(
     Raises
     ------
     ValueError
-        If there is no backbone or no weights of that name, a file does not fit, or the choices
+        If there is no backbone or no weights of that name, a file does not fit, or the parameters
         exclude each other.
     FileNotFoundError
-        If `weights` is the path of a file that is not there.
+        If `weights` is the path of a file that does not exist.
     """
     if preprocessing is not None and (resize != "weights" or image_size is not None):
         raise ValueError(
@@ -89,22 +93,61 @@ def find_backbone(
         return _from_module(backbone, weights, preprocessing)
     if not isinstance(backbone, str):
         raise TypeError(
-            f"backbone is a {type(backbone).__name__}; a name or a torch.nn.Module is expected."
+            f"backbone must be a name or a torch.nn.Module; got a {type(backbone).__name__}."
         )
-    _check_name(backbone)
-    entry = _find_weights(backbone, weights)
+    family = _find_family(backbone)
+    source = _find_weights(family, backbone, weights, seed)
     if preprocessing is None:
-        source = entry if isinstance(entry, WeightsEnum) else known_weights(backbone)["DEFAULT"]
-        steps = preprocess_like(source.transforms(), resize, image_size)
+        steps = preprocess_like(source.entry.transforms(), resize, image_size)
     else:
         steps = preprocess_with(preprocessing)
-    size = steps.input_shape[-1]
-    key = weights_key(entry)
-    load = functools.partial(load_shared, backbone, key, seed, size)
-    digest = functools.partial(_fingerprint_named, backbone, key, seed, steps)
-    skeleton = make_skeleton(backbone, size, key if isinstance(key, tuple) else None)
-    categories = _find_categories(backbone, entry, skeleton)
-    return Backbone(backbone, skeleton, steps, load, True, digest, categories)
+    size = steps.input_shape[-1] if family.is_sized(backbone) else None
+    skeleton = make_skeleton(family, backbone, size, source)
+    return Backbone(
+        name=backbone,
+        skeleton=skeleton,
+        preprocessing=steps,
+        load=functools.partial(load_shared, family, backbone, size, source),
+        shared=True,
+        fingerprint=lambda: fingerprint((backbone, source.digest, steps.settings)),
+        categories=_find_categories(source, skeleton),
+    )
+
+
+def _find_family(name: str) -> Family:
+    for family in _FAMILIES:
+        if name in family.list_names():
+            return family
+    close = ", ".join(map(repr, difflib.get_close_matches(name, list_backbones())))
+    raise ValueError(
+        f"There is no backbone {name!r}. "
+        + (f"Close matches: {close}." if close else "list_backbones() lists them.")
+    )
+
+
+def _find_weights(family: Family, name: str, weights: Weights, seed: int) -> WeightsSource:
+    """Find the source of weights; a file and random weights stand in for "DEFAULT"."""
+    known = family.known_weights(name)
+    if weights is None:
+        return RandomWeights(seed, known["DEFAULT"].entry)
+    if isinstance(weights, WeightsEnum):
+        for source in known.values():
+            if source.entry is weights:
+                return source
+        raise ValueError(f"{weights} are not weights of {name}.")
+    if is_weights_file(weights):
+        return WeightsFile.find(weights, known["DEFAULT"].entry)
+    if not (isinstance(weights, str) and weights in known):
+        raise ValueError(
+            f"{name} has no weights {weights!r}. It has {', '.join(map(repr, known))}; "
+            f"the path of a file ends in {', '.join(FILE_SUFFIXES)}."
+        )
+    return known[weights]
+
+
+def _find_categories(source: WeightsSource, skeleton: nn.Module) -> tuple[str, ...] | None:
+    names = source.categories
+    return tuple(names) if names and len(names) == count_outputs(skeleton) else None
 
 
 # Modules of the user ----------------------------------------------------------------------------
@@ -114,10 +157,10 @@ def _from_module(
     module: nn.Module, weights: Weights, preprocessing: Callable[[Image.Image], Tensor] | None
 ) -> Backbone:
     if weights != "DEFAULT":
-        raise ValueError("weights= does not apply to a module, which brings its own.")
+        raise ValueError("weights= does not apply to a module, which has its own.")
     if preprocessing is None:
         raise ValueError(
-            "a module needs preprocessing=, from an RGB PIL image to the tensor that it takes: for "
+            "A module needs preprocessing=, from an RGB PIL image to the tensor that it takes: for "
             "instance torchvision.models.ResNet50_Weights.DEFAULT.transforms()."
         )
 
@@ -140,60 +183,3 @@ def _from_module(
 
     steps = preprocess_with(preprocessing)
     return Backbone(type(module).__name__, module, steps, load, False, digest, None)
-
-
-# Weights ----------------------------------------------------------------------------------------
-
-
-def _check_name(name: str) -> None:
-    if name not in list_backbones():
-        close = ", ".join(map(repr, difflib.get_close_matches(name, list_backbones())))
-        raise ValueError(
-            f"there is no backbone {name!r}. "
-            + (f"Close matches: {close}." if close else "list_backbones() lists them.")
-        )
-
-
-def _find_weights(name: str, weights: Weights) -> WeightsEnum | Path | None:
-    if weights is None:
-        return None
-    known = known_weights(name)
-    if isinstance(weights, WeightsEnum):
-        if weights not in known.__members__.values():
-            raise ValueError(f"{weights} are no weights of {name}.")
-        return weights
-    if is_weights_file(weights):
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no weights file {os.fspath(path)!r}.")
-        return path
-    if weights not in known.__members__:
-        raise ValueError(
-            f"{name} has no weights {weights!r}. It has {', '.join(map(repr, known.__members__))}; "
-            f"the path of a file ends in {', '.join(FILE_SUFFIXES)}."
-        )
-    return known[weights]
-
-
-def _find_categories(
-    name: str, entry: WeightsEnum | Path | None, skeleton: nn.Module
-) -> tuple[str, ...] | None:
-    """Name the outputs as the weights do; for a file with as many outputs, as the default ones."""
-    if entry is None:
-        return None
-    if isinstance(entry, WeightsEnum):
-        categories = entry.meta["categories"]
-        return tuple(categories) if categories else None  # some VGG16 have no classifier's weights
-    categories = known_weights(name)["DEFAULT"].meta["categories"]
-    *_, head = skeleton.state_dict().values()
-    return tuple(categories) if len(categories) == len(head) else None
-
-
-def _fingerprint_named(name: str, key: Any, seed: int, steps: Preprocessing) -> bytes:
-    if isinstance(key, tuple):
-        weights = digest_once(*key)
-    elif isinstance(key, WeightsEnum):
-        weights = key.url  # torchvision writes a hash of the content into the name of the file
-    else:
-        weights = f"seed {seed}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-    return fingerprint((name, weights, steps.settings))

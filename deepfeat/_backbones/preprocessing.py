@@ -23,12 +23,13 @@ _REACH = 4  # pixels: one more than the widest filter, Lanczos, looks to each si
 class Preprocessing:
     """What is done to an image before it enters a network.
 
-    `prepare` turns an RGB image into a tensor, image by image, in a worker thread; `normalize`
-    finishes a batch of them, on the device, as float32 of shape (n, C, H, W). `settings` tells
-    all of it apart.
+    `prepare` turns an RGB image into a tensor, image by image, in a worker thread; `prepare_whole`
+    is the same without cropping, for images that are cropped already. `normalize` finishes a batch,
+    on the device, as float32 of shape (n, C, H, W). `settings` identifies all of it.
     """
 
     prepare: Callable[[Image.Image], Tensor]
+    prepare_whole: Callable[[Image.Image], Tensor]
     normalize: Callable[[Tensor], Tensor]
     input_shape: tuple[int, ...]  # (C, H, W)
     settings: Any
@@ -39,13 +40,14 @@ class Preprocessing:
 
 
 def preprocess_with(prepare: Callable[[Image.Image], Tensor]) -> Preprocessing:
+    """Take a function of the user as the preprocessing, also of images that are cropped already."""
     sample = prepare(Image.new("RGB", (256, 256), "grey"))
     if not isinstance(sample, Tensor) or sample.ndim != 3 or not sample.is_floating_point():
         raise ValueError(
             "preprocessing must turn an RGB PIL image into a float tensor of shape (C, H, W); "
-            f"it gave {_shape_words(sample)}."
+            f"got {_shape_words(sample)}."
         )
-    return Preprocessing(prepare, _as_float32, tuple(sample.shape), prepare)
+    return Preprocessing(prepare, prepare, _as_float32, tuple(sample.shape), prepare)
 
 
 def _as_float32(batch: Tensor) -> Tensor:
@@ -60,9 +62,9 @@ def _shape_words(sample: Any) -> str:
 
 
 def as_picture(prepared: Tensor) -> Image.Image:
-    """Make a picture of what `prepare` gave: as it is if 8-bit, else stretched to the full range.
+    """Make a picture of a prepared image: as it is if 8-bit, else stretched to the full range.
 
-    How a preprocessing of the user normalizes is not known, so that nothing else can be undone.
+    How a preprocessing of the user normalizes is unknown, so that it cannot be undone.
     """
     pixels = prepared.cpu().numpy()
     if prepared.is_floating_point():
@@ -75,7 +77,7 @@ def as_picture(prepared: Tensor) -> Image.Image:
 def preprocess_like(
     preset: ImageClassification, resize: Resize, image_size: int | None
 ) -> Preprocessing:
-    """Split the weights' own preprocessing into a part an image and a part a batch."""
+    """Split the weights' own preprocessing into a per-image part and a per-batch part."""
     (crop_size,), (resize_size,) = set(preset.crop_size), set(preset.resize_size)
     size = image_size or crop_size
     fits: dict[Resize, Callable[..., Image.Image]] = {
@@ -86,10 +88,13 @@ def preprocess_like(
         "pad": functools.partial(_pad, fill=tuple(round(255 * mean) for mean in preset.mean)),
     }
     how = {"interpolation": preset.interpolation, "antialias": preset.antialias}
-    prepare = functools.partial(_prepare, fit=functools.partial(fits[resize], size=size, **how))
+    prepare, prepare_whole = (
+        functools.partial(_prepare, fit=functools.partial(fits[choice], size=size, **how))
+        for choice in (resize, "squash")
+    )
     normalize = functools.partial(_normalize, mean=preset.mean, std=preset.std)
     settings = (resize, size, resize_size, crop_size, preset.mean, preset.std, sorted(how.items()))
-    return Preprocessing(prepare, normalize, (3, size, size), repr(settings))
+    return Preprocessing(prepare, prepare_whole, normalize, (3, size, size), repr(settings))
 
 
 def _prepare(image: Image.Image, fit: Callable[[Image.Image], Image.Image]) -> Tensor:
@@ -116,10 +121,10 @@ def _resize_and_crop(image: Image.Image, size: int, short_side: int, **how: Any)
 def _enlarge_centre(
     image: Image.Image, size: int, short_side: int, resample: Image.Resampling
 ) -> Image.Image:
-    """Resize and crop to the same, but make nothing larger that is cut off afterwards."""
+    """Resize and crop with the same result, without enlarging the parts that are cut off."""
     spans = [_find_centre(side, min(image.size), size, short_side) for side in image.size]
     (left, right), (top, bottom) = spans
-    # Pixels that the filter of the outermost ones looks at.
+    # With the pixels beyond that the filter reads for the outermost ones.
     columns, rows = (
         (max(0, int(start) - _REACH), min(side, math.ceil(stop) + _REACH))
         for (start, stop), side in zip(spans, image.size, strict=True)
@@ -132,7 +137,7 @@ def _enlarge_centre(
 
 
 def _find_centre(side: int, short: int, size: int, short_side: int) -> tuple[float, float]:
-    """Find what of a side is left of it by resizing and cropping."""
+    """Find the part of a side that resizing and cropping leave."""
     resized = int(short_side * side / short)
     start = round((resized - size) / 2)
     return start * side / resized, min((start + size) * side / resized, side)

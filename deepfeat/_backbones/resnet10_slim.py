@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torchvision.models import Weights, WeightsEnum
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
+
+from .state_files import State, WeightsFile
 
 NAME = "resnet10_slim"
 WIDTH = 32
@@ -22,7 +25,7 @@ SOURCES = (
 
 
 class ResNet10Slim_Weights(WeightsEnum):
-    """The weights that lie in the package, in torchvision's form; `docs/model-card.md` tells more.
+    """The weights in the package, described as torchvision does; see also `docs/model-card.md`.
 
     The categories are the kinds of pictures that it was trained on, and of little use themselves.
     """
@@ -42,8 +45,29 @@ class ResNet10Slim_Weights(WeightsEnum):
     DEFAULT = FORMULAS_V1
 
 
+def list_names() -> list[str]:
+    return [NAME]
+
+
+def known_weights(name: str) -> dict[str, WeightsFile]:
+    known = ResNet10Slim_Weights.__members__
+    return {word: WeightsFile.find(entry.url, entry) for word, entry in known.items()}
+
+
+def is_sized(name: str) -> bool:
+    return False
+
+
+def build(name: str, size: int | None, **options: Any) -> nn.Module:
+    return SlimResNet(**options)
+
+
+def adapt(name: str, state: State) -> tuple[State, dict[str, Any]]:
+    return state, {}
+
+
 class SlimResNet(nn.Module):
-    """A residual network (He et al., 2016) of one block a stage and half of ResNet-18's width.
+    """A residual network (He et al., 2016) with one block per stage and half ResNet-18's width.
 
     Its modules are named and connected like those of torchvision's `ResNet`.
     """

@@ -4,9 +4,10 @@ import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -14,13 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
-from . import resnet10_slim as _bundled
-
 Weights: TypeAlias = str | os.PathLike[str] | WeightsEnum | None
 State: TypeAlias = dict[str, Tensor]
 
 FILE_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
-_digests: dict[tuple[Path, tuple[int, ...]], str] = {}  # of weights files, by path and stamp
 
 
 def is_weights_file(weights: Weights) -> bool:
@@ -30,39 +28,62 @@ def is_weights_file(weights: Weights) -> bool:
     )
 
 
-def weights_key(entry: WeightsEnum | Path | None) -> Any:
-    """Make a key that changes when a weights file does."""
-    if isinstance(entry, _bundled.ResNet10Slim_Weights):
-        entry = Path(entry.url)
-    if isinstance(entry, Path):
-        status = entry.stat()
-        stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
-        return entry.resolve(), stamp
-    return entry
+@dataclass(frozen=True)
+class WeightsFile:
+    """One version of a weights file, standing in for the published weights `entry`.
 
-
-def digest_once(path: Path, stamp: tuple[int, ...]) -> str:
-    """Digest a weights file, once for each stamp that it has."""
-    if (path, stamp) not in _digests:
-        with path.open("rb") as file:
-            _digests.setdefault((path, stamp), hashlib.file_digest(file, "sha256").hexdigest())
-    return _digests[path, stamp]
-
-
-def read_as_digested(path: Path, stamp: tuple[int, ...]) -> State:
-    """Read a state dict from just those bytes that its digest is of.
-
-    Raises
-    ------
-    OSError
-        If the file was replaced since it was digested: rows of the new weights would be kept under
-        the key of the old ones.
+    Images are prepared as for these, and the outputs named like theirs if there are as many.
     """
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if _digests.setdefault((path, stamp), digest) != digest:
-        raise OSError(f"{path} was replaced while it was being read: call again.")
-    return parse_state(path, content)
+
+    path: Path
+    stamp: tuple[int, ...]  # changes when the file does
+    entry: WeightsEnum
+
+    @classmethod
+    def find(cls, path: str | os.PathLike[str], entry: WeightsEnum) -> "WeightsFile":
+        """Find the present version of a file."""
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no weights file {os.fspath(path)!r}.")
+        status = path.stat()
+        stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
+        return cls(path.resolve(), stamp, entry)
+
+    @property
+    def categories(self) -> Sequence[str] | None:
+        """Names of the outputs, if there are as many."""
+        categories: Sequence[str] | None = self.entry.meta["categories"]
+        return categories
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content, computed once for each version."""
+        if self not in _digests:
+            with self.path.open("rb") as file:
+                _digests.setdefault(self, hashlib.file_digest(file, "sha256").hexdigest())
+        return _digests[self]
+
+    def peek(self) -> State:
+        """Read the state dict for its names and shapes, leaving the rest on disk if possible."""
+        return parse_state(self.path)
+
+    def state(self) -> State:
+        """Read the state dict from just those bytes that its digest is of.
+
+        Raises
+        ------
+        OSError
+            If the file was replaced since it was digested: rows of the new weights would be kept
+            under the key of the old ones.
+        """
+        content = self.path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if _digests.setdefault(self, digest) != digest:
+            raise OSError(f"{self.path} was replaced while it was being read: call again.")
+        return parse_state(self.path, content)
+
+
+_digests: dict[WeightsFile, str] = {}
 
 
 def parse_state(path: Path, content: bytes | None = None) -> State:
@@ -74,7 +95,7 @@ def parse_state(path: Path, content: bytes | None = None) -> State:
         try:
             return load_file(path) if content is None else load_safetensors(content)
         except Exception as error:  # the package raises an error type of its own
-            raise ValueError(f"{path} is no safetensors file: {error}") from error
+            raise ValueError(f"{path} is not a safetensors file: {error}.") from error
     try:
         mmap = content is None and zipfile.is_zipfile(path)
         source = path if content is None else io.BytesIO(content)
@@ -92,5 +113,5 @@ def parse_state(path: Path, content: bytes | None = None) -> State:
     if not isinstance(loaded, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
     ):
-        raise ValueError(f"{path} holds no state dict (names of parameters to tensors).")
+        raise ValueError(f"{path} does not hold a state dict (names of parameters to tensors).")
     return dict(loaded)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from .._backbones.find import Backbone, find_backbone
+from .._backbones.networks import count_outputs
 from .._backbones.preprocessing import Resize
 from .._backbones.state_files import Weights
 from .._engine.batches import run_in_batches
@@ -125,11 +126,10 @@ def predict_categories(
 
 def _name_outputs(backbone: Backbone, weights: Weights) -> tuple[str, ...]:
     if backbone.categories is None:
-        *_, head = backbone.skeleton.state_dict().values()
         raise ValueError(
-            f"The {len(head)} outputs of {backbone.name} with weights={weights!r} have no category "
-            "names: they come with torchvision's weights, such as 'DEFAULT', and are used for a "
-            "file with as many outputs."
+            f"The {count_outputs(backbone.skeleton)} outputs of {backbone.name} with "
+            f"weights={weights!r} have no category names: they come with published weights, such "
+            "as 'DEFAULT', and are used for a file with as many outputs."
         )
     return backbone.categories
 

@@ -1,15 +1,152 @@
-"""Tests of how an image is fitted to a network's input: against torchvision, however thin it is."""
+"""Tests of preprocessing: as the weights demand, against torchvision, however thin an image."""
+
+import collections
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from named_networks import ALL_WEIGHTS, NAME, PICTURES, as_tensor, exactly, picture
 from numpy.testing import assert_allclose, assert_array_equal
-from PIL import Image
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision import models
+from torchvision.models import WeightsEnum
 from torchvision.transforms import InterpolationMode, functional
 from torchvision.transforms._presets import ImageClassification
 
+from deepfeat._backbones import find
+from deepfeat._backbones.find import find_backbone
 from deepfeat._backbones.preprocessing import preprocess_like
 
 SIZES = [(300, 1), (1, 300), (500, 7), (7, 500), (901, 100), (37, 800), (2, 17), (640, 480), (9, 9)]
+
+# Named networks ---------------------------------------------------------------------------------
+
+
+def presets() -> dict[str, list[tuple[str, WeightsEnum]]]:
+    """Group all weights by what they do to an image."""
+    groups = collections.defaultdict(list)
+    for name, weights in ALL_WEIGHTS:
+        groups[repr(weights.transforms())].append((name, weights))
+    return groups
+
+
+@pytest.fixture
+def no_skeletons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the skeletons, which take most of the time that finding takes."""
+    monkeypatch.setattr(find, "make_skeleton", lambda *_: nn.Linear(1, 1000))
+
+
+def test_there_are_115_weights_with_28_presets() -> None:
+    """The law below goes through all classification weights of torchvision."""
+    assert len(ALL_WEIGHTS) == 115
+    assert len(presets()) == 28
+    assert sum(map(len, presets().values())) == 115
+
+
+@pytest.mark.usefixtures("no_skeletons")
+@pytest.mark.parametrize("group", presets().values(), ids=lambda group: group[0][1])
+def test_images_are_prepared_as_the_weights_demand(group: list[tuple[str, WeightsEnum]]) -> None:
+    """Every pixel is bit for bit what the weights' own transforms give, for all 115 weights."""
+    transforms = group[0][1].transforms()
+    expected = {key: transforms(image) for key, image in PICTURES.items()}
+    for name, weights in group:
+        steps = find_backbone(name, weights).preprocessing
+        for key, image in PICTURES.items():
+            batch = steps.normalize(steps.prepare(image)[None])
+            exactly(batch[0], expected[key])
+            assert batch.shape[1:] == steps.input_shape
+            assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_network_takes_what_is_prepared() -> None:
+    """A vision transformer is built for the size of its weights' images."""
+    for weights in models.ViT_B_16_Weights:
+        backbone = find_backbone("vit_b_16", weights)
+        side = weights.transforms().crop_size[0]
+        assert backbone.preprocessing.input_shape == (3, side, side)
+        assert backbone.skeleton.image_size == side
+
+
+@pytest.mark.parametrize("image", PICTURES.values(), ids=PICTURES)
+def test_squash_brings_both_sides_to_the_input(image: Image.Image) -> None:
+    """The whole image is resized as PIL does it, whatever its proportions."""
+    steps = find_backbone("resnet50", resize="squash").preprocessing
+    expected = image.resize((224, 224), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(steps.prepare(image), np.asarray(expected))
+
+
+@pytest.mark.parametrize("image", PICTURES.values(), ids=PICTURES)
+def test_pad_keeps_the_proportions(image: Image.Image) -> None:
+    """The whole image lies in the middle, and what is added is next to zero once normalised."""
+    steps = find_backbone("resnet50", resize="pad").preprocessing
+    # To the nearest pixel, as PIL's own function for this does it.
+    inside = ImageOps.contain(image, (224, 224), Image.Resampling.BILINEAR)
+    left, top = (224 - inside.width) // 2, (224 - inside.height) // 2
+    prepared = steps.prepare(image)
+    middle = slice(top, top + inside.height), slice(left, left + inside.width)
+    np.testing.assert_array_equal(prepared[middle], np.asarray(inside))
+
+    normalized = steps.normalize(prepared[None])[0]
+    outside = torch.ones(224, 224, dtype=torch.bool)
+    outside[middle] = False
+    assert outside.any()
+    # The mean colour is rounded to whole steps of 1/255; the deviations are 0.22 and more.
+    assert normalized[:, outside].abs().max() < 0.5 / 255 / 0.22
+
+
+def test_an_extreme_image_keeps_a_pixel() -> None:
+    """A line a thousand times as long as wide is still one pixel wide."""
+    prepared = find_backbone("resnet50", resize="pad").preprocessing.prepare(picture(2000, 2))
+    mean = torch.tensor([round(255 * mean) for mean in (0.485, 0.456, 0.406)])
+    assert (prepared != mean).any(-1).any(1).sum() == 1
+
+
+@pytest.mark.parametrize("resize", ["weights", "squash", "pad"])
+def test_image_size_replaces_the_size_of_the_weights(resize: Any) -> None:
+    """Images come at the size asked for; the crop takes the same part of the image."""
+    steps = find_backbone("resnet50", resize=resize, image_size=112).preprocessing
+    assert steps.input_shape == (3, 112, 112)
+    image = PICTURES["landscape"]
+    prepared = steps.prepare(image)
+    assert prepared.shape == (112, 112, 3)
+    if resize == "weights":
+        transforms = models.ResNet50_Weights.DEFAULT.transforms(crop_size=112, resize_size=116)
+        exactly(steps.normalize(prepared[None])[0], transforms(image))
+
+
+def test_the_weights_decide_how_to_interpolate() -> None:
+    """Where weights ask for bicubic or bilinear interpolation, squashing and padding follow."""
+    asked = {weights.transforms().interpolation for _, weights in ALL_WEIGHTS}
+    assert asked == {InterpolationMode.BILINEAR, InterpolationMode.BICUBIC}
+    weights = models.EfficientNet_B0_Weights.DEFAULT
+    assert weights.transforms().interpolation == InterpolationMode.BICUBIC
+    steps = find_backbone("efficientnet_b0", weights, resize="squash").preprocessing
+    image = PICTURES["portrait"]
+    expected = image.resize((224, 224), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(steps.prepare(image), np.asarray(expected))
+
+
+@pytest.mark.parametrize("resize", ["weights", "squash", "pad"])
+def test_what_is_cropped_already_is_squashed(resize: Any) -> None:
+    """Nothing is cut off a second time, whatever `resize` does to other images."""
+    steps = find_backbone("resnet50", resize=resize, image_size=112).preprocessing
+    squash = find_backbone("resnet50", resize="squash", image_size=112).preprocessing
+    for image in PICTURES.values():
+        exactly(steps.prepare_whole(image), squash.prepare(image))
+
+
+def test_preprocessing_of_the_user_replaces_the_weights_own() -> None:
+    """A function of the user decides on size and scale; the network gets float32 of it."""
+    steps = find_backbone(NAME, None, preprocessing=as_tensor).preprocessing
+    assert steps.prepare is steps.prepare_whole is as_tensor
+    assert steps.input_shape == (3, 32, 48)
+    batch = steps.normalize(steps.prepare(PICTURES["tiny"])[None])
+    exactly(batch, as_tensor(PICTURES["tiny"])[None].float())
+
+
+# Sides of any proportion ------------------------------------------------------------------------
 
 
 def fit(image, resize, interpolation=InterpolationMode.BILINEAR):

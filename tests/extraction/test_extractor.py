@@ -689,7 +689,7 @@ def test_preprocessing_of_the_user_takes_the_place_of_the_weights_own(scene_path
 )
 def test_preprocessing_that_makes_no_image_is_refused(scene_paths, preprocessing, came):
     """`fit` tries it on a grey image, and says what came of it."""
-    with pytest.raises(ValueError, match=rf"float tensor of shape \(C, H, W\); it gave {came}"):
+    with pytest.raises(ValueError, match=rf"float tensor of shape \(C, H, W\); got {came}"):
         make(make_net(), "2", preprocessing=preprocessing).fit(scene_paths)
 
 
@@ -717,7 +717,7 @@ def test_preprocessing_that_fails_names_the_image_and_its_own_error(scene_paths)
 
 def test_a_network_needs_preprocessing(scene_paths):
     """Nobody knows what it was trained on."""
-    with pytest.raises(ValueError, match="a module needs preprocessing="):
+    with pytest.raises(ValueError, match="A module needs preprocessing="):
         make(make_net(), "2").fit(scene_paths)
 
 
@@ -834,7 +834,7 @@ def test_a_layer_that_is_not_there_has_an_error_of_its_own(scene_paths):
 @pytest.mark.parametrize("backbone", [None, 3, models.alexnet], ids=["None", "3", "function"])
 def test_a_backbone_is_a_name_or_a_module(scene_paths, backbone):
     """A constructor is neither."""
-    with pytest.raises(TypeError, match=r"a name or a torch\.nn\.Module is expected"):
+    with pytest.raises(TypeError, match=r"^backbone must be a name or a torch\.nn\.Module; got a "):
         make().set_params(backbone=backbone).fit(scene_paths)
 
 

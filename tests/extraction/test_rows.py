@@ -157,7 +157,7 @@ class TestOnce:
 
     def test_a_warm_cache_loads_no_weights(self, cache, pictures, monkeypatch):
         expected = extractor(cache).transform(pictures)
-        import deepfeat._backbones.torchvision as backbones
+        import deepfeat._backbones.networks as backbones
 
         def refuse(*_arguments):
             raise AssertionError("weights were loaded")

@@ -309,7 +309,7 @@ def test_a_wrong_name_says_what_there_is(unfreeze, error, words):
 
 def test_a_typo_in_a_named_backbone_is_found_before_weights_are_loaded(monkeypatch):
     """Nobody waits for a download to be told."""
-    monkeypatch.setattr("deepfeat._backbones.torchvision._download", pytest.fail)
+    monkeypatch.setattr("deepfeat._backbones.torchvision.PublishedWeights.state", pytest.fail)
     with pytest.raises(LayerNotFoundError, match=r"Close matches: .*'layer4'"):
         make_classifier("resnet18", weights="DEFAULT", unfreeze="layer_4").fit(*make_images())
 

@@ -223,7 +223,7 @@ def test_loading_downloads_nothing(fitted, file, monkeypatch):
     state, description = read_network(file)
     description["params"]["weights"] = "DEFAULT"
     write_network(file, state, description)
-    monkeypatch.setattr("deepfeat._backbones.torchvision._download", pytest.fail)
+    monkeypatch.setattr("deepfeat._backbones.torchvision.PublishedWeights.state", pytest.fail)
     assert FineTuneClassifier.load(file).weights == "DEFAULT"
 
 

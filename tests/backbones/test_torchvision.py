@@ -1,0 +1,269 @@
+"""Tests of torchvision's networks: downloads, and files from before something was renamed."""
+
+import collections
+import hashlib
+import http.server
+import json
+import re
+import shutil
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from named_networks import (
+    ALL_WEIGHTS,
+    CPU,
+    NAME,
+    exactly,
+    load,
+    random_state,
+    run_in_threads,
+)
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import SqueezeNet1_1_Weights
+from torchvision.models._api import BUILTIN_MODELS
+
+from deepfeat import list_backbones
+from deepfeat._backbones import networks as building
+from deepfeat._backbones.find import find_backbone
+
+# Old files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_googlenet_may_come_without_its_auxiliary_heads(auxiliary: bool, tmp_path: Path) -> None:
+    """The heads that help in training alone are taken from a file that has them, else left out."""
+    options = {"aux_logits": auxiliary, "init_weights": False}
+    state = random_state("googlenet", **options)
+    torch.save(state, tmp_path / "file.pth")
+    module = load("googlenet", tmp_path / "file.pth")
+    exactly(module.state_dict(), state)
+    assert module.transform_input
+
+
+def test_old_names_of_densenet_are_understood(tmp_path: Path) -> None:
+    """torchvision's files for DenseNet say `norm.1` for what is `norm1` today."""
+    state = random_state("densenet121")
+    old = {}
+    for key, value in state.items():
+        parts = key.split(".")
+        if len(parts) > 3 and parts[-2][-1] in "12" and "denselayer" in key:
+            parts[-2] = f"{parts[-2][:-1]}.{parts[-2][-1]}"
+        old[".".join(parts)] = value
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    torch.save(old, tmp_path / "old.pth")
+    exactly(load("densenet121", tmp_path / "old.pth").state_dict(), state)
+
+
+def test_old_names_of_vit_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's files for ViT say `mlp.linear_1` for what is `mlp.0` today."""
+
+    def small(
+        *, weights: models.ViT_B_32_Weights | None = None, progress: bool = True, **options: Any
+    ) -> nn.Module:
+        del weights, progress
+        return models.VisionTransformer(
+            patch_size=32, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16, **options
+        )
+
+    small.__module__ = models.vision_transformer.__name__
+    monkeypatch.setitem(BUILTIN_MODELS, "vit_b_32", small)
+    building.make_skeleton.cache_clear()
+    net = small(image_size=224)
+    state = net.state_dict()
+    old = {
+        key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): value
+        for key, value in state.items()
+    }
+    assert "encoder.layers.encoder_layer_1.mlp.linear_2.bias" in old
+    net.load_state_dict(old)  # torchvision understands them as well
+    torch.save(old, tmp_path / "old.pth")
+    exactly(load("vit_b_32", tmp_path / "old.pth").state_dict(), state)
+    building.make_skeleton.cache_clear()
+
+
+# Downloads --------------------------------------------------------------------------------------
+
+
+class Server:
+    """A server of weights on the loopback address, which counts what is asked of it."""
+
+    def __init__(self, content: bytes):
+        self.content = content
+        self.failure = ""
+        self.paths: list[str] = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                outer.answer(self)
+
+            def log_message(self, *_args: object) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.thread = threading.Thread(target=self.http.serve_forever)
+        self.thread.start()
+
+    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        self.paths.append(request.path)
+        request.close_connection = True
+        if self.failure == "missing":
+            request.send_error(404)
+            return
+        body = self.content
+        request.send_response(200)
+        if self.failure == "breaks off in a chunk":
+            request.send_header("Transfer-Encoding", "chunked")
+            request.end_headers()
+            request.wfile.write(b"ffffff\r\n" + body[:1000])
+            return
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body[:1000] if self.failure == "breaks off" else body)
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server(
+    state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Server]:
+    """Serve weights for a backbone under a name with their hash, as torchvision's are."""
+    torch.save(state, tmp_path / "served.pth")
+    server = Server((tmp_path / "served.pth").read_bytes())
+    digest = hashlib.sha256(server.content).hexdigest()
+    entry = SqueezeNet1_1_Weights.IMAGENET1K_V1.value
+    monkeypatch.setattr(entry, "url", f"{server.url}/models/{NAME}-{digest[:8]}.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+def test_weights_are_downloaded_once(
+    server: Server, checkpoints: Path, state: dict[str, Tensor]
+) -> None:
+    """The first use fetches the file, with a progress bar; later ones take it from the cache."""
+    backbone = find_backbone(NAME)
+    assert not server.paths
+    exactly(backbone.load(CPU).state_dict(), state)
+    backbone.load(CPU)
+    building._load_cached.cache_clear()
+    exactly(load(NAME).state_dict(), state)
+    exactly(load(NAME, SqueezeNet1_1_Weights.IMAGENET1K_V1).state_dict(), state)
+    name = Path(urllib.parse.urlsplit(SqueezeNet1_1_Weights.DEFAULT.url).path).name
+    assert server.paths == [f"/models/{name}"]
+    assert [path.name for path in checkpoints.iterdir()] == [name]
+
+
+def test_threads_download_once(server: Server) -> None:
+    """Threads that ask for the same weights at once wait for one download."""
+    backbone = find_backbone(NAME)
+    nets: list[nn.Module] = []
+    run_in_threads(*[lambda: nets.append(backbone.load(CPU))] * 4)
+    assert len(nets) == 4
+    assert len(server.paths) == 1
+
+
+def test_a_download_with_a_wrong_hash_is_refused(server: Server, checkpoints: Path) -> None:
+    """What is not what the file's name promises is neither loaded nor kept."""
+    server.content = server.content[:-100] + bytes(100)
+    with pytest.raises(OSError, match=r"could not be downloaded \(invalid hash value") as caught:
+        load(NAME)
+    assert "SqueezeNet1_1_Weights.IMAGENET1K_V1 of squeezenet1_1" in str(caught.value)
+    assert not list(checkpoints.iterdir())
+
+
+@pytest.mark.parametrize("failure", ["missing", "breaks off", "breaks off in a chunk"])
+def test_a_failed_download_leaves_nothing(
+    failure: str, server: Server, checkpoints: Path, state: dict[str, Tensor]
+) -> None:
+    """Whatever happens on the way is an OSError; nothing half-written stays, and a retry works."""
+    server.failure = failure
+    with pytest.raises(OSError, match="could not be downloaded") as caught:
+        load(NAME)
+    assert f"Put {SqueezeNet1_1_Weights.DEFAULT.url} at " in str(caught.value)
+    assert not list(checkpoints.iterdir())
+    server.failure = ""
+    exactly(load(NAME).state_dict(), state)
+
+
+def test_the_advice_without_a_network_works(
+    server: Server, tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    """The error says which file to put where; doing just that makes the next load work."""
+    server.close()
+    with pytest.raises(OSError, match="could not be downloaded") as caught:
+        load(NAME)
+    words = str(caught.value)
+    url, place = words.partition("Put ")[2].partition(", or give ")[0].split(" at ")
+    assert url == SqueezeNet1_1_Weights.DEFAULT.url
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(tmp_path / "served.pth", place)
+    exactly(load(NAME).state_dict(), state)
+    # The other way out that it names:
+    exactly(load(NAME, tmp_path / "served.pth").state_dict(), state)
+    # And the backbone that needs no network:
+    (offered,) = set(re.findall(r"'(\w+)'", words)) & set(list_backbones())
+    load(offered)
+    assert not server.paths
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html>", None])
+def test_a_damaged_file_in_the_cache_is_named(
+    content: bytes | None, server: Server, checkpoints: Path
+) -> None:
+    """A file that was put there by hand, and broke, has an error that says which one it is."""
+    checkpoints.mkdir(parents=True)
+    file = checkpoints / SqueezeNet1_1_Weights.DEFAULT.url.rpartition("/")[2]
+    file.write_bytes(server.content[:5000] if content is None else content)
+    with pytest.raises(OSError, match="does not hold the weights") as caught:
+        load(NAME)
+    assert f"{file} does not hold" in str(caught.value)
+    assert f"Put {SqueezeNet1_1_Weights.DEFAULT.url} at {file}" in str(caught.value)
+    assert not server.paths
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Tensor]
+) -> None:
+    """Where torchvision's cache cannot be made, the error says so and names a way out."""
+    blocked = tmp_path / "blocked"
+    blocked.write_bytes(b"")  # a file where the folder should be stops even an administrator
+    monkeypatch.setenv("TORCH_HOME", str(blocked))
+    with pytest.raises(OSError, match="could not be downloaded") as caught:
+        load(NAME)
+    assert "blocked" in str(caught.value)
+    assert "give the path of such a file as weights=" in str(caught.value)
+    exactly(load(NAME, tmp_path / "served.pth").state_dict(), state)
+
+
+def test_every_weights_file_has_its_hash_in_its_name() -> None:
+    """torchvision checks a download against its name, so each of the 115 names has a hash."""
+    for name, weights in ALL_WEIGHTS:
+        file = weights.url.rpartition("/")[2]
+        assert torch.hub.HASH_REGEX.search(file), (name, file)
+        assert len(torch.hub.HASH_REGEX.search(file).group(1)) >= 8, (name, file)
+
+
+def test_the_published_weights_of_every_model_are_its_own() -> None:
+    """No two weights share a file, so the address of one tells it from all others."""
+    urls = collections.Counter(weights.url for _, weights in ALL_WEIGHTS)
+    assert json.dumps([url for url, count in urls.items() if count > 1]) == "[]"

@@ -1,15 +1,10 @@
 """`FineTuneClassifier`: fine-tuning for scikit-learn."""
 
 import copy
-import functools
-import itertools
-import math
 import os
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,12 +21,12 @@ from .._backbones.find import Backbone, find_backbone
 from .._backbones.preprocessing import Preprocessing, Resize
 from .._backbones.state_files import Weights, is_weights_file
 from .._engine.batches import run_in_batches
-from .._engine.devices import Precision, find_device, limit_part
+from .._engine.devices import Precision, find_device
 from .._engine.threads import Workers
 from .._extraction.extractor import DeepFeatureExtractor
 from .._extraction.readers import index_layers
 from .._images.tables import find_records, tag_images
-from .._layers.index import LayerIndex, LayerNotFoundError
+from .._layers.index import LayerNotFoundError
 from .._layers.trace import first_tensor
 from .._parameters import (
     Choices,
@@ -42,32 +37,29 @@ from .._parameters import (
     check_device,
     check_ranges,
 )
-from .cutting import find_cut
-from .fitting import Best, Plan
-from .freezing import Unfreeze, find_blocks, find_trained, freeze, leave_out_unfit
+from .augmentation import Augment
+from .fitting import FitResult, plan_training, run_training
+from .freezing import Unfreeze, find_blocks
 from .heads import Head
 from .labels import (
     ClassWeight,
-    LabelledImages,
+    Dataset,
+    apply_class_weight,
     check_known,
+    drop_zero_weight,
+    hold_out,
     label_images,
-    leave_out_weightless,
-    set_aside,
-    weigh,
 )
 from .networks import Network, build_network, rebuild_network
-from .samples import Augment, ImageSamples, count_views, keep_activations
 from .saving import (
-    FORMAT,
-    ORIGIN,
-    from_json,
-    read_network,
+    SavedClassifier,
+    blame_file,
+    load_classifier,
+    save_classifier,
     to_cpu,
-    to_json,
     to_plain,
-    write_network,
 )
-from .training import Learner, OptimizerName, Recipe, Samples, ScheduleName, train
+from .training import OptimizerName, ScheduleName, TrainingConfig
 
 
 class FineTuneClassifier(ClassifierMixin, BaseEstimator):
@@ -328,29 +320,30 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         self._check_parameters()
         if self.max_epochs <= self.warmup_epochs:
             raise ValueError(
-                f"warmup_epochs={self.warmup_epochs}: less than max_epochs={self.max_epochs} is "
-                "expected."
+                f"warmup_epochs must be less than max_epochs={self.max_epochs}; got "
+                f"{self.warmup_epochs}."
             )
-        goes_on = self.warm_start and hasattr(self, "module_")
+        resume = self.warm_start and hasattr(self, "module_")
         with self._unchanged_on_error():
-            images = self._label(X, y, sample_weight, reset=not goes_on)
-            classes = self.classes_ if goes_on else np.unique(images.labels)
-            check_known(images.labels, classes, "y")
-            images = leave_out_weightless(images)
-            seed = self._draw_seed(goes_on)
+            dataset = self._label(X, y, sample_weight, reset=not resume)
+            classes = self.classes_ if resume else np.unique(dataset.labels)
+            check_known(dataset.labels, classes, "y")
+            dataset = drop_zero_weight(dataset)
+            seed = self._draw_seed(resume)
             validation = None
             if X_val is not None or y_val is not None:
                 if X_val is None or y_val is None:
-                    raise ValueError("X_val and y_val go together, and one of them is missing.")
-                validation = self._label(X_val, y_val, None, reset=False, of="_val")
+                    given = "X_val" if y_val is None else "y_val"
+                    raise ValueError(f"X_val and y_val must be passed together; got only {given}.")
+                validation = self._label(X_val, y_val, None, reset=False, suffix="_val")
                 check_known(validation.labels, classes, "y_val")
             elif self.early_stopping:
-                images, validation = set_aside(images, self.validation_fraction, seed)
-            images = weigh(images, classes, self.class_weight)
-            # What is large in all of them is a matter of the learning rate.
-            scaled = images.weights / images.weights.max()
-            images = replace(images, weights=scaled / scaled.mean())
-            return self._learn(images, validation, classes, seed, goes_on, self.max_epochs)
+                dataset, validation = hold_out(dataset, self.validation_fraction, seed)
+            dataset = apply_class_weight(dataset, classes, self.class_weight)
+            # A scale common to all weights is up to the learning rate.
+            scaled = dataset.weights / dataset.weights.max()
+            dataset = replace(dataset, weights=scaled / scaled.mean())
+            return self._train(dataset, validation, classes, seed, resume, self.max_epochs)
 
     def partial_fit(
         self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
@@ -383,21 +376,23 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         self._check_parameters()
         if isinstance(self.class_weight, str):
             raise ValueError(
-                "class_weight='balanced' is not possible with partial_fit, which does not see all "
-                "labels at once: use sklearn.utils.class_weight.compute_class_weight on all of "
-                "them, and give the weights as a dict."
+                "class_weight='balanced' is not supported by partial_fit, which does not see all "
+                "labels at once. Compute the weights from all of them with "
+                "sklearn.utils.class_weight.compute_class_weight and pass them as a dict."
             )
-        goes_on = hasattr(self, "module_")
+        resume = hasattr(self, "module_")
         with self._unchanged_on_error():
-            images = self._label(X, y, sample_weight, reset=not goes_on)
-            if classes is None and not goes_on:
+            dataset = self._label(X, y, sample_weight, reset=not resume)
+            if classes is None and not resume:
                 raise ValueError("classes must be passed on the first call to partial_fit.")
-            known = self.classes_ if goes_on else np.unique(column_or_1d(classes))
+            known = self.classes_ if resume else np.unique(column_or_1d(classes))
             if classes is not None and not np.array_equal(np.unique(classes), known):
-                raise ValueError(f"classes={classes!r} are not those of the first call, {known!r}.")
-            check_known(images.labels, known, "y")
-            images = weigh(leave_out_weightless(images), known, self.class_weight)
-            return self._learn(images, None, known, self._draw_seed(goes_on), goes_on, None)
+                raise ValueError(
+                    f"classes must be the same as in the first call, {known!r}; got {classes!r}."
+                )
+            check_known(dataset.labels, known, "y")
+            dataset = apply_class_weight(drop_zero_weight(dataset), known, self.class_weight)
+            return self._train(dataset, None, known, self._draw_seed(resume), resume, None)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Classify images.
@@ -510,22 +505,18 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             augmentation of your own.
         """
         check_is_fitted(self, "module_")
-        params = {name: to_json(name, value) for name, value in self.get_params(False).items()}
-        labels = [to_json("label", label) for label in self.classes_.tolist()]
-        description = {
-            "format": FORMAT,
-            "params": params,
-            "n_outputs": self._n_outputs,
-            "seed": self._seed,
-            "classes": [str(self.classes_.dtype), labels],
-            "columns": [
-                getattr(self, "n_features_in_", None),
-                list(getattr(self, "feature_names_in_", [])),
-            ],
-            "history": self.history_,
-            "best_validation_score": self.best_validation_score_,
-        }
-        write_network(path, self.module_.state_dict(), description)
+        saved = SavedClassifier(
+            params=self.get_params(deep=False),
+            state=self.module_.state_dict(),
+            n_outputs=self._n_outputs,
+            seed=self._seed,
+            classes=self.classes_,
+            n_features_in=getattr(self, "n_features_in_", None),
+            feature_names_in=list(getattr(self, "feature_names_in_", [])),
+            history=self.history_,
+            best_validation_score=self.best_validation_score_,
+        )
+        save_classifier(path, saved)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "FineTuneClassifier":
@@ -549,50 +540,34 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         ValueError
             If it is damaged, of a later release, or none that `save` wrote.
         """
-        state, description = read_network(path)
-        if description.get("format") != FORMAT:
-            raise ValueError(
-                f"{os.fspath(path)} has format {description.get('format')}, and this release "
-                f"reads {FORMAT}: use the release of deepfeat that wrote it."
-            )
-        try:
-            return cls(**from_json(description["params"]))._restore(state, description)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{os.fspath(path)} does not hold what its header says: {type(error).__name__}: "
-                f"{error}"
-            ) from error
+        saved = load_classifier(path)
+        with blame_file(path):
+            return cls(**saved.params)._restore(saved)
 
-    def _restore(
-        self, state: dict[str, Tensor], description: dict[str, Any]
-    ) -> "FineTuneClassifier":
+    def _restore(self, saved: SavedClassifier) -> "FineTuneClassifier":
         """Become the classifier that a file describes."""
-        dtype, labels = description["classes"]
-        classes = np.array(labels, dtype=dtype)
         backbone = self._find_backbone(with_file=False)
         network = rebuild_network(
             backbone,
             self.head,
-            len(classes),
-            description["n_outputs"],
-            state,
+            len(saved.classes),
+            saved.n_outputs,
+            saved.state,
             pretrained=self.weights is not None,
         )
-        count, names = description["columns"]
-        if count is not None:
-            self.n_features_in_ = count
-        if names:
-            self.feature_names_in_ = np.array(names, dtype=object)
-        seed, history = description["seed"], description["history"]
-        best = description["best_validation_score"]
-        return self._keep(network, backbone, classes, seed, history, best)
+        if saved.n_features_in is not None:
+            self.n_features_in_ = saved.n_features_in
+        if saved.feature_names_in:
+            self.feature_names_in_ = np.array(saved.feature_names_in, dtype=object)
+        result = FitResult(saved.history, saved.best_validation_score, None)
+        return self._keep(network, backbone, saved.classes, saved.seed, result)
 
     def __sklearn_tags__(self) -> Tags:
         return tag_images(super().__sklearn_tags__(), self.image_shape)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__().copy()
-        if "module_" in state:  # it shall open on machines without this device
+        if "module_" in state:  # so that it can be unpickled on machines without this device
             state["module_"] = copy.deepcopy(self.module_).cpu()
             state["_optimizer_state"] = to_cpu(self._optimizer_state)
         return state
@@ -636,35 +611,36 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         except (LayerNotFoundError, TypeError) as error:
             kind = LayerNotFoundError if isinstance(error, LayerNotFoundError) else ValueError
             raise kind(
-                f"unfreeze={self.unfreeze!r} is neither 'all' nor None, and names no block: {error}"
+                "unfreeze must be 'all', None, or the name of a block or a list of these; got "
+                f"{self.unfreeze!r}: {error}"
             ) from error
 
-    def _draw_seed(self, goes_on: bool) -> int:
+    def _draw_seed(self, resume: bool) -> int:
         if self.random_state is not None:
             return int(self.random_state)
-        if goes_on:  # else images that were learned from might be set aside
+        if resume:  # another split would hold out images that have been trained on
             return self._seed
         return int(np.random.SeedSequence().generate_state(1)[0])
 
     def _label(
-        self, X: Any, y: Any, sample_weight: Any, *, reset: bool, of: str = ""
-    ) -> LabelledImages:
-        """Take X and y apart, or X_val and y_val (`of` "_val"), and check them."""
+        self, X: Any, y: Any, sample_weight: Any, *, reset: bool, suffix: str = ""
+    ) -> Dataset:
+        """Validate X and y, or X_val and y_val (`suffix` "_val"), as one data set."""
         if y is None:
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
             )
         try:
-            records = find_records(self, X, self.image_shape, reset=reset, of=f"X{of}")
-            return label_images(records, y, sample_weight, name=f"y{of}")
+            records = find_records(self, X, self.image_shape, reset=reset, of=f"X{suffix}")
+            return label_images(records, y, sample_weight, name=f"y{suffix}")
         except ValueError as error:
-            if not of:
+            if not suffix:
                 raise
-            raise ValueError(f"X{of} and y{of}: {error}") from error
+            raise ValueError(f"X{suffix} and y{suffix}: {error}") from error
 
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
-        """Forget the columns of X where training fails; see to gradients, which may be off."""
+        """Restore the attributes of X's columns on an error; enable gradients meanwhile."""
         names = ("n_features_in_", "feature_names_in_")
         before = {name: self.__dict__[name] for name in names if name in self.__dict__}
         try:
@@ -678,63 +654,58 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
 
     # Training -----------------------------------------------------------------------------------
 
-    def _learn(
+    def _train(
         self,
-        images: LabelledImages,
-        validation: LabelledImages | None,
+        dataset: Dataset,
+        validation: Dataset | None,
         classes: NDArray[Any],
         seed: int,
-        goes_on: bool,
+        resume: bool,
         epochs: int | None,
     ) -> "FineTuneClassifier":
-        """Train, and keep what was learned; for one epoch where no number of them is given."""
+        """Train a new network, or `resume` with the current one, and keep the result.
+
+        Without a number of epochs it is trained for one, and the optimizer resumes too.
+        """
         device = find_device(self.device)
-        backbone = self._find_backbone(with_file=not goes_on)
+        backbone = self._find_backbone(with_file=not resume)
         blocks = self._find_blocks(backbone)
-        if goes_on:
+        if resume:
             self._check_origin()
-            # A copy: what is there stays as it is if this fails.
+            # A copy: the current network stays as it is if training fails.
             network = Network(copy.deepcopy(self.module_), self._head, self._n_outputs)
         else:
             network = build_network(backbone, self.head, len(classes), device, seed)
-        plan = self._plan(network, backbone, blocks, classes, device, seed, epochs)
-        history = list(self.history_) if goes_on else []
-        state = self._optimizer_state if goes_on and epochs is None else None
-        # torch's global generators stay as they were.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            best, state = self._run_epochs(plan, images, validation, history, state)
-        state = state if epochs is None else None
-        return self._keep(network, backbone, classes, seed, history, best, state)
+        steps = backbone.preprocessing
+        squash = self._find_squash(steps) if self.augment == "crop" else None
+        config = self._make_config(epochs, device, seed)
+        plan = plan_training(network, blocks, steps, squash, classes, config)
+        history = self.history_ if resume else []
+        state = self._optimizer_state if resume and epochs is None else None
+        result = run_training(
+            plan, dataset, validation, start=len(history) + 1, optimizer_state=state
+        )
+        result = replace(
+            result,
+            history=history + result.history,
+            optimizer_state=result.optimizer_state if epochs is None else None,
+        )
+        return self._keep(network, backbone, classes, seed, result)
 
     def _check_origin(self) -> None:
-        """Raise if the network in training comes from something else than the parameters say."""
+        """Raise if the parameters describe another network than the one being trained."""
         for name, value in self._origin.items():
             now = to_plain(getattr(self, name))
             if now is not value and now != value:
                 raise ValueError(
-                    f"{name} was {value!r} when the training began, and is {now!r} now: set it "
-                    "back, or begin anew with a clone."
+                    f"{name} must not change while a network is trained; it was {value!r} when "
+                    f"training began and is {now!r} now. Restore it, or start over with a clone."
                 )
 
-    def _plan(
-        self,
-        network: Network,
-        backbone: Backbone,
-        blocks: tuple[str, ...],
-        classes: NDArray[Any],
-        device: torch.device,
-        seed: int,
-        epochs: int | None,
-    ) -> "Plan":
-        """Freeze the network, and find out how it is trained."""
-        module, shape = network.module.to(device), backbone.preprocessing.input_shape
-        index = LayerIndex(module, shape)
-        trained = find_trained(module, index, blocks, network.head)
-        trained = leave_out_unfit(module, trained, shape)
-        freeze(module, trained)
-        # Nothing is kept in a single epoch, and only a CPU runs the two parts apart for speed.
-        is_cut = epochs is not None or device.type == "cpu"
-        recipe = Recipe(
+    def _make_config(self, epochs: int | None, device: torch.device, seed: int) -> TrainingConfig:
+        return TrainingConfig(
+            epochs=epochs,
+            batch_size=self.batch_size,
             optimizer=self.optimizer,
             learning_rate=self.learning_rate,
             backbone_learning_rate=self.backbone_learning_rate,
@@ -743,110 +714,19 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             warmup_epochs=self.warmup_epochs,
             label_smoothing=self.label_smoothing,
             max_grad_norm=self.max_grad_norm,
-            batch_size=self.batch_size,
-            precision=self.precision,
+            augment=self.augment,
+            early_stopping=self.early_stopping,
+            n_iter_no_change=self.n_iter_no_change,
+            tol=self.tol,
             device=device,
+            precision=self.precision,
+            num_workers=self.num_workers,
             seed=seed,
+            verbose=self.verbose,
         )
-        return Plan(
-            module=module,
-            trained=trained,
-            cut=find_cut(module, index, trained, shape) if is_cut else None,
-            preprocessing=backbone.preprocessing,
-            classes=classes,
-            recipe=recipe,
-            epochs=epochs,
-        )
-
-    def _run_epochs(
-        self,
-        plan: "Plan",
-        images: LabelledImages,
-        validation: LabelledImages | None,
-        history: list[dict[str, Any]],
-        optimizer_state: Any = None,
-    ) -> tuple[float | None, Any]:
-        """Train as long as it pays off, and add to the history.
-
-        Return the best validation score and the state of the optimizer.
-        """
-        begin = time.perf_counter()
-        samples = self._make_samples(plan, images, self.augment)
-        checks = None if validation is None else self._make_samples(plan, validation, None)
-        preparing = time.perf_counter() - begin
-        batches = math.ceil(len(images.records) / self.batch_size)
-        learner = Learner(plan.module, plan.trained, plan.recipe, batches, plan.epochs)
-        if optimizer_state is not None:
-            learner.load_state_dict(optimizer_state)
-        best = Best(plan.module, plan.trained)
-        epochs = plan.epochs or 1
-        with tqdm(total=batches * epochs, unit="batch", disable=not self.verbose) as bar:
-
-            def report(loss: float) -> None:
-                bar.set_postfix(epoch=len(history) + 1, loss=f"{loss:.3f}", refresh=False)
-                bar.update()
-
-            training = train(learner, samples, checks, start=len(history) + 1, report=report)
-            try:
-                for epoch in itertools.islice(training, epochs):
-                    history.append(asdict(replace(epoch, seconds=epoch.seconds + preparing)))
-                    preparing = 0.0
-                    if epoch.validation_score is not None:
-                        best.note(epoch.validation_score, self.tol, keep=self.early_stopping)
-                    if self.early_stopping and best.stale >= self.n_iter_no_change:
-                        break
-            except KeyboardInterrupt:
-                warnings.warn(
-                    f"training was interrupted in epoch {len(history) + 1}; what was learned so "
-                    "far is kept.",
-                    UserWarning,
-                    stacklevel=3,
-                )
-        best.restore()
-        plan.module.zero_grad()  # gradients are as large as what was trained
-        return best.score, learner.state_dict()
-
-    def _make_samples(self, plan: "Plan", images: LabelledImages, augment: Augment) -> Samples:
-        """Say where the training gets its images from, or the activations kept of them."""
-        recipe = plan.recipe
-        drawn = ImageSamples(
-            images.records,
-            plan.preprocessing,
-            self._find_squash(plan.preprocessing) if augment == "crop" else None,
-            augment,
-            recipe.device,
-            self.num_workers,
-            recipe.seed,
-        )
-        targets = torch.from_numpy(np.searchsorted(plan.classes, images.labels))
-        weights = torch.from_numpy(images.weights.astype(np.float32))
-        shape = plan.preprocessing.input_shape
-        forward: Callable[[Tensor], Any] = plan.module
-        if plan.cut is not None and recipe.device.type == "cpu":
-            part = limit_part(self.batch_size, shape, recipe.device)
-            forward = functools.partial(plan.cut.run, part=part)
-        samples = Samples(targets.to(recipe.device), weights.to(recipe.device), drawn.draw, forward)
-        views = count_views(augment)
-        pays = plan.epochs is not None and views is not None and plan.epochs > views
-        if plan.cut is None or views is None or not pays:
-            return samples
-        total = views * len(images.records)
-        with tqdm(total=total, desc="frozen part", unit="image", disable=not self.verbose) as bar:
-            kept = keep_activations(
-                drawn,
-                plan.module,
-                plan.cut,
-                views=views,
-                precision=self.precision,
-                batch_size=self.batch_size,
-                report=bar.update,
-            )
-        if kept is None:
-            return samples
-        return replace(samples, draw=kept.draw, forward=plan.cut.run_suffix)
 
     def _find_squash(self, preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
-        """Return a preparation of images that crops nothing off, for what is cropped already."""
+        """Return a preparation without cropping, for images that have been cropped already."""
         if self.preprocessing is not None:
             return preprocessing.prepare
         return self._find_backbone(with_file=False, resize="squash").preprocessing.prepare
@@ -857,23 +737,21 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         backbone: Backbone,
         classes: NDArray[Any],
         seed: int,
-        history: list[dict[str, Any]],
-        best: float | None,
-        optimizer_state: Any = None,
+        result: FitResult,
     ) -> "FineTuneClassifier":
-        """Keep what was learned, all at once."""
+        """Keep a trained network and the result of its training, all at once."""
         self.module_ = network.module.eval()
         self.classes_ = classes
-        self.history_ = history
-        self.n_iter_ = len(history)
-        self.best_validation_score_ = best
+        self.history_ = result.history
+        self.n_iter_ = len(result.history)
+        self.best_validation_score_ = result.best_score
         self._name = backbone.name
         self._head = network.head
         self._n_outputs = network.n_outputs
         self._preprocessing = backbone.preprocessing
-        self._origin = {name: to_plain(getattr(self, name)) for name in ORIGIN}
+        self._origin = {name: to_plain(getattr(self, name)) for name in _ORIGIN}
         self._seed = seed
-        self._optimizer_state = optimizer_state
+        self._optimizer_state = result.optimizer_state
         return self
 
     def _compute_logits(self, X: Any) -> NDArray[np.float64]:
@@ -903,6 +781,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
                 bar.update(len(batch.samples))
         return logits
 
+
+# The parameters that decide which network is trained.
+_ORIGIN = ("backbone", "weights", "preprocessing", "head", "resize", "image_size")
 
 _CHOICES: Choices = {
     "head": ("replace", "append"),

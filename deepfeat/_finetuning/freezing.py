@@ -75,7 +75,9 @@ def find_trained(
     return replace(trained, active=tuple(_active_dropouts(module, index, trained)))
 
 
-def leave_out_unfit(module: nn.Module, trained: Trained, input_shape: tuple[int, ...]) -> Trained:
+def drop_small_auxiliary(
+    module: nn.Module, trained: Trained, input_shape: tuple[int, ...]
+) -> Trained:
     """Leave out auxiliary classifiers, with a warning, if they do not take maps so small."""
     if len(trained.head) == 1:
         return trained

@@ -1,4 +1,4 @@
-"""`FineTuneClassifier`: fine-tuning for scikit-learn."""
+"""`FineTuneClassifier`: a pretrained network fine-tuned as a scikit-learn classifier."""
 
 import copy
 import os
@@ -63,77 +63,77 @@ from .training import OptimizerName, ScheduleName, TrainingConfig
 
 
 class FineTuneClassifier(ClassifierMixin, BaseEstimator):
-    """Classify images with a pretrained network that is trained further, wholly or in part.
+    """Fine-tune a pretrained network, in full or in part, to classify images.
 
-    The network gets a new head with one output a class. The head is trained, and of the rest what
-    `unfreeze` names. All else is frozen: its weights get neither gradients nor weight decay, and
-    its BatchNorm and Dropout stay in eval mode, so that every frozen weight and statistic is the
-    same after `fit` as before.
+    The network gets a new head with one output per class. The head is trained, together with the
+    blocks that `unfreeze` names. Everything else is frozen: its weights receive neither gradients
+    nor weight decay, and its BatchNorm and Dropout stay in eval mode, so that every frozen weight
+    and statistic is the same after `fit` as before.
 
     Parameters
     ----------
     backbone : str or torch.nn.Module, default="resnet50"
-        One of `list_backbones()`, or a network of your own that puts out one vector of logits an
-        image and needs `preprocessing`.
+        One of `list_backbones()`, or a network of your own that returns one vector of logits per
+        image and requires `preprocessing`.
     weights : str, path, torchvision weights or None, default="DEFAULT"
-        As for `DeepFeatureExtractor`; None trains from random weights.
+        As for `DeepFeatureExtractor`; None starts from random weights.
     preprocessing : callable, default=None
         As for `DeepFeatureExtractor`.
     unfreeze : str, int, list of these or None, default="layer4"
-        What is trained besides the head. A name of `list_layers(backbone)`, a place in that list,
-        any module path, or "stage1", "stage2", ...: that block and all that follows. A list:
-        exactly these blocks. "all": the whole network. None: the head alone.
+        The blocks to train in addition to the head. A name in `list_layers(backbone)`, an index
+        into that list, any module path, or "stage1", "stage2", ...: that block and all that
+        follow. A list: exactly these blocks. "all": the whole network. None: only the head.
     head : {"replace", "append"}, default="replace"
-        "replace" puts a new layer in the place of the classification layer, also in auxiliary
-        classifiers (GoogLeNet, Inception). "append" lets ReLU and a linear layer follow what the
-        network put out: 1000 values an image for most weights.
+        "replace" replaces the classification layer, also that of auxiliary classifiers (GoogLeNet,
+        Inception). "append" adds ReLU and a linear layer after the output of the network: 1000
+        values per image for most weights.
     max_epochs : int, default=10
-        Passes over the images.
+        Number of passes over the images.
     batch_size : int, default=32
-        Images a step. Where memory runs out a batch is run in parts whose gradients add up; the
-        step stays the same but for BatchNorm, which sees the parts.
+        Number of images per step. If memory runs out, a batch is run in parts whose gradients add
+        up; the step stays the same, except that BatchNorm sees the parts.
     optimizer : {"adamw", "sgd"}, default="adamw"
         AdamW, or SGD with Nesterov momentum 0.9.
     learning_rate : float, default=1e-3
         Learning rate of the head.
     backbone_learning_rate : float, default=1e-4
-        Learning rate of what is trained of the backbone.
+        Learning rate of the trained part of the backbone.
     weight_decay : float, default=1e-4
-        Weight decay of all that is trained.
+        Weight decay of all trained parameters.
     schedule : {"cosine", "one-cycle", "constant"}, default="cosine"
-        How the learning rates change with the steps: they fall to zero; they rise during the
-        warm-up, or the first 30 % of the steps, and fall; or they stay. `partial_fit` leaves them
-        as they are.
+        How the learning rates change from step to step: they fall to zero; they rise during the
+        warm-up, or the first 30 % of the steps, and then fall; or they stay constant, as they
+        always do in `partial_fit`.
     warmup_epochs : float, default=0
-        Epochs in which the learning rates rise to their values, step by step; fewer than
-        `max_epochs`.
+        Number of epochs during which the learning rates rise to their values, step by step; less
+        than `max_epochs`.
     augment : {"flip", "crop"}, callable or None, default="flip"
-        What happens to a training image before its preprocessing. "flip": every other one is
-        mirrored, at random. "crop": a random part of 8 to 100 % of the area and ratio 3:4 to 4:3
-        takes the place of the weights' resizing and cropping, or comes before `preprocessing` of
-        your own, every other one mirrored. A callable gets an upright RGB PIL image and returns
-        one; it is called for one image after the other in one thread, and may draw from torch's
-        global generator, which is seeded.
+        What is done to a training image before its preprocessing. "flip": a random half of the
+        images is mirrored. "crop": a random crop of 8 to 100 % of the area, with an aspect ratio
+        from 3:4 to 4:3, replaces the resizing and cropping of the weights, or precedes your own
+        `preprocessing`; a random half of the images is mirrored. A callable takes an upright RGB
+        PIL image and returns one; it is called in a single thread, image by image, and may draw
+        from torch's global generator, which is seeded.
     label_smoothing : float, default=0.0
-        Probability in [0, 1) that is shared out among all classes (Szegedy et al., 2016).
+        Probability in [0, 1) that is spread evenly over all classes (Szegedy et al., 2016).
     max_grad_norm : float, default=None
-        Norm to which the gradients of a step are clipped; None for any.
+        Norm to which the gradients of a step are clipped; None does not clip them.
     class_weight : dict, "balanced" or None, default=None
-        Weights of the classes in the loss, as in scikit-learn. `fit` scales all weights to mean 1.
+        Class weights in the loss, as in scikit-learn. `fit` scales all weights to mean 1.
     early_stopping : bool, default=False
-        Whether to stop when the validation score has not risen by `tol` for `n_iter_no_change`
-        epochs, and to restore the best epoch's weights. The score is the accuracy on
-        `X_val`, or on a stratified part of the training images that is set aside.
+        Whether to stop when the validation score has not improved by `tol` for `n_iter_no_change`
+        epochs, and to restore the weights of the best epoch. The score is the accuracy on `X_val`,
+        or on a stratified part of the training images that is held out.
     validation_fraction : float, default=0.1
-        Share of the training images to set aside, in (0, 1); used with `early_stopping` and
-        without `X_val` only.
+        Fraction of the training images to hold out, in (0, 1). Only used with `early_stopping`
+        and without `X_val`.
     n_iter_no_change : int, default=3
-        Epochs without a better score after which training stops.
+        Number of epochs without improvement after which training stops.
     tol : float, default=1e-4
-        Rise of the score that counts.
+        Smallest rise of the score that counts as an improvement.
     warm_start : bool, default=False
-        Whether `fit` goes on from the network that an earlier `fit` left, with the same classes;
-        `unfreeze` and the rest of the training may have been changed in between.
+        Whether `fit` resumes with the network of the previous call, for the same classes.
+        `unfreeze` and all other parameters of the training may change in between.
     resize : {"weights", "squash", "pad"}, default="weights"
         As for `DeepFeatureExtractor`.
     image_size : int, default=None
@@ -141,55 +141,55 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     image_shape : tuple of int, default=None
         As for `DeepFeatureExtractor`.
     device : str or torch.device, default="auto"
-        "auto" takes CUDA, else MPS, else the CPU.
+        "auto" uses CUDA if available, else MPS, else the CPU.
     precision : {"float32", "bfloat16", "float16"}, default="float32"
-        Type in which the network computes (autocast). Weights stay float32; gradients of float16
-        are scaled where needed.
+        Data type in which the network computes (autocast). Weights stay float32; float16 gradients
+        are scaled as needed.
     num_workers : int or "auto", default="auto"
-        Threads that read and prepare images meanwhile; 0 for none.
+        Number of threads that read and prepare images in the background; 0 for none.
     random_state : int, default=None
-        Seed of the new head, the order, the augmentation, dropout and the split, and of random
-        weights. With it two fits on one CPU are equal to the bit.
+        Seed for the new head, the order of images, augmentation, dropout, the hold-out split and
+        random weights. With a seed, two fits on the same CPU are identical to the bit.
     verbose : int, default=0
         1 shows a progress bar with the loss and the remaining time.
 
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
-        The labels.
+        The class labels.
     module_ : torch.nn.Module
         The network, in eval mode.
     history_ : list of dict
-        Of each epoch "epoch" (from 1), "train_loss" (with label smoothing, in train mode),
-        "train_score" (accuracy), "validation_loss", "validation_score" (None without validation
-        images), "learning_rate", "backbone_learning_rate" (at its beginning), "seconds" (with
-        validation, and in the first epoch with what computing the frozen part took) and
+        One entry per epoch, with "epoch" (from 1), "train_loss" (with label smoothing, in train
+        mode), "train_score" (accuracy), "validation_loss", "validation_score" (None without
+        validation images), "learning_rate", "backbone_learning_rate" (at the start of the epoch),
+        "seconds" (including validation and, in the first epoch, computing the frozen part) and
         "images_per_second" (of training).
     n_iter_ : int
         Number of epochs.
     best_validation_score_ : float or None
-        Highest validation score, of this `fit`; None without validation images.
+        Best validation score of the last `fit`; None without validation images.
     n_features_in_ : int
-        Number of columns of X, where X was a table.
+        Number of columns of X, if X was a table.
     feature_names_in_ : ndarray of str
-        Names of the columns of X, where X was a table with names.
+        Names of the columns of X, if X was a table with column names.
 
     See Also
     --------
-    DeepFeatureExtractor : Features of a network that stays as it is, for any classifier.
+    DeepFeatureExtractor : Features of a network that is not trained, for any classifier.
 
     Notes
     -----
-    X is what `DeepFeatureExtractor` takes.
+    X is any input that `DeepFeatureExtractor` accepts.
 
-    What the frozen beginning of the network gives for an image does not change from epoch to
-    epoch. With `augment` None or "flip" it is computed once for each image, and its mirror image,
-    if there are more epochs than these views. It is kept in memory up to 2 GiB (and as much for
-    validation images), else in a temporary file, so that an epoch costs the trained part alone.
+    The output of the frozen beginning of the network for an image is the same in every epoch. With
+    `augment` None or "flip" it is computed once per image, and once per mirror image, if there are
+    more epochs than these views. It is cached in memory up to 2 GiB (and as much for validation
+    images), or else in a temporary file, so that an epoch only runs the trained part.
 
-    A dropout between two layers acts where the layer after it is trained. A batch of one image, or
-    a part of one, is normalised with BatchNorm's running statistics. An image whose
-    `sample_weight` is 0 is left out.
+    A dropout between two layers is active if the layer after it is trained. A batch of a single
+    image, or a part of one, is normalised with the running statistics of BatchNorm. Images whose
+    `sample_weight` is 0 are dropped.
 
     References
     ----------
@@ -286,7 +286,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     ) -> "FineTuneClassifier":
         """Train the network on images and their labels.
 
-        Ctrl-C ends the training, with a warning, and keeps what was learned so far.
+        Ctrl-C ends the training with a warning, and keeps what has been learned so far.
 
         Parameters
         ----------
@@ -295,11 +295,11 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         y : array-like of shape (n,)
             Labels: strings, integers or booleans.
         sample_weight : array-like of shape (n,), optional
-            Weights in the loss, not negative.
+            Non-negative weights in the loss.
         X_val : sequence or array of m images, optional
-            Images that are classified after each epoch, without learning from them.
+            Validation images, which are classified after each epoch.
         y_val : array-like of shape (m,), optional
-            Their labels.
+            Labels of the validation images.
 
         Returns
         -------
@@ -309,11 +309,11 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If a parameter is out of its range; X, y and the weights do not go together; there are
-            fewer than two classes, or too few images of a class to set some aside; an image
-            cannot be read; or the loss becomes NaN or infinite.
+            If a parameter is out of range; X, y and the weights do not match; there are fewer than
+            two classes, or too few images of a class to hold some out; an image cannot be read; or
+            the loss becomes NaN or infinite.
         LayerNotFoundError
-            If the backbone has no such block as `unfreeze` names.
+            If the backbone does not have a block that `unfreeze` names.
         OSError
             If the weights cannot be downloaded.
         """
@@ -348,9 +348,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     def partial_fit(
         self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
     ) -> "FineTuneClassifier":
-        """Train for one epoch on these images, with constant learning rates.
+        """Train for one epoch on these images, at constant learning rates.
 
-        The optimizer goes on where the last call left it.
+        The optimizer resumes where the last call left off.
 
         Parameters
         ----------
@@ -359,9 +359,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         y : array-like of shape (n,)
             Labels.
         classes : array-like, optional
-            All labels that will come; needed in the first call.
+            All labels that any call will pass; required in the first call.
         sample_weight : array-like of shape (n,), optional
-            Weights in the loss, not negative.
+            Non-negative weights in the loss.
 
         Returns
         -------
@@ -371,7 +371,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If `classes` is missing in the first call, or different in a later one; else as `fit`.
+            If `classes` is missing in the first call or differs in a later one; otherwise as for
+            `fit`.
         """
         self._check_parameters()
         if isinstance(self.class_weight, str):
@@ -405,7 +406,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         labels : ndarray of shape (n,)
-            The most probable of `classes_`.
+            The most probable class of each image.
 
         Raises
         ------
@@ -448,7 +449,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         logits : ndarray of shape (n, n_classes), or (n,) for two classes, float64
-            In the order of `classes_`; for two classes how far the second one is ahead.
+            In the order of `classes_`; for two classes, the logit of the second minus that of the
+            first.
 
         Raises
         ------
@@ -459,10 +461,10 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
     def to_extractor(self, layer: str | int | list[str | int]) -> DeepFeatureExtractor:
-        """Make an extractor of features of the trained network, with the same preprocessing.
+        """Return a feature extractor with the trained network and the same preprocessing.
 
-        It has a copy of the network, which further training leaves as it is. Its rows have the
-        digest of the trained weights in their cache keys, and are kept in memory alone.
+        It holds a copy of the network, which further training does not change. The cache keys of
+        its rows include a digest of the trained weights; the rows are cached in memory only.
 
         Parameters
         ----------
@@ -472,8 +474,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         extractor : DeepFeatureExtractor
-            With the device, precision, batch size and workers of this classifier, and for the
-            rest default parameters.
+            With the device, precision, batch size and workers of this classifier, and defaults for
+            all other parameters.
         """
         check_is_fitted(self, "module_")
         return DeepFeatureExtractor(
@@ -489,20 +491,23 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the classifier to a file in the safetensors format, without pickle.
+        """Save the classifier to a file in the safetensors format, without pickle.
 
-        The weights are its tensors. Parameters, classes and history are JSON in its header.
+        The file holds the weights as tensors, and parameters, classes and history as JSON in its
+        header.
 
         Parameters
         ----------
         path : str or path
-            The file, replaced if it is there; safetensors files are named `.safetensors`.
+            The file, by convention with the suffix `.safetensors`. An existing file is replaced.
 
         Raises
         ------
         ValueError
-            If a parameter is code, which only a pickle can hold: a network, preprocessing or
-            augmentation of your own.
+            If a parameter is code, which only a pickle can hold: your own network, preprocessing
+            or augmentation.
+        FileNotFoundError
+            If the folder of the file does not exist.
         """
         check_is_fitted(self, "module_")
         saved = SavedClassifier(
@@ -520,7 +525,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "FineTuneClassifier":
-        """Read a classifier that `save` wrote. Neither downloads nor other files are needed.
+        """Load a classifier from a file that `save` wrote, without any download or other file.
 
         Parameters
         ----------
@@ -530,15 +535,15 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         classifier : FineTuneClassifier
-            As it was when it was saved, with its network on the CPU; an optimizer that
-            `partial_fit` was to go on with starts anew.
+            The classifier as it was saved, with its network on the CPU. The state of the optimizer
+            is not saved: `partial_fit` starts with a fresh one.
 
         Raises
         ------
         FileNotFoundError
-            If there is no such file.
+            If the file does not exist.
         ValueError
-            If it is damaged, of a later release, or none that `save` wrote.
+            If it is damaged, was written by a later release, or not by `save`.
         """
         saved = load_classifier(path)
         with blame_file(path):
@@ -595,7 +600,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"random_state={self.random_state}: less than 2**32 is expected.")
 
     def _find_backbone(self, *, with_file: bool = True, resize: Resize | None = None) -> Backbone:
-        """Find the backbone; without a weights file, its structure and preprocessing."""
+        """Find the backbone; without its weights file, only its structure and preprocessing."""
         return find_backbone(
             self.backbone,
             self.weights if with_file or not is_weights_file(self.weights) else None,
@@ -755,7 +760,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def _compute_logits(self, X: Any) -> NDArray[np.float64]:
-        """Run the network over images, in eval mode."""
+        """Run the network on images, in eval mode."""
         check_is_fitted(self, "module_")
         check_counts(self.get_params(deep=False), _COUNTS)
         records = find_records(self, X, self.image_shape, reset=False)

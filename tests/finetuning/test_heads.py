@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from small_networks import assert_same_state, make_classifier, make_images, make_plain, seeded
+from small_networks import (
+    PlainNet,
+    assert_same_state,
+    make_classifier,
+    make_images,
+    make_plain,
+    seeded,
+)
 from torch import nn
 from torchvision import models
 
@@ -230,7 +237,7 @@ def chain(*layers):
         (chain(nn.BatchNorm1d(4)), r"ends in '3', a BatchNorm1d, .* Use head='append'"),
         (
             nn.Sequential(nn.Conv2d(3, 4, 16), nn.Flatten()),
-            r"ends in '0', a Conv2d, which is no classification layer with 4 outputs",
+            r"ends in '0', a Conv2d, which is not one with 4 outputs",
         ),
         (chain(nn.Linear(4, 4), nn.Unflatten(1, (2, 2)), nn.Flatten(), nn.PReLU()), "a PReLU"),
     ],
@@ -266,41 +273,20 @@ def test_what_is_called_softmax_need_not_be_one():
         find_head(chain(nn.Linear(4, 2), derived), SHAPE)
 
 
-class PoolingByFunction(nn.Module):
-    """Classify each place, and take the mean by a function, not a module."""
+class NetWithAux1(PlainNet):
+    """A network with a hidden layer of that name."""
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 5, 1)
+        self.aux1 = self.hidden
+        del self.hidden
 
-    def forward(self, images):
-        return self.conv(images).mean((2, 3))
-
-
-def test_a_head_replaces_a_layer_before_pooling_by_function():
-    """A 1 x 1 convolution is a classification layer too."""
-    X, y = make_images()
-    classifier = make_classifier(seeded(PoolingByFunction)).fit(X, y)
-    assert classifier.module_.conv.out_channels == 2
-    assert classifier.predict_proba(X).shape == (8, 2)
+    def forward(self, batch):
+        return self.fc(self.aux1(self.blocks(batch).flatten(1)).relu())
 
 
-def test_a_head_cannot_be_appended_before_pooling_by_function():
-    """Its place would be where maps are."""
-    with pytest.raises(ValueError, match=r"PoolingByFunction has no place for head='append': Poo"):
-        make_classifier(seeded(PoolingByFunction), head="append").fit(*make_images())
-
-
-def test_a_network_of_two_branches_has_no_layer_to_replace():
-    """One branch would have three outputs and the other five."""
-    with pytest.raises(ValueError, match=r"Branches has no place for head='replace': Branches"):
-        make_classifier(seeded(Branches)).fit(*make_images())
-
-
-class Branches(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(768, 5), nn.Linear(768, 5)
-
-    def forward(self, images):
-        return self.first(images.flatten(1)) + self.second(images.flatten(1))
+def test_a_module_called_like_an_auxiliary_classifier_is_none(images):
+    """Of a network that is neither GoogLeNet nor Inception."""
+    net = NetWithAux1()
+    classifier = make_classifier(net).fit(*images)
+    assert classifier.module_.aux1 is not None

@@ -18,11 +18,9 @@ from small_networks import (
     make_classifier,
     make_images,
     make_plain,
-    seeded,
     state_of,
     to_16_pixels,
 )
-from torchvision import models
 
 from deepfeat import FineTuneClassifier
 from deepfeat._finetuning.saving import read_network, write_network
@@ -107,36 +105,6 @@ def test_every_family_can_be_saved(file, name, head):
     again = saved_and_loaded(classifier, file)
     assert_array_equal(again.decision_function(X), classifier.decision_function(X))
     assert state_of(again).keys() == state_of(classifier).keys()
-
-
-@pytest.mark.parametrize("unfreeze", [None, "inception4c", "all"])
-def test_auxiliary_classifiers_are_saved_where_there_are_any(file, unfreeze):
-    """And are there again to learn on."""
-    X, y = make_images(2, 32)
-    classifier = make_classifier("googlenet", unfreeze=unfreeze, max_epochs=1).fit(X, y)
-    again = saved_and_loaded(classifier, file)
-    assert_same_state(state_of(again), state_of(classifier))
-    assert again.module_.aux_logits is classifier.module_.aux_logits is bool(unfreeze)
-    again.partial_fit(X, y)
-    assert again.n_iter_ == 2
-
-
-@pytest.mark.parametrize("name", [SMALL, "googlenet", "mnasnet0_5"])
-@pytest.mark.parametrize("head", ["replace", "append"])
-@pytest.mark.parametrize("n_outputs", [1000, 10])
-def test_a_weights_file_is_not_needed_again(tmp_path, file, name, head, n_outputs):
-    """Nor its number of classes; GoogLeNet rescales its input where its weights were trained."""
-    options = {"init_weights": False} if name == "googlenet" else {}
-    net = seeded(models.get_model, name, weights=None, num_classes=n_outputs, **options)
-    weights = tmp_path / "weights.pth"
-    torch.save(net.state_dict(), weights)
-    X, y = make_images(4, 32)
-    classifier = make_classifier(name, weights=weights, unfreeze=None, head=head, max_epochs=1)
-    classifier.fit(X, y).save(file)
-    weights.unlink()
-    again = FineTuneClassifier.load(file)
-    assert_array_equal(again.decision_function(X), classifier.decision_function(X))
-    assert again.weights == str(weights)
 
 
 LABELS = {
@@ -307,7 +275,9 @@ def test_code_cannot_be_saved(images, file, params, name):
     """The error says what can: pickle."""
     classifier = make_classifier(**{"max_epochs": 1, "unfreeze": None} | params)
     classifier.set_params(augment=classifier.augment if name == "backbone" else copy_image)
-    with pytest.raises(ValueError, match=rf"(?s){name}=.* cannot be held by .*: use pickle or"):
+    with pytest.raises(
+        ValueError, match=rf"(?s){name}=.* cannot be saved without pickle: use pickle or"
+    ):
         classifier.fit(*images).save(file)
     assert not file.exists()
 
@@ -334,7 +304,7 @@ def test_nothing_is_saved_before_fit(file):
 def test_a_file_that_is_not_there_is_named(file, tmp_path):
     """A folder is no file either."""
     for path in (file, tmp_path):
-        with pytest.raises(FileNotFoundError, match="there is no file"):
+        with pytest.raises(FileNotFoundError, match="path must be an existing file; got "):
             FineTuneClassifier.load(path)
 
 
@@ -354,7 +324,7 @@ def test_a_damaged_file_is_refused(fitted, file, damage):
     """With its name."""
     fitted.save(file)
     file.write_bytes(DAMAGES[damage](file.read_bytes()))
-    with pytest.raises(ValueError, match=r"classifier.safetensors is damaged or no safetensors"):
+    with pytest.raises(ValueError, match=r"classifier.safetensors is damaged or not a safetensors"):
         FineTuneClassifier.load(file)
 
 
@@ -370,5 +340,5 @@ def test_a_file_of_a_later_release_is_refused(fitted, file):
     fitted.save(file)
     state, description = read_network(file)
     write_network(file, state, description | {"format": 2})
-    with pytest.raises(ValueError, match="has format 2, and this release reads 1"):
+    with pytest.raises(ValueError, match="has format 2, but this release reads format 1"):
         FineTuneClassifier.load(file)

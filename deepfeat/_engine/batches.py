@@ -1,32 +1,40 @@
-"""A network run over many images in batches on a device."""
+"""Readers, which turn batches into rows, and how one is run over many samples."""
 
-import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeAlias
+from typing import Any, Generic, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from .devices import Precision, autocast, empty_cache, is_out_of_memory, limit_part, to_device
+from .devices import Outputs
 from .threads import T, Workers, map_in_threads
 
-Outputs: TypeAlias = dict[str, Tensor]
 Fetched: TypeAlias = tuple[Outputs, torch.cuda.Event | None]
-_fitting: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = (
-    weakref.WeakKeyDictionary()
-)
+
+
+class Reader(Protocol):
+    """What turns a batch into rows.
+
+    `prepare` turns an image into a tensor, in a worker thread. `read` turns a batch of these into
+    outputs of shape (n, d), by key, on the `device`.
+    """
+
+    device: torch.device
+
+    def prepare(self, image: Any, /) -> Tensor: ...
+
+    def read(self, batch: Tensor, /) -> Outputs: ...
 
 
 @dataclass(frozen=True)
 class Batch(Generic[T]):
-    """What came of some consecutive samples.
+    """What was read of some consecutive samples.
 
-    `rows` gives one (m, d) float32 matrix a key, for the m samples that were read; `failures`
+    `rows` has one (m, d) float32 matrix per key, for the m samples that were read; `failures`
     pairs each of the others with its error.
     """
 
@@ -36,31 +44,27 @@ class Batch(Generic[T]):
 
 
 def run_in_batches(
-    module: nn.Module,
-    function: Callable[[Tensor], Outputs],
+    reader: Reader,
     samples: Iterable[T],
-    prepare: Callable[[T], Tensor],
+    open_sample: Callable[[T], Any],
     *,
-    device: torch.device,
-    precision: Precision = "float32",
     batch_size: int = 32,
     num_workers: Workers = "auto",
 ) -> Iterator[Batch[T]]:
-    """Prepare samples in threads, run `function` over batches of them, yield rows in order.
+    """Open and prepare samples in threads, run a reader over batches of them, yield rows in order.
 
-    `prepare` turns a sample into a tensor and `function` a batch of these, on the device, into
-    outputs of shape (n, d), by key. While a batch runs, the next ones are prepared; on CUDA a
-    batch is collected only when its successor runs already. Where memory runs out, the batch is
-    halved, and the size that fitted is remembered for `module`.
+    While a batch runs, the next ones are prepared; on CUDA a batch is collected only once its
+    successor is running.
     """
+
+    def prepare(sample: T) -> Tensor:
+        return reader.prepare(open_sample(sample))
+
     launched: deque[tuple[list[T], Fetched, list[tuple[T, Exception]]]] = deque()
     for good, tensors, failures in _prepare_batches(samples, prepare, batch_size, num_workers):
-        outputs: Outputs = {}
-        if good:
-            batch = stack(good, tensors)
-            outputs = _run(module, function, batch, device, precision, batch_size)
-        launched.append((good, _fetch(outputs, device), failures))
-        if device.type != "cuda" or len(launched) > 1:
+        outputs = reader.read(stack(good, tensors)) if good else {}
+        launched.append((good, _fetch(outputs, reader.device), failures))
+        if reader.device.type != "cuda" or len(launched) > 1:
             yield _collect(*launched.popleft())
     while launched:
         yield _collect(*launched.popleft())
@@ -103,43 +107,6 @@ def stack(samples: list[T], tensors: list[Tensor]) -> Tensor:
                 f"{tuple(tensor.shape)}, and {samples[0]} as {tuple(tensors[0].shape)}."
             )
     return torch.stack(tensors)
-
-
-def _run(
-    module: nn.Module,
-    function: Callable[[Tensor], Outputs],
-    batch: Tensor,
-    device: torch.device,
-    precision: Precision,
-    batch_size: int,
-) -> Outputs:
-    """Run a batch, in parts where that is faster or where memory runs out."""
-    sizes = _fitting.setdefault(module, {})
-    shape = tuple(batch.shape[1:])
-    size = limit_part(sizes.get(shape, batch_size), shape, device)
-    parts: list[Outputs] = []
-    start = 0
-    while start < len(batch):
-        try:
-            part = to_device(batch[start : start + size], device)
-            with torch.inference_mode(), autocast(device, precision):
-                parts.append(function(part))
-            start += size
-            continue
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise MemoryError(f"{device} has no memory for a single image: {error}") from error
-        # Only here, past the except clause, are the tensors of the failed forward freed.
-        empty_cache(device)
-        size = sizes[shape] = max(1, min(size, len(batch) - start) // 2)
-        warnings.warn(
-            f"{device} ran out of memory; going on with batches of {size}.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def _fetch(outputs: Outputs, device: torch.device) -> Fetched:

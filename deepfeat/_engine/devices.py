@@ -1,12 +1,15 @@
-"""Devices: finding them, their precision, and what they raise when memory runs out."""
+"""Devices: finding them, their precision, and how much they run at once."""
 
 import math
+import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+Outputs: TypeAlias = dict[str, Tensor]
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 # On a CPU the maps of larger batches than this leave its caches and are paged in anew for every
@@ -34,6 +37,46 @@ def find_device(device: str | torch.device) -> torch.device:
 def limit_part(size: int, shape: tuple[int, ...], device: torch.device) -> int:
     """Return how many images to run at a time forwards: up to `size`, and on a CPU few."""
     return size if device.type != "cpu" else min(int(size), max(1, _CPU_VALUES // math.prod(shape)))
+
+
+def run_in_parts(
+    function: Callable[[Tensor], Outputs],
+    batch: Tensor,
+    device: torch.device,
+    fitting: dict[tuple[int, ...], int],
+) -> Outputs:
+    """Run a function over a batch, in parts where that is faster or where memory runs out.
+
+    `fitting` remembers how many samples of a shape fit into memory at once.
+
+    Raises
+    ------
+    MemoryError
+        If the device has no memory for a single sample.
+    """
+    shape = tuple(batch.shape[1:])
+    size = limit_part(fitting.get(shape, len(batch)), shape, device)
+    parts: list[Outputs] = []
+    start = 0
+    while start < len(batch):
+        try:
+            parts.append(function(to_device(batch[start : start + size], device)))
+            start += size
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise MemoryError(f"{device} has no memory for a single image: {error}") from error
+        # Only here, past the except clause, are the tensors of the failed forward freed.
+        empty_cache(device)
+        size = fitting[shape] = max(1, min(size, len(batch) - start) // 2)
+        warnings.warn(
+            f"{device} ran out of memory; continuing with batches of {size}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:

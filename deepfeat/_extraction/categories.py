@@ -4,7 +4,6 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .._backbones.find import Backbone, find_backbone
 from .._backbones.preprocessing import Resize
@@ -12,9 +11,9 @@ from .._backbones.state_files import Weights
 from .._engine.batches import run_in_batches
 from .._engine.devices import Precision, find_device
 from .._engine.threads import Workers
-from .._images.decoding import unwrap_tensor
-from .._images.records import ImageError, Record, as_records, is_tabular
+from .._images.records import ImageError, Record, as_records
 from .._parameters import Counts, check_choices, check_counts
+from .readers import make_logit_reader
 
 
 def predict_categories(
@@ -104,32 +103,21 @@ def predict_categories(
     names = _name_outputs(found, weights)
     if top > len(names):
         raise ValueError(f"top={top}: {found.name} has no more than {len(names)} categories.")
-    records = _find_records(images, image_shape)
+    records = as_records(images, image_shape)
     target = find_device(device)
-    module = found.load(target)
-    steps = found.preprocessing
-
-    def classify(batch: Tensor) -> dict[str, Tensor]:
-        return {"probabilities": module(steps.normalize(batch)).float().softmax(dim=1)}
-
+    reader = make_logit_reader(found.load(target), found.preprocessing, target, precision)
     predictions: list[list[tuple[str, float]]] = []
     for batch in run_in_batches(
-        module,
-        classify,
-        records,
-        lambda record: steps.prepare(record.open()),
-        device=target,
-        precision=precision,
-        batch_size=batch_size,
-        num_workers=num_workers,
+        reader, records, Record.open, batch_size=batch_size, num_workers=num_workers
     ):
         for record, error in batch.failures:
             raise record.error(error)
-        for record, row in zip(batch.samples, batch.rows["probabilities"], strict=True):
+        probabilities = torch.from_numpy(batch.rows["logits"]).softmax(dim=1).numpy()
+        for record, row in zip(batch.samples, probabilities, strict=True):
             if not np.isfinite(row).all():
                 raise ImageError(str(record), "the network gave NaN or infinity for it")
             order = np.argsort(-row, kind="stable")[:top]
-            predictions.append([(names[place], float(row[place])) for place in order])
+            predictions.append([(names[index], float(row[index])) for index in order])
     return predictions
 
 
@@ -142,13 +130,6 @@ def _name_outputs(backbone: Backbone, weights: Weights) -> tuple[str, ...]:
             "'DEFAULT', and are taken from there for a file with as many outputs."
         )
     return backbone.categories
-
-
-def _find_records(images: Any, image_shape: tuple[int, ...] | None) -> list[Record]:
-    images = unwrap_tensor(images)
-    if is_tabular(images):
-        images = np.asarray(images)
-    return as_records(images, image_shape)
 
 
 _CHOICES = {"resize": get_args(Resize), "precision": get_args(Precision)}

@@ -32,7 +32,7 @@ from .._layers.index import LayerIndex, LayerTable, ResolvedLayer
 from .._layers.pooling import Pooling, count_features
 from .._parameters import Choices, Counts, check_choices, check_counts, check_device
 from .readers import index_layers
-from .rows import MEMORY, Reading, read_rows
+from .rows import MEMORY, ExtractionSpec, read_rows
 
 
 def list_layers(
@@ -182,6 +182,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     'layer3_0017'
     """
 
+    __module__ = "deepfeat"  # so that pickles outlive moves
+
     def __init__(
         self,
         backbone: str | nn.Module = "vgg16",
@@ -281,8 +283,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         records = self._find_records(X, reset=False)
         features = np.full((len(records), sections[-1].columns.stop), np.nan, dtype=np.float32)
         errors: dict[int, str] = {}
-        reading = self._plan(backbone, index, [section.layer for section in sections])
-        for batch in self._read(reading, records):
+        spec = self._plan(backbone, index, [section.layer for section in sections])
+        for batch in self._read(spec, records):
             errors |= self._find_reasons(batch.failures)
             places = [record.index for record in batch.samples]
             for section in sections:
@@ -377,11 +379,11 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         resolved = [index.resolve(name) for name in names]
         for layer in resolved:
             count_features(layer, self.pooling)  # raises where it cannot be pooled
-        reading = self._plan(backbone, index, resolved)
+        spec = self._plan(backbone, index, resolved)
         if layers is None:
-            reading = replace(reading, layers=reading.layers + reading.prefetched)
+            spec = replace(spec, layers=spec.layers + spec.prefetched)
         records = self._find_records(X, reset=False)[shard[0] :: shard[1]]
-        errors = self._keep(self._read(reading, records), len(records))
+        errors = self._keep(self._read(spec, records), len(records))
         self._set_errors(errors, records, stacklevel=3)
         return self
 
@@ -445,8 +447,10 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         finite = self.on_error == "raise"
         return find_records(self, X, self.image_shape, reset=reset, ensure_all_finite=finite)
 
-    def _plan(self, backbone: Backbone, index: LayerIndex, layers: list[ResolvedLayer]) -> Reading:
-        return Reading(
+    def _plan(
+        self, backbone: Backbone, index: LayerIndex, layers: list[ResolvedLayer]
+    ) -> ExtractionSpec:
+        return ExtractionSpec(
             backbone,
             tuple(layers),
             tuple(self._find_prefetched(index)),
@@ -481,12 +485,12 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             return False
         return True
 
-    def _read(self, reading: Reading, records: list[Record]) -> Generator[Batch[Record]]:
+    def _read(self, spec: ExtractionSpec, records: list[Record]) -> Generator[Batch[Record]]:
         """Read the rows of records, with a progress bar."""
         with tqdm(
-            total=len(records), desc=reading.backbone.name, unit="image", disable=not self.verbose
+            total=len(records), desc=spec.backbone.name, unit="image", disable=not self.verbose
         ) as bar:
-            for batch in read_rows(reading, records, self._find_cache()):
+            for batch in read_rows(spec, records, self._find_cache()):
                 yield batch
                 bar.update(len(batch.samples) + len(batch.failures))
 
@@ -636,3 +640,7 @@ def _as_list(layers: str | int | list[str | int]) -> list[str | int]:
 @functools.lru_cache(maxsize=16)
 def _cache_at(path: str) -> FeatureCache:
     return FeatureCache(path)
+
+
+# Here doctest finds the examples of a class that says it is in another module.
+__test__ = {"DeepFeatureExtractor": DeepFeatureExtractor}

@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,9 +27,8 @@ from .._engine.threads import Workers, map_in_threads
 from .._images.decoding import decoding_settings
 from .._images.records import ImageError, Record
 from .._layers.index import ResolvedLayer
-from .._layers.pooling import Pooling, count_features, pool
-from .._layers.reading import LayerReader
-from .readers import load_network
+from .._layers.pooling import Pooling, count_features
+from .readers import load_network, make_layer_reader
 
 # Part of every key: raise it when the rows of the same image and layer come out differently.
 _SCHEMA = 2
@@ -42,11 +41,12 @@ _logger = logging.getLogger("deepfeat")
 
 
 @dataclass(frozen=True)
-class Reading:
+class ExtractionSpec:
     """What is read of a backbone, and how.
 
-    `layers` are asked for, and `prefetched` are kept in the cache by the same pass. `searched` are
-    kept by a second pass over an image, so that a search over layers does not need a third.
+    `layers` are requested, and `prefetched` ones are kept in the cache by the same pass. The
+    `searched` ones are kept by a second pass over an image, so that a search over layers does not
+    need a third.
     """
 
     backbone: Backbone
@@ -61,46 +61,28 @@ class Reading:
 
 
 def read_rows(
-    reading: Reading, records: list[Record], cache: FeatureCache | None
+    spec: ExtractionSpec, records: list[Record], cache: FeatureCache | None
 ) -> Iterator[Batch[Record]]:
-    """Yield the pooled rows of all records, by layer name, in no certain order.
+    """Yield the pooled rows of all records, by layer name, in any order.
 
-    With a cache each image goes through the network once, whoever asks for it: equal images,
+    With a cache, each image goes through the network once, whoever asks for it: equal images,
     other layers, later calls and other processes are served from there. The network is loaded
     when the first image needs it.
     """
-    fingerprint = None if cache is None else _find_fingerprint(reading.backbone)
+    fingerprint = None if cache is None else _find_fingerprint(spec.backbone)
     if cache is None or fingerprint is None:
-        module = load_network(reading.backbone, find_device(reading.device))
-        for batch in _compute(reading, module, _find_outputs(reading.layers), records):
-            yield replace(batch, rows=_to_layers(reading.layers, batch.rows))
+        network = load_network(spec.backbone, find_device(spec.device))
+        for batch in _compute(spec, network, _find_outputs(spec.layers), records):
+            yield replace(batch, rows=_to_layers(spec.layers, batch.rows))
         return
-    groups, stats, failures = _group_equal(records, cache, reading.num_workers)
+    before = _digest_settings(spec.backbone)
+    groups, stats, failures = _group_equal(records, cache, spec.num_workers)
     if failures:
         yield Batch([], {}, failures)
-    passes = _Passes(reading, cache, fingerprint, groups, stats)
-    before = _digest_settings(reading.backbone)
-    waiting = list(groups)
-    pause, longest = _WAIT_SECONDS
-    waited = 0.0
-    while waiting:
-        missing: list[bytes] = []
-        for images in _chunks(waiting, _LOOK_UP):
-            yield from passes.look_up(images, missing)
-        waiting = []
-        computed = 0
-        for batch in passes.compute(missing, waiting):
-            computed += len(batch.samples)
-            yield batch
-        if waiting and not computed:
-            time.sleep(pause)  # another process is at work on these
-            if waited < _PATIENT_SECONDS <= waited + pause:
-                passes.log_holders(waiting)
-            waited += pause
-            pause = min(2 * pause, longest)
-    if _digest_settings(reading.backbone) != before:
+    yield from _CachedExtraction(spec, cache, fingerprint, groups, stats).read()
+    if _digest_settings(spec.backbone) != before:
         _warn_once(
-            f"the preprocessing of {reading.backbone.name} changes as it is used (it may count its "
+            f"the preprocessing of {spec.backbone.name} changes as it is used (it may count its "
             "calls), so its rows are not found in the cache again."
         )
 
@@ -127,77 +109,99 @@ def _warn_once(problem: str) -> None:
         warnings.warn(problem, UserWarning, stacklevel=7)
 
 
-class _Passes:
-    """Passes of the network over images that the cache lacks."""
+class _CachedExtraction:
+    """Rows of images from the cache, and passes of the network over those that it lacks.
+
+    `groups` has the records of each image, by its digest; `stats` what their files were like then.
+    """
 
     def __init__(
         self,
-        reading: Reading,
+        spec: ExtractionSpec,
         cache: FeatureCache,
         fingerprint: bytes,
         groups: dict[bytes, list[Record]],
         stats: dict[Record, FileStat],
     ):
-        self.reading = reading
-        self.stats = stats
+        self.spec = spec
         self.cache = cache
         self.groups = groups
+        self.stats = stats
         self.image_of = {records[0]: image for image, records in groups.items()}
-        self.asked = _find_outputs(reading.layers)
-        self.first = _find_outputs((*reading.layers, *reading.prefetched))
+        self.requested = _find_outputs(spec.layers)
+        self.first = _find_outputs((*spec.layers, *spec.prefetched))
         self.second = self._find_second()
         # Not in the key: threads and batch size change a row by 1e-6 of its length (MobileNetV2),
         # Pillow 11.1 to 13.0 change 0.6 % of the pixels of JPEGs by one grey level, and devices and
         # releases of torch round in other ways too. A cache of weeks of work shall survive an
         # upgrade of these, and a machine with another GPU; a change beyond rounding raises _SCHEMA.
-        key = functools.partial(
-            _digest, _SCHEMA, fingerprint, reading.precision, decoding_settings()
-        )
-        self.contexts = {
+        key = functools.partial(_digest, _SCHEMA, fingerprint, spec.precision, decoding_settings())
+        self.namespaces = {
             # Pooling leaves vectors as they are.
-            output.path: key(output.path, reading.pooling * (len(output.output_shape) > 1))
+            output.path: key(output.path, spec.pooling * (len(output.output_shape) > 1))
             for output in self.second
         }
-        self.work = key(reading.pooling)
+        self.job = key(spec.pooling)
 
     @functools.cached_property
     def network(self) -> nn.Module:
         """The network, loaded when the first image needs it, and once for all passes of a call."""
-        return load_network(self.reading.backbone, find_device(self.reading.device))
+        return load_network(self.spec.backbone, find_device(self.spec.device))
 
     def _find_second(self) -> tuple[ResolvedLayer, ...]:
         """Return what a second pass keeps: all it may, if that fits for each image of the call."""
-        outputs = _find_outputs((*self.first, *self.reading.searched))
-        width = sum(count_features(output, self.reading.pooling) for output in outputs)
+        outputs = _find_outputs((*self.first, *self.spec.searched))
+        width = sum(count_features(output, self.spec.pooling) for output in outputs)
         return outputs if 4 * width * len(self.groups) <= self.cache.room() else self.first
 
-    def look_up(self, images: Sequence[bytes], missing: list[bytes]) -> Iterator[Batch[Record]]:
-        """Yield what the cache holds of every layer; add the other images to `missing`."""
+    def read(self) -> Iterator[Batch[Record]]:
+        """Yield the rows of all records, and wait for those that another process computes."""
+        pending = list(self.groups)
+        pause, longest = _WAIT_SECONDS
+        waited = 0.0
+        while pending:
+            missing: list[bytes] = []
+            for images in _chunks(pending, _LOOK_UP):
+                batch, absent = self.look_up(images)
+                missing += absent
+                if batch.samples:
+                    yield batch
+            pending, computed = yield from self._compute_missing(missing)
+            if pending and not computed:
+                time.sleep(pause)
+                if waited < _PATIENT_SECONDS <= waited + pause:
+                    self._log_holders(pending)
+                waited += pause
+                pause = min(2 * pause, longest)
+
+    def look_up(self, images: Sequence[bytes]) -> tuple[Batch[Record], list[bytes]]:
+        """Return the images of which the cache holds every layer, and the others."""
         found = np.ones(len(images), dtype=bool)
         rows = {}
-        for output in self.asked:
-            here, matrix = self.cache.get_many(self.contexts[output.path], images)
+        for output in self.requested:
+            here, matrix = self.cache.get_many(self.namespaces[output.path], images)
             found &= here
             if matrix is not None:
                 self._check_width(output, matrix)
                 rows[output.path] = matrix
-        missing += itertools.compress(images, ~found)
-        if found.any():
-            hits = list(itertools.compress(images, found))
-            yield self._for_all(hits, {path: matrix[found] for path, matrix in rows.items()})
+        missing = list(itertools.compress(images, ~found))
+        if not found.any():
+            return Batch([], {}, []), missing
+        hits = list(itertools.compress(images, found))
+        return self._for_all(hits, {path: matrix[found] for path, matrix in rows.items()}), missing
 
     def _check_width(self, output: ResolvedLayer, matrix: NDArray[np.float32]) -> None:
         """Refuse rows that the layer cannot have given."""
-        width = count_features(output, self.reading.pooling)
+        width = count_features(output, self.spec.pooling)
         if matrix.shape[1] != width:
             raise CacheFormatError(
                 f"{self.cache} holds rows of {matrix.shape[1]} values for layer {output.path!r}, "
                 f"which gives {width}: it was tampered with. Delete it, or choose another one."
             )
 
-    def log_holders(self, images: Sequence[bytes]) -> None:
+    def _log_holders(self, images: Sequence[bytes]) -> None:
         """Say for whom this call waits; a log and no warning, since the caller did no wrong."""
-        holders = ", ".join(self.cache.find_holders(self.work, images))
+        holders = ", ".join(self.cache.find_holders(self.job, images))
         if holders:
             _logger.warning(
                 "Waiting for %d images that %s computes, for %s. If it hangs, end it; without "
@@ -205,67 +209,79 @@ class _Passes:
                 *(len(images), holders, self.cache, PATIENCE_SECONDS // 60),
             )
 
-    def compute(self, missing: list[bytes], waiting: list[bytes]) -> Iterator[Batch[Record]]:
-        """Compute, keep and yield what nobody else is at; add the rest to `waiting`."""
+    def _compute_missing(
+        self, missing: list[bytes]
+    ) -> Generator[Batch[Record], None, tuple[list[bytes], int]]:
+        """Compute, keep and yield what nobody else is computing.
+
+        Return the images that are left to others, and how many were computed.
+        """
+        pending: list[bytes] = []
+        computed = 0
         if not missing:
-            return
+            return pending, computed
         seen = np.concatenate([self._find_seen(images) for images in _chunks(missing, _LOOK_UP)])
         for outputs, images in (
             (self.first, list(itertools.compress(missing, ~seen))),
             (self.second, list(itertools.compress(missing, seen))),
         ):
             if images:
-                yield from self._pass(outputs, images, waiting)
+                network = self.network  # before an image is claimed: to load it may take long
+                claims = _Claims(self.cache, self.job)
+                try:
+                    for batch in self._pass(network, outputs, images, claims):
+                        computed += len(batch.samples)
+                        yield batch
+                finally:
+                    claims.release(list(claims.held))
+                pending += claims.refused
+        return pending, computed
 
     def _find_seen(self, images: Sequence[bytes]) -> NDArray[np.bool_]:
         """Tell which images the cache holds any row of, and so have been through the network."""
         seen = np.zeros(len(images), dtype=bool)
-        for context in self.contexts.values():
+        for namespace in self.namespaces.values():
             if not seen.all():
                 unseen = list(itertools.compress(images, ~seen))
-                seen[~seen] = self.cache.has(context, unseen)
+                seen[~seen] = self.cache.has(namespace, unseen)
         return seen
 
     def _pass(
-        self, outputs: tuple[ResolvedLayer, ...], images: list[bytes], waiting: list[bytes]
+        self,
+        network: nn.Module,
+        outputs: tuple[ResolvedLayer, ...],
+        images: list[bytes],
+        claims: "_Claims",
     ) -> Iterator[Batch[Record]]:
         """Run the network over images as far as the deepest of some outputs, and keep these."""
-        module = self.network  # before the first image is claimed: to load it may take long
-        held: set[bytes] = set()
-        claimed = self._claim(images, waiting, held)
-        try:
-            for batch in _compute(self.reading, module, outputs, claimed, self._open):
-                images = [self.image_of[record] for record in batch.samples]
-                if images:
-                    rows = {self.contexts[path]: rows for path, rows in batch.rows.items()}
-                    self.cache.put_many(images, rows, self.work)
-                failed = [(self.image_of[record], error) for record, error in batch.failures]
-                self._release([image for image, _ in failed], held)
-                held.difference_update(images)
-                failures = [
-                    (record, _for_record(record, error))
-                    for image, error in failed
-                    for record in self.groups[image]
-                ]
-                yield replace(self._for_all(images, batch.rows), failures=failures)
-        finally:
-            self._release(list(held), held)
+        records = self._claim(images, claims)
+        for batch in _compute(self.spec, network, outputs, records, self._open):
+            done = [self.image_of[record] for record in batch.samples]
+            if done:
+                rows = {self.namespaces[path]: rows for path, rows in batch.rows.items()}
+                self.cache.put_many(done, rows, self.job)  # which releases them
+                claims.held.difference_update(done)
+            failed = [(self.image_of[record], error) for record, error in batch.failures]
+            claims.release([image for image, _ in failed])
+            failures = [
+                (record, _for_record(record, error))
+                for image, error in failed
+                for record in self.groups[image]
+            ]
+            yield replace(self._for_all(done, batch.rows), failures=failures)
 
-    def _claim(
-        self, missing: list[bytes], waiting: list[bytes], held: set[bytes]
-    ) -> Iterator[Record]:
+    def _claim(self, images: list[bytes], claims: "_Claims") -> Iterator[Record]:
         """Yield a record of each image that is ours to compute, claiming it just before."""
-        for images in _chunks(missing, self.reading.batch_size):
-            granted = self.cache.claim(self.work, images)
-            ours = [image for image, ok in zip(images, granted, strict=True) if ok]
-            held.update(ours)
+        for some in _chunks(images, self.spec.batch_size):
+            ours = claims.claim(some)
             # Whoever held one of these until now may have finished it.
             done = np.ones(len(ours), dtype=bool)
-            for output in self.asked:
-                done &= self.cache.has(self.contexts[output.path], ours)
-            self._release(list(itertools.compress(ours, done)), held)
-            waiting += [image for image in images if image not in held]
-            yield from (self.groups[image][0] for image in ours if image in held)
+            for output in self.requested:
+                done &= self.cache.has(self.namespaces[output.path], ours)
+            finished = list(itertools.compress(ours, done))
+            claims.release(finished)
+            claims.refused += finished  # they are looked up again
+            yield from (self.groups[image][0] for image in itertools.compress(ours, ~done))
 
     def _open(self, record: Record) -> Image.Image:
         image = record.open()
@@ -273,19 +289,37 @@ class _Passes:
             raise ImageError(str(record), "the file was changed while X was being read")
         return image
 
-    def _release(self, images: list[bytes], held: set[bytes]) -> None:
-        if images:
-            self.cache.release(self.work, images)
-            held.difference_update(images)
-
     def _for_all(self, images: list[bytes], rows: dict[str, NDArray[np.float32]]) -> Batch[Record]:
-        """Give the row of an image to every record of it, for the layers asked for."""
-        rows = _to_layers(self.reading.layers, rows)
+        """Give the row of an image to every record of it, for the layers requested."""
+        rows = _to_layers(self.spec.layers, rows)
         samples = [record for image in images for record in self.groups[image]]
         if len(samples) > len(images):
             counts = [len(self.groups[image]) for image in images]
             rows = {name: np.repeat(matrix, counts, axis=0) for name, matrix in rows.items()}
         return Batch(samples, rows, [])
+
+
+class _Claims:
+    """The images that a pass computes and no other call, and those that it was refused."""
+
+    def __init__(self, cache: FeatureCache, job: bytes):
+        self._cache = cache
+        self._job = job
+        self.held: set[bytes] = set()
+        self.refused: list[bytes] = []
+
+    def claim(self, images: Sequence[bytes]) -> list[bytes]:
+        """Claim images; return those that nobody else is computing."""
+        granted = self._cache.claim(self._job, images)
+        ours = list(itertools.compress(images, granted))
+        self.held.update(ours)
+        self.refused += itertools.compress(images, ~granted)
+        return ours
+
+    def release(self, images: list[bytes]) -> None:
+        if images:
+            self._cache.release(self._job, images)
+            self.held.difference_update(images)
 
 
 def _find_outputs(layers: Iterable[ResolvedLayer]) -> tuple[ResolvedLayer, ...]:
@@ -306,27 +340,25 @@ def _to_layers(
 
 
 def _compute(
-    reading: Reading,
-    module: nn.Module,
+    spec: ExtractionSpec,
+    network: nn.Module,
     outputs: tuple[ResolvedLayer, ...],
     records: Iterable[Record],
     open_record: Callable[[Record], Image.Image] = Record.open,
 ) -> Iterator[Batch[Record]]:
     """Run the network over records as far as the deepest of some outputs."""
-    steps = reading.backbone.preprocessing
-    reduce = functools.partial(pool, pooling=reading.pooling)
-    asked = {layer.path for layer in reading.layers}
-    optional = {output.path for output in outputs} - asked
-    read = LayerReader(module, outputs, reduce, optional)
-    yield from run_in_batches(
-        module,
-        lambda batch: read(steps.normalize(batch)),
-        records,
-        lambda record: steps.prepare(open_record(record)),
-        device=find_device(reading.device),
-        precision=reading.precision,
-        batch_size=reading.batch_size,
-        num_workers=reading.num_workers,
+    requested = {layer.path for layer in spec.layers}
+    reader = make_layer_reader(
+        network,
+        outputs,
+        spec.pooling,
+        spec.backbone.preprocessing,
+        find_device(spec.device),
+        spec.precision,
+        optional={output.path for output in outputs} - requested,
+    )
+    return run_in_batches(
+        reader, records, open_record, batch_size=spec.batch_size, num_workers=spec.num_workers
     )
 
 

@@ -24,10 +24,10 @@ from .._engine.batches import run_in_batches
 from .._engine.devices import Precision, find_device
 from .._engine.threads import Workers
 from .._extraction.extractor import DeepFeatureExtractor
-from .._extraction.readers import index_layers
+from .._extraction.readers import index_layers, make_logit_reader
+from .._images.records import Record
 from .._images.tables import find_records, tag_images
 from .._layers.index import LayerNotFoundError
-from .._layers.trace import first_tensor
 from .._parameters import (
     Choices,
     Counts,
@@ -209,6 +209,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     >>> classifier.fit(images[:64] / 16, labels[:64]).predict_proba(images[:3] / 16).shape
     (3, 2)
     """
+
+    __module__ = "deepfeat"  # so that pickles outlive moves
 
     def __init__(
         self,
@@ -765,18 +767,16 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         check_counts(self.get_params(deep=False), _COUNTS)
         records = find_records(self, X, self.image_shape, reset=False)
         device = find_device(self.device)
-        module, steps = self.module_.to(device), self._preprocessing
+        network = self.module_.to(device)
+        reader = make_logit_reader(network, self._preprocessing, device, self.precision)
         logits = np.empty((len(records), len(self.classes_)))
         with tqdm(
             total=len(records), desc=self._name, unit="image", disable=not self.verbose
         ) as bar:
             for batch in run_in_batches(
-                module,
-                lambda images: {"logits": first_tensor(module(steps.normalize(images))).float()},
+                reader,
                 records,
-                lambda record: steps.prepare(record.open()),
-                device=device,
-                precision=self.precision,
+                Record.open,
                 batch_size=self.batch_size,
                 num_workers=self.num_workers,
             ):
@@ -815,3 +815,7 @@ _RANGES: Ranges = (
     ("validation_fraction", "(0, 1)", ()),
     ("tol", "[0, inf)", ()),
 )
+
+
+# Here doctest finds the examples of a class that says it is in another module.
+__test__ = {"FineTuneClassifier": FineTuneClassifier}

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .._backbones.preprocessing import Preprocessing
 from .._engine.batches import run_in_batches, stack
-from .._engine.devices import Precision, limit_part, to_device
+from .._engine.devices import Outputs, Precision, limit_part, to_device
 from .._engine.threads import Workers, attempt, map_in_threads
+from .._extraction.readers import TorchReader
 from .augmentation import Augment, crop_at_random, draw_flips
 from .cutting import Cut
 from .labels import Dataset
@@ -205,28 +206,26 @@ def cache_activations(
     Up to `MEMORY_LIMIT` the activations are cached in memory, else in a temporary file; returns
     None if the disk does not have enough room. `report` is called with the number of images done.
     """
-    records, preprocessing = source.dataset.records, source.preprocessing
+    records = source.dataset.records
     shape: tuple[int, ...] = ()
 
-    def begin(batch: Tensor) -> dict[str, Tensor]:
+    def forward(batch: Tensor) -> Outputs:
         nonlocal shape
-        activations = cut.run_prefix(preprocessing.normalize(batch))
+        activations = cut.run_prefix(batch)
         shape = tuple(activations.shape[1:])
         return {"": activations.float().flatten(1)}
 
-    def prepare(sample: tuple[int, int]) -> Tensor:
+    def open_view(sample: tuple[int, int]) -> Image.Image:
         view, index = sample
         image = records[index].open()
-        return preprocessing.prepare(ImageOps.mirror(image) if view else image)
+        return ImageOps.mirror(image) if view else image
 
+    reader = TorchReader(source.module, forward, source.preprocessing, source.device, precision)
     cached: NDArray[np.float32] | None = None
     for batch in run_in_batches(
-        source.module,
-        begin,
+        reader,
         itertools.product(range(views), range(len(source))),
-        prepare,
-        device=source.device,
-        precision=precision,
+        open_view,
         batch_size=batch_size,
         num_workers=source.num_workers,
     ):

@@ -25,7 +25,7 @@ from deepfeat._backbones.find import find_backbone
 from deepfeat._backbones.torchvision import known_weights
 from deepfeat._layers.index import LayerIndex, ResolvedLayer
 from deepfeat._layers.pooling import count_features, pool
-from deepfeat._layers.reading import LayerReader
+from deepfeat._layers.reading import ForwardPass
 
 exactly = functools.partial(assert_close, rtol=0, atol=0)
 
@@ -37,7 +37,7 @@ def read_layers(
     reduce: Callable[[ResolvedLayer, Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """Read layers of a network for a single batch."""
-    return LayerReader(module, layers, reduce)(batch)
+    return ForwardPass(module, layers, reduce)(batch)
 
 
 # One small member of each family of torchvision, and a side of input that it takes.

@@ -1,4 +1,4 @@
-"""Tests of augmentation: random flips and crops, and functions of the user."""
+"""Tests of augmentation: random flips and crops, and the user's functions."""
 
 import threading
 
@@ -41,7 +41,7 @@ def test_every_other_image_is_mirrored():
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32))
 def test_a_crop_lies_inside_the_image(width, height, seed):
-    """Of any size, it has a pixel at least, and 8 to 100 % of the area but for rounding."""
+    """It has at least one pixel, and 8 to 100 % of the area up to rounding."""
     rows, columns = np.mgrid[:height, :width]
     whole = Image.fromarray((np.stack([columns, rows, 0 * rows], -1) % 256).astype(np.uint8))
     crop = crop_at_random(whole, np.random.default_rng(seed))
@@ -83,7 +83,7 @@ def test_crops_are_spread_as_the_paper_says():
 
 
 class Recording(nn.Module):
-    """Note the batches that come, in train mode and in eval mode."""
+    """Record the batches seen in train mode and in eval mode."""
 
     seen: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
 
@@ -99,13 +99,13 @@ class Recording(nn.Module):
 
 @pytest.fixture
 def seen():
-    """What the network saw in validation, and in training."""
+    """The images that the network saw in validation and in training."""
     Recording.seen = ([], [])
     return Recording.seen
 
 
 def fit_recording(augment, X, y, **params):
-    """Train a network that notes its input; forget what came before training."""
+    """Train a network that records its input."""
     params = {"max_epochs": 3, "unfreeze": "all"} | params
     return make_classifier(seeded(Recording), augment=augment, **params).fit(
         X, y, X_val=X[:2], y_val=y[:2]
@@ -161,7 +161,7 @@ def test_chance_is_the_same_in_any_number_of_threads(seen, augment, num_workers)
 
 
 def test_a_crop_is_new_in_every_epoch(seen):
-    """No two crops of one image are alike."""
+    """No two crops of an image are equal."""
     X, y = make_images(2, 64)
     fit_recording("crop", X, y, max_epochs=10)
     assert len(set(as_bytes(seen[True]))) == 20
@@ -181,7 +181,7 @@ def test_a_crop_takes_the_place_of_the_weights_own_crop(seen, monkeypatch):
     assert by_crop.history_[0]["train_loss"] != middle.history_[0]["train_loss"]
 
 
-# Functions of the user ----------------------------------------------------------------------------
+# The user's functions ---------------------------------------------------------------------------
 
 
 def test_a_callable_gets_upright_pictures_one_after_the_other(scene_paths, scene_labels):
@@ -210,7 +210,7 @@ def test_a_callable_gets_upright_pictures_one_after_the_other(scene_paths, scene
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_augmentation_that_raises_names_the_image(scene_paths, scene_labels, num_workers):
-    """As reading it would."""
+    """As an error in reading it does."""
 
     def fail(image):
         raise KeyError("planted")

@@ -109,7 +109,7 @@ def test_partial_fit_resumes_after_fit_and_anew_with_other_blocks(images):
 
 
 def test_partial_fit_takes_the_learning_rates_of_now(images):
-    """Not those that the optimizer had when its moments were kept."""
+    """Not those that the optimizer had when it was saved."""
     X, y = images
     classifier = make_classifier().partial_fit(X, y, classes=["dark", "light"])
     classifier.set_params(learning_rate=0.5, backbone_learning_rate=0.25).partial_fit(X, y)
@@ -118,7 +118,7 @@ def test_partial_fit_takes_the_learning_rates_of_now(images):
 
 
 def test_fit_begins_anew_without_a_warm_start(images):
-    """Other classes and all."""
+    """Even with other classes."""
     X, y = images
     classifier = make_classifier().fit(X, y)
     first = copy_of(state_of(classifier))
@@ -143,7 +143,7 @@ def test_a_warm_start_resumes(images):
 
 
 def test_blocks_are_unfrozen_one_after_the_other(images):
-    """By warm starts: what is frozen stays as the one before left it."""
+    """By warm starts: frozen blocks stay as the previous fit left them."""
     X, y = images
     classifier = make_classifier(make_plain(norm=True), warm_start=True, unfreeze=None)
     before = copy_of(state_of(classifier.fit(X, y)))
@@ -181,7 +181,7 @@ def test_training_does_not_resume_with_another_network(change, method):
 
 
 def test_a_warm_start_has_no_new_classes(images):
-    """Fewer are fine."""
+    """Fewer are allowed."""
     X, y = images
     classifier = make_classifier(warm_start=True).fit(X, y)
     classifier.fit(X[:1], y[:1])
@@ -247,7 +247,7 @@ def test_probabilities_are_those_of_the_network_run_by_hand(scene_paths, n_class
 
 @pytest.mark.parametrize("augment", [None, "flip", "crop"])
 def test_every_kind_of_input_learns_the_same(tmp_path, augment):
-    """Paths, pictures, arrays, columns: pixels decide."""
+    """Paths, pictures, arrays, columns: only the pixels matter."""
     X, y = make_images()
     paths = [tmp_path / f"{number}.png" for number in range(8)]
     for path, pixels in zip(paths, X, strict=True):
@@ -270,7 +270,7 @@ def test_every_kind_of_input_learns_the_same(tmp_path, augment):
 
 
 def test_rows_of_a_table_are_images_of_a_shape():
-    """The digits of scikit-learn; columns are remembered."""
+    """The digits of scikit-learn; column names are remembered."""
     X, y = load_digits(n_class=2, return_X_y=True, as_frame=True)
     X, y = X[:60] / 16, y[:60]
     params = {"image_shape": (8, 8), "max_epochs": 8, "batch_size": 16, **RATES}
@@ -337,7 +337,7 @@ def test_data_that_does_not_go_together_is_refused(case):
 @pytest.mark.parametrize("augment", [None, "flip", "crop", lambda image: image])
 @pytest.mark.parametrize("where", ["X", "X_val"])
 def test_an_image_that_cannot_be_read_is_named(scene_paths, scene_labels, tmp_path, augment, where):
-    """Whether what it gives is kept or not."""
+    """Whether activations are cached or not."""
     bad = tmp_path / "bad.jpg"
     bad.write_text("no image")
     data = {"X": scene_paths, "y": scene_labels, "X_val": scene_paths, "y_val": scene_labels}
@@ -379,7 +379,7 @@ def test_features_are_those_of_the_tuned_network(scene_paths, scene_labels, laye
 
 @pytest.mark.parametrize("cache", ["memory", FeatureCache])
 def test_rows_of_different_weights_are_never_mixed_up(scene_paths, scene_labels, cache):
-    """Those of the stock weights, of the tuned ones, and of the same tuned further."""
+    """Of the stock weights, the fine-tuned ones, and the same fine-tuned further."""
     cache = cache if cache == "memory" else cache()
     stock = DeepFeatureExtractor(
         "squeezenet1_1", "stage4", weights=None, image_size=32, cache=cache, random_state=0
@@ -406,7 +406,7 @@ def test_rows_of_different_weights_are_never_mixed_up(scene_paths, scene_labels,
 
 
 def test_an_extractor_stays_as_it_is_when_the_classifier_learns_on(images):
-    """It has a copy of the network."""
+    """It holds a copy of the network."""
     X, y = images
     classifier = make_classifier(warm_start=True, **RATES).fit(X, y)
     extractor = classifier.to_extractor("hidden").set_params(cache=None)
@@ -419,7 +419,7 @@ def test_an_extractor_stays_as_it_is_when_the_classifier_learns_on(images):
 
 
 def test_an_extractor_works_like_its_classifier():
-    """In batch size, precision, shape of rows and threads."""
+    """With its batch size, precision, shape of rows and threads."""
     X, y = load_digits(n_class=2, return_X_y=True)
     params = {"image_shape": (8, 8), "batch_size": 16, "precision": "bfloat16", "num_workers": 2}
     classifier = make_classifier(**params, max_epochs=1).fit(X[:20] / 16, y[:20])
@@ -446,7 +446,7 @@ def test_the_data_of_the_user_stays_as_it_was(images):
 
 
 def test_a_call_that_fails_leaves_the_optimizer_as_it_was(images):
-    """Doing what the error says helps: the moments of the failed call are forgotten."""
+    """After a failed call, doing what the error says helps: its moments are discarded."""
     X, y = images
     params = {"augment": None, **RATES}
     classifier = make_classifier(**params).partial_fit(X, y, classes=["dark", "light"])
@@ -461,7 +461,7 @@ def test_a_call_that_fails_leaves_the_optimizer_as_it_was(images):
 
 
 def test_columns_are_those_of_the_last_training_that_went_well():
-    """A table of another width fails, and is forgotten."""
+    """A table of another width fails and leaves no trace."""
     X, y = load_digits(n_class=2, return_X_y=True)
     X, y = X[:12] / 16, y[:12]
     classifier = make_classifier(image_shape=(8, -1), warm_start=True).fit(X, y)
@@ -476,7 +476,7 @@ def test_columns_are_those_of_the_last_training_that_went_well():
 
 
 def test_gradients_are_on_whatever_the_caller_has_set(images):
-    """In inference mode too; and what is loaded there can be trained elsewhere."""
+    """Even in inference mode, and a network loaded there can be trained elsewhere."""
     X, y = images
     with torch.inference_mode():
         inside = make_classifier("squeezenet1_0", unfreeze="features.12").fit(X, y)
@@ -513,7 +513,7 @@ def test_a_warm_start_holds_out_the_same_images(monkeypatch):
 
 
 def test_what_is_wrong_with_validation_images_is_said_of_them(images):
-    """Not of X and y."""
+    """Rather than blamed on X and y."""
     X, y = images
     for params, words in (
         ({"X_val": [], "y_val": []}, "X_val and y_val: X is empty"),

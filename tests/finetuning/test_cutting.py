@@ -1,4 +1,4 @@
-"""Tests of cuts: the two parts of a network give what the whole gives, or it is not cut."""
+"""Tests of cuts: the two parts of a network compute what the whole does, or it is not cut."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def cut_of(prepare):
     ids=str,
 )
 def test_a_network_is_cut_before_the_first_layer_that_changes(cut_of, unfreeze, boundary):
-    """Dropout changes from draw to draw; where nothing before is frozen, there is no cut."""
+    """A dropout changes with each draw; if nothing before is frozen, there is no cut."""
     _, cut = cut_of(make_plain(dropout=0.5, norm=True), unfreeze)
     found = cut and cut.boundary
     # Whether a boundary is named by the block or by its first layer makes no difference.
@@ -47,7 +47,7 @@ def test_a_network_is_cut_before_the_first_layer_that_changes(cut_of, unfreeze, 
 
 
 def test_the_parts_give_what_the_whole_gives(cut_of):
-    """For other images, and another number of them, than those that the cut was tried with."""
+    """For other images, and another number of them, than in the trial run."""
     module, cut = cut_of(make_vit(), "encoder.layers.encoder_layer_1")
     images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     module.eval()
@@ -59,7 +59,7 @@ def test_the_parts_give_what_the_whole_gives(cut_of):
 
 
 def test_nothing_is_left_behind_on_the_network(cut_of):
-    """Neither hooks nor the functions that took the place of layers, also after an error."""
+    """Neither hooks nor functions that replaced layers, not even after an error."""
     module, cut = cut_of(make_plain(), "hidden")
     images = torch.rand(2, 3, 16, 16)
     expected = module(images)
@@ -75,7 +75,7 @@ def test_nothing_is_left_behind_on_the_network(cut_of):
 
 
 def test_what_is_interrupted_leaves_nothing_behind(cut_of, monkeypatch):
-    """Ctrl-C may come between any two lines: the parts have modules of their own."""
+    """Ctrl-C may come between any two lines: the parts have their own modules."""
     module, cut = cut_of(make_plain(), "hidden")
     images = torch.rand(2, 3, 16, 16)
     expected = module(images)
@@ -99,7 +99,7 @@ def test_what_is_interrupted_leaves_nothing_behind(cut_of, monkeypatch):
 
 
 def test_the_parts_follow_the_modes_of_the_network(prepare):
-    """A dropout acts in the second part while the network is trained."""
+    """A dropout is active in the second part while the network is in train mode."""
     module, index, trained = prepare(make_plain(dropout=0.5), None)
     cut = find_cut(module, index, trained, (3, 16, 16))
     activations = cut.run_prefix(torch.rand(8, 3, 16, 16))
@@ -115,7 +115,7 @@ def test_the_parts_follow_the_modes_of_the_network(prepare):
 
 
 class Skipping(nn.Module):
-    """Hand what the first layer gives past the second one, in some measure."""
+    """Add the output of the first layer, scaled, to that of the third."""
 
     def __init__(self, measure=1.0):
         super().__init__()
@@ -132,7 +132,7 @@ class Skipping(nn.Module):
 
 
 class Sequence(nn.Module):
-    """Let tokens come first and images second, as torch's transformers do by default."""
+    """Have tokens first and images second, as torch's transformers do by default."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +153,7 @@ def blind(net):
 
 
 class ByName(nn.Module):
-    """Hand on what was computed as a keyword."""
+    """Pass the output of a layer as a keyword."""
 
     def __init__(self):
         super().__init__()
@@ -197,7 +197,7 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_a_network_that_cannot_be_cut_is_not_cut(cut_of, case):
-    """And it learns as ever."""
+    """And is trained as a whole."""
     make, unfreeze = IMPOSSIBLE[case]
     assert cut_of(seeded(make), unfreeze)[1] is None
     X, y = make_images()
@@ -207,20 +207,20 @@ def test_a_network_that_cannot_be_cut_is_not_cut(cut_of, case):
 
 
 def test_the_trial_of_a_cut_does_not_hang_on_what_memory_holds(cut_of, monkeypatch):
-    """Old memory may hold anything, the right values too: only NaN shows that it was used."""
+    """Old memory may hold anything, even the right values: only NaN shows that it was used."""
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     assert cut_of(seeded(Skipping, 1e-12), "third")[1] is None
 
 
 def test_a_container_that_is_trained_begins_with_what_it_does_itself(cut_of):
-    """A transformer adds its positions before its first layer: they would not be trained."""
+    """A transformer adds its positions before its first layer; else they would not be trained."""
     _, cut = cut_of(make_vit(), "encoder")
     assert cut.boundary == "encoder"
     assert list(cut.skipped) == ["conv_proj"]
 
 
 def test_the_picture_of_the_input_may_be_prepared_in_any_way():
-    """The cut is tried with noise of the shape that the preprocessing gives."""
+    """The trial run takes noise of the shape that the preprocessing returns."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     classifier = make_classifier(net, preprocessing=to_16_pixels, unfreeze=None, max_epochs=3)
     assert len(classifier.fit(*make_images()).history_) == 3

@@ -22,7 +22,7 @@ def copy_of(state):
 
 @pytest.fixture
 def planted(monkeypatch):
-    """Plant the validation scores; return what the network was after each epoch."""
+    """Plant the validation scores; return the state of the network after each epoch."""
 
     def plant(*scores):
         states, remaining = [], list(scores)
@@ -55,7 +55,7 @@ def planted(monkeypatch):
 def test_training_stops_when_the_score_rises_no_more(
     images, planted, scores, tol, patience, epochs, best
 ):
-    """And the network is that of the best epoch, statistics and all."""
+    """And the network is that of the best epoch, including statistics."""
     states = planted(*scores, *[0.0] * 6)
     X, y = images
     classifier = make_classifier(
@@ -121,7 +121,7 @@ def test_the_history_is_plain_data(images):
 
 
 def interrupted_at(count):
-    """Make an augmentation during which somebody presses Ctrl-C."""
+    """Make an augmentation that is interrupted by Ctrl-C."""
     calls = []
 
     def augment(image):
@@ -174,7 +174,7 @@ def test_a_training_that_was_interrupted_can_be_resumed(images):
 
 
 def test_progress_is_shown_if_asked_for(images, capsys):
-    """With the loss; else nothing is printed."""
+    """With the loss; otherwise nothing is printed."""
     make_classifier(unfreeze="hidden", max_epochs=3).fit(*images).predict(images[0])
     assert capsys.readouterr() == ("", "")
     make_classifier(unfreeze="hidden", max_epochs=3, verbose=1).fit(*images).predict(images[0])

@@ -1,4 +1,4 @@
-"""Tests of freezing: what is trained changes, and what is frozen stays as it is, to the bit."""
+"""Tests of freezing: the trained part changes, and the frozen part is the same to the bit."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ BY_SGD = [("mobilenet_v2", "features.17"), ("resnet18", "layer4")]
 
 
 def assert_frozen(before, after, trained):
-    """Raise unless exactly the trained part has changed, and all of it."""
+    """Raise unless all of the trained part has changed, and nothing else."""
     assert after.keys() == before.keys()
     for name, value in after.items():
         if name.startswith(trained):
@@ -87,7 +87,7 @@ def assert_frozen(before, after, trained):
 
 
 def check_frozen(case, **params):
-    """Fine-tune a network of torchvision, and compare it with the same one untrained."""
+    """Fine-tune a torchvision network, and compare it with the same one before training."""
     name, unfreeze = case
     before = seeded(models.get_model, name, weights=None).state_dict()
     X, y = make_images(6, 32)
@@ -103,13 +103,13 @@ def check_frozen(case, **params):
     ids=str,
 )
 def test_frozen_means_frozen(case):
-    """Weights and statistics, with weight decay and dropout, and a prefix that is computed once."""
+    """Weights and statistics, with weight decay, dropout and cached activations."""
     check_frozen(case, augment=None, max_epochs=3)
 
 
 @pytest.mark.parametrize("case", BY_SGD, ids=str)
 def test_frozen_means_frozen_for_each_optimizer(case):
-    """And where each image runs through the whole network anew."""
+    """Also when each image runs through the whole network in every epoch."""
     check_frozen(case, augment="crop", optimizer="sgd")
 
 
@@ -159,7 +159,7 @@ VIT_TRAINED = {
 @pytest.mark.parametrize("augment", [None, "crop"])
 @pytest.mark.parametrize("unfreeze", VIT_TRAINED, ids=str)
 def test_frozen_means_frozen_in_a_transformer(unfreeze, augment):
-    """Positions and the class token belong to what holds them."""
+    """Positions and the class token belong to the module that holds them."""
     vit = make_vit(dropout=0.1, attention_dropout=0.1)
     before = make_vit().state_dict()
     X, y = make_images(6)
@@ -173,7 +173,7 @@ def test_frozen_means_frozen_in_a_transformer(unfreeze, augment):
 @pytest.mark.slow
 @pytest.mark.parametrize("unfreeze", [None, "encoder.layers.encoder_layer_11"])
 def test_frozen_means_frozen_in_a_large_transformer(unfreeze):
-    """As torchvision has it, too."""
+    """In those of torchvision too."""
     trained = ("heads.",) if unfreeze is None else (f"{unfreeze}.", "encoder.ln.", "heads.")
     X, y = make_images(4, 64)
     before = seeded(models.vit_b_32, weights=None, image_size=64).state_dict()
@@ -206,7 +206,7 @@ def test_frozen_means_frozen_in_a_large_transformer(unfreeze):
     ids=str,
 )
 def test_a_name_means_it_and_all_that_follows_and_a_list_just_these(prepare, unfreeze, trained):
-    """Gradients are asked for there alone."""
+    """Only their parameters require gradients."""
     module, _, _ = prepare(make_plain(norm=True), unfreeze)
     wanted = [name for name, value in module.named_parameters() if value.requires_grad]
     starts = tuple(f"{path}." if path else "" for path in trained)
@@ -214,7 +214,7 @@ def test_a_name_means_it_and_all_that_follows_and_a_list_just_these(prepare, unf
 
 
 class Backwards(nn.Module):
-    """Call what is defined last first."""
+    """Call modules in another order than they are defined in."""
 
     def __init__(self):
         super().__init__()
@@ -233,7 +233,7 @@ class Backwards(nn.Module):
     ids=str,
 )
 def test_what_follows_is_a_matter_of_computation_not_of_definition(prepare, unfreeze, trained):
-    """The order is that of the calls."""
+    """Blocks follow each other in the order of their calls."""
     module, _, _ = prepare(Backwards(), unfreeze)
     children = {name.partition(".")[0] for name, p in module.named_parameters() if p.requires_grad}
     assert children - {"unused"} == {*trained, "fc"}
@@ -266,7 +266,7 @@ def test_a_wrong_name_says_what_there_is(unfreeze, error, words):
 
 
 def test_a_typo_in_a_named_backbone_is_found_before_weights_are_loaded(monkeypatch):
-    """Nobody waits for a download to be told."""
+    """The error does not wait for a download."""
     monkeypatch.setattr("deepfeat._backbones.torchvision._download", pytest.fail)
     with pytest.raises(LayerNotFoundError, match=r"Close matches: .*'layer4'"):
         make_classifier("resnet18", weights="DEFAULT", unfreeze="layer_4").fit(*make_images())
@@ -276,7 +276,7 @@ def test_a_typo_in_a_named_backbone_is_found_before_weights_are_loaded(monkeypat
 
 
 def test_what_is_frozen_is_in_eval_mode(prepare):
-    """Between two trained blocks as well; the dropout before a trained layer acts."""
+    """Between two trained blocks as well, except for the dropout before a trained layer."""
     module, _, trained = prepare(make_plain(dropout=0.5, norm=True), ["blocks.1"])
     set_train_mode(module.train(), trained)
     modes = {path: child.training for path, child in module.named_modules()}
@@ -318,7 +318,7 @@ class Masking(nn.Dropout):
     ids=lambda kind: kind.__name__,
 )
 def test_any_dropout_before_a_new_head_acts(prepare, kind):
-    """Of whatever kind, and where it is derived from one of torch's."""
+    """Of any kind, and of a class derived from one of torch's."""
     net = seeded(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(), kind(0.5), nn.Linear(64, 5))
     )
@@ -330,7 +330,7 @@ def test_any_dropout_before_a_new_head_acts(prepare, kind):
 
 
 def test_the_head_has_a_group_of_its_own(prepare):
-    """Each parameter that is trained is in one group, and no other is in any."""
+    """Each trained parameter is in one group, and no frozen one is in any."""
     module, _, trained = prepare(make_plain(), "hidden")
     head, backbone = group_parameters(module, trained)
     assert [id(value) for value in head] == [id(value) for value in module.fc.parameters()]
@@ -342,7 +342,7 @@ def test_the_head_has_a_group_of_its_own(prepare):
     [("a.b", True), ("a.b.c", True), ("a.bc", False), ("a", False), ("h", True), ("hh", False)],
 )
 def test_a_path_lies_in_a_module_not_in_one_of_a_longer_name(path, is_trained):
-    """`layer1` has nothing of `layer10`."""
+    """`layer10` does not lie in `layer1`."""
     assert (path in Trained(("h",), ("a.b",), ())) is is_trained
 
 
@@ -353,7 +353,7 @@ def test_a_path_lies_in_a_module_not_in_one_of_a_longer_name(path, is_trained):
 
 
 def test_weights_shared_with_a_frozen_module_cannot_be_trained(images):
-    """They would be trained and frozen at once."""
+    """They would be both trained and frozen."""
     net = make_plain()
     net.blocks[2][0].bias = net.blocks[1][0].bias
     with pytest.raises(

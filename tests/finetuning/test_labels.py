@@ -1,4 +1,4 @@
-"""Tests of labelled images: class weights, sample weights, and those that are held out."""
+"""Tests of labelled images: class weights, sample weights, hold-out split."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ RATES = {"learning_rate": 0.02, "backbone_learning_rate": 0.01}
 
 
 def test_class_weights_count_in_the_loss_like_sample_weights(images):
-    """ "balanced" means that each class counts the same in all."""
+    """ "balanced" gives each class the same total weight."""
     X, y = images
     X, y = X[:6] + X[6:7], np.append(y[:6], "dark")
     params = {"max_epochs": 3, "batch_size": 7, "augment": None}
@@ -36,7 +36,7 @@ def test_class_weights_count_in_the_loss_like_sample_weights(images):
 
 
 def test_the_scale_of_sample_weights_does_not_matter(images):
-    """They are relative: 100 for all is 1 for all."""
+    """Only their ratios matter."""
     plain = make_classifier().fit(*images)
     scaled = make_classifier().fit(*images, sample_weight=np.full(8, 128.0))
     assert_same_state(state_of(plain), state_of(scaled))
@@ -92,7 +92,7 @@ def test_class_weights_that_make_no_sense_are_refused(images, weights, words):
         make_classifier(class_weight=weights).fit(*images)
 
 
-# Held out -----------------------------------------------------------------------------------------
+# Hold-out split -----------------------------------------------------------------------------------
 
 
 def test_a_stratified_part_is_held_out():

@@ -1,4 +1,4 @@
-"""Tests of networks with new heads: built from a backbone, or again from a state dict."""
+"""Tests of networks with new heads: built from a backbone, or from a state dict."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from deepfeat import FineTuneClassifier
 
 
 def test_the_network_of_the_user_stays_as_it_was():
-    """Its weights, its mode, its gradients and its hooks: what is trained is a copy."""
+    """Weights, mode, gradients and hooks: a copy is trained."""
     net = make_plain(norm=True).train()
     net.fc.weight.requires_grad_(False)
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -37,7 +37,7 @@ def test_the_network_of_the_user_stays_as_it_was():
 
 
 def test_a_named_network_is_not_shared_with_what_is_trained():
-    """The next classifier, and the extractor, get the network as it was."""
+    """The next classifier, and the extractor, get the pretrained network."""
     X, y = make_images(4, 32)
     params = {"unfreeze": "all", "learning_rate": 0.1, "backbone_learning_rate": 0.1}
     make_classifier("squeezenet1_1", **params).fit(X, y)
@@ -49,7 +49,7 @@ def test_a_named_network_is_not_shared_with_what_is_trained():
 
 
 class PoolingByFunction(nn.Module):
-    """Classify each place, and take the mean by a function, not a module."""
+    """Classify each position, and take the mean by a function, not a module."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ def test_a_head_replaces_a_layer_before_pooling_by_function():
 
 
 def test_a_head_cannot_be_appended_before_pooling_by_function():
-    """Its place would be where maps are."""
+    """It would come after feature maps."""
     with pytest.raises(
         ValueError, match=r"head='append' is not possible for PoolingByFunction: Poo"
     ):
@@ -111,7 +111,7 @@ def test_auxiliary_classifiers_are_rebuilt_where_there_are_any(tmp_path, unfreez
 @pytest.mark.parametrize("head", ["replace", "append"])
 @pytest.mark.parametrize("n_outputs", [1000, 10])
 def test_a_weights_file_is_not_needed_again(tmp_path, name, head, n_outputs):
-    """Nor its number of classes; GoogLeNet rescales its input where its weights were trained."""
+    """Nor its number of classes; GoogLeNet rescales its input for pretrained weights only."""
     options = {"init_weights": False} if name == "googlenet" else {}
     net = seeded(models.get_model, name, weights=None, num_classes=n_outputs, **options)
     weights, file = tmp_path / "weights.pth", tmp_path / "classifier.safetensors"

@@ -1,4 +1,4 @@
-"""Tests of the two sources: activations that are cached train the same network as images."""
+"""Tests of the two sources: cached activations train the same network as images do."""
 
 import functools
 
@@ -184,7 +184,7 @@ def test_other_activations_would_be_noticed(without_cut):
 
 
 class Counting(nn.Conv2d):
-    """Count the images that come through."""
+    """Count the images that pass through."""
 
     seen = 0
 
@@ -216,7 +216,7 @@ def test_frozen_layers_see_each_view_of_an_image_once(augment, epochs, expected)
     net.blocks[0][0] = seeded(Counting, 3, 6, 3, stride=2, padding=1)
     classifier = make_classifier(net, unfreeze="hidden", augment=augment, max_epochs=epochs)
     with pytest.MonkeyPatch.context() as patch:
-        # To find out about the network, and to try the cut, a few images run through it too.
+        # A few more images run through the network to index it and to try the cut.
         patch.setattr(_fitting, "find_cut", uncounted(_fitting.find_cut))
         for room in (_fitting, readers):
             patch.setattr(room, "LayerIndex", uncounted(room.LayerIndex))
@@ -283,7 +283,7 @@ def test_activations_have_the_precision_of_the_training(without_cut, precision):
 
 
 def test_out_of_memory_activations_are_trained_on_in_parts(monkeypatch):
-    """The rest of the network takes parts of a batch of activations too."""
+    """The rest of the network takes parts of a batch too."""
     X, y = make_images()
     params = {"augment": None, "max_epochs": 4, "batch_size": 8}
     linear = nn.Linear.forward

@@ -1,4 +1,4 @@
-"""Tests of learning: against loops written by hand, and of what happens where it goes wrong."""
+"""Tests of the training loop: against a loop by hand, schedules, lack of memory, divergence."""
 
 import math
 import warnings
@@ -40,7 +40,7 @@ def batch(images):
 
 
 def start_of(**params):
-    """Return the network as training finds it: that of no epoch, for there is none, is built."""
+    """Return the network as it is before training, up to a step at a learning rate near zero."""
     classifier = make_classifier(learning_rate=1e-30, backbone_learning_rate=1e-30, **params)
     classifier.set_params(weight_decay=0.0, max_epochs=1, batch_size=8, optimizer="sgd")
     return classifier.fit(*make_images()).module_
@@ -50,7 +50,7 @@ def start_of(**params):
 
 
 def learn_by_hand(net, batch, epochs, recipe):
-    """Train on one full batch an epoch as the manual of torch would have it."""
+    """Train on one full batch per epoch, as in the manual of torch."""
     inputs, targets = batch
     weights = recipe.get("weights", torch.ones(len(targets)))
     groups = [
@@ -144,7 +144,7 @@ def test_weights_are_those_of_a_bare_loop(images, batch, name, norm):
 
 
 def test_the_loop_by_hand_tells_recipes_apart(batch):
-    """Each recipe trains weights of its own, far beyond the tolerance of the law above."""
+    """Their weights differ by much more than the tolerance of the law above."""
     trained = {}
     for name, recipe in RECIPES.items():
         net = start_of(backbone=make_plain(), unfreeze="all")
@@ -157,7 +157,7 @@ def test_the_loop_by_hand_tells_recipes_apart(batch):
 
 
 def test_the_last_batch_may_be_smaller(images):
-    """It counts by its images: with nothing learned the loss is that of all of them."""
+    """Losses are averaged over images: without training, the loss is that of all of them."""
     X, y = images
     params = {"learning_rate": 1e-30, "backbone_learning_rate": 1e-30, "optimizer": "sgd"}
     losses = [
@@ -187,7 +187,7 @@ def rates_of(schedule, warmup, batches, epochs, rate=1.0):
 
 
 def test_cosine_falls_to_zero():
-    """As the paper writes it, from step to step."""
+    """As in the paper, from step to step."""
     expected = [(1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]
     assert_allclose(rates_of("cosine", 0, 4, 5), expected, atol=1e-12)
 
@@ -204,7 +204,7 @@ def test_a_warm_up_rises_in_even_steps(schedule):
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "one-cycle"])
 def test_without_an_end_rates_are_constant(schedule):
-    """As `partial_fit` has them, which does not know how often it will be called."""
+    """As in `partial_fit`, which does not know how often it will be called."""
     assert rates_of(schedule, 2, 4, None) == [1.0] * 12
 
 
@@ -223,7 +223,7 @@ def test_one_cycle_rises_and_falls():
 @pytest.mark.parametrize("batches", [1, 2, 5])
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7])
 def test_every_schedule_goes_with_every_length(schedule, warmup, batches, epochs):
-    """Rates are positive, no higher than asked for, and reach what was asked for."""
+    """Rates are positive, never above the given rate, and reach it."""
     rates = rates_of(schedule, warmup, batches, epochs)
     assert len(rates) == batches * epochs
     assert min(rates) > 0
@@ -236,7 +236,7 @@ def test_every_schedule_goes_with_every_length(schedule, warmup, batches, epochs
 
 
 class Limited(nn.Module):
-    """Run out of memory on more images than a limit; note how many came."""
+    """Run out of memory on more images than a limit; record how many came."""
 
     limit = 10**9
     error = OUT_OF_MEMORY["cuda"]
@@ -272,7 +272,7 @@ SIZES: list[int] = []
 
 @pytest.fixture(autouse=True)
 def limited(monkeypatch):
-    """Let a test set the limit of `Limited`, which is gone afterwards."""
+    """Set the limit of `Limited` until the end of a test."""
     SIZES.clear()
 
     def limit(count, error=OUT_OF_MEMORY["cuda"], *, backward=False):
@@ -287,7 +287,7 @@ def limited(monkeypatch):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
 def test_parts_learn_what_the_whole_batch_would(images, limited, kind, optimizer):
-    """The step stays the same, with weights, smoothing and clipping; a warning says what is up."""
+    """The step stays the same, with weights, smoothing and clipping; a warning explains it."""
     params = {"optimizer": optimizer, "batch_size": 8, "label_smoothing": 0.1, "augment": None}
     params |= {"max_epochs": 3, "max_grad_norm": 0.1}
     whole = make_classifier(Limited(make_plain()), **params).fit(*images, sample_weight=WEIGHTS)
@@ -350,7 +350,7 @@ def test_other_errors_pass_through(images, limited):
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 7, 8])
 @pytest.mark.parametrize("name", ["own", "squeezenet1_1", "resnet18"])
 def test_a_batch_may_have_one_image(name, batch_size):
-    """Nine images leave a last batch of one in most cases: a trained BatchNorm can do with it."""
+    """With nine images the last batch often has one: a trained BatchNorm accepts it."""
     side = 16 if name == "own" else 32
     X, y = make_images(9, side)
     if name != "own" and batch_size not in (1, 8):
@@ -361,7 +361,7 @@ def test_a_batch_may_have_one_image(name, batch_size):
 
 
 def test_a_batch_of_one_image_leaves_statistics_as_they_are():
-    """It is normalised by what was learned so far: an image has no variance."""
+    """It is normalised with running statistics: a single image may not have any variance."""
     X, y = make_images(5)
     net = make_plain(norm=True)
     classifier = make_classifier(net, batch_size=4, max_epochs=1).fit(X, y)
@@ -373,13 +373,13 @@ def test_a_batch_of_one_image_leaves_statistics_as_they_are():
 
 
 def test_one_image_a_class_is_enough():
-    """Without early stopping, which needs some to set aside."""
+    """Without early stopping, which needs some to hold out."""
     X, y = make_images(2)
     classifier = make_classifier(max_epochs=30, **RATES).fit(X, y)
     assert classifier.score(X, y) == 1
 
 
-# Chance -----------------------------------------------------------------------------------------
+# Randomness -------------------------------------------------------------------------------------
 
 
 def without_times(history):
@@ -390,7 +390,7 @@ def without_times(history):
 @pytest.mark.parametrize("augment", [None, "flip", "crop"])
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_one_seed_gives_one_network(images, augment, num_workers):
-    """To the bit, with dropout, whatever the number of threads and the state of torch's dice."""
+    """To the bit, with dropout, for any number of threads and any state of global generators."""
     params = {"augment": augment, "max_epochs": 3, "early_stopping": True}
     params |= {"validation_fraction": 0.25}
     first = make_classifier(make_plain(dropout=0.5, norm=True), **params).fit(*images)
@@ -404,7 +404,7 @@ def test_one_seed_gives_one_network(images, augment, num_workers):
 
 @pytest.mark.parametrize("seed", [1, np.int64(2), 2**31 + 5])
 def test_another_seed_gives_another_network(images, seed):
-    """The head, the order and the dropout are all drawn."""
+    """The head, the order and the dropout all depend on it."""
     first, second = (make_classifier(random_state=seed).fit(*images) for seed in (0, seed))
     assert not torch.equal(state_of(first)["fc.weight"], state_of(second)["fc.weight"])
 
@@ -416,7 +416,7 @@ def test_without_a_seed_two_fits_differ(images):
 
 
 def test_generators_of_others_are_left_alone(images, monkeypatch):
-    """Neither torch's, nor NumPy's, nor those of devices that are not used."""
+    """Those of torch, of NumPy, and of devices that are not used."""
     net = make_plain(dropout=0.5)
     for name in ("manual_seed_all", "manual_seed"):
         monkeypatch.setattr(torch.cuda, name, lambda seed: pytest.fail("CUDA was seeded"))
@@ -442,7 +442,7 @@ def test_the_order_changes_from_epoch_to_epoch(images):
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-# Losses that are no numbers ---------------------------------------------------------------------
+# Divergence -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -479,7 +479,7 @@ def test_a_training_that_fails_leaves_what_was_learned_before(images):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_a_lower_precision_learns_as_well(images, precision, max_grad_norm):
-    """Weights stay float32; the loss is near that of float32."""
+    """Weights stay float32; the loss is close to that of float32."""
     params = {"max_epochs": 4, "max_grad_norm": max_grad_norm, "augment": None, **RATES}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a step of the schedule before one of the optimizer warns
@@ -507,14 +507,14 @@ def test_gradients_of_float16_are_clipped_without_their_scale(images):
 
 
 def test_the_error_of_float16_names_bfloat16(images):
-    """Whose range is that of float32."""
+    """Which has the range of float32."""
     classifier = make_classifier(learning_rate=1e36, precision="float16", max_epochs=20)
     with pytest.raises(ValueError, match="or precision='bfloat16'"):
         classifier.set_params(schedule="constant").fit(*images)
 
 
 def test_steps_that_float16_leaves_out_are_none_of_the_schedule(images):
-    """The scaler begins too high for these losses: learning rates wait for it."""
+    """The scale starts too high for these losses: learning rates wait for it."""
     weights = np.ones(8)
     classifier = make_classifier(precision="float16", batch_size=8, max_epochs=3)
     rates = [e["learning_rate"] for e in classifier.fit(*images, weights).history_]
@@ -531,7 +531,7 @@ def test_a_transformer_learns_too(images):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_what_diverges_in_the_last_step_is_an_error_too(images, optimizer):
-    """No loss comes after it; weights that are no numbers would classify anything as "dark"."""
+    """No loss comes after it; with weights of NaN, every prediction would be "dark"."""
     X, y = images
     rates = {"learning_rate": 1e36, "backbone_learning_rate": 1e36}
     classifier = make_classifier(

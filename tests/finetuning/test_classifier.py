@@ -31,12 +31,6 @@ def copy_of(state):
     return {name: value.clone() for name, value in state.items()}
 
 
-# Early stopping ---------------------------------------------------------------------------------
-
-
-# Interruption -----------------------------------------------------------------------------------
-
-
 # Resuming ---------------------------------------------------------------------------------------
 
 
@@ -428,7 +422,7 @@ def test_an_extractor_works_like_its_classifier():
     assert extractor.fit_transform(X[:5] / 16).shape == (5, 18)
 
 
-# What is left behind ----------------------------------------------------------------------------
+# Data of the user -------------------------------------------------------------------------------
 
 
 def test_the_data_of_the_user_stays_as_it_was(images):
@@ -442,7 +436,7 @@ def test_the_data_of_the_user_stays_as_it_was(images):
     assert_array_equal(weights, copies[2])
 
 
-# What goes wrong leaves things as they were -------------------------------------------------------
+# Failures ----------------------------------------------------------------------------------------
 
 
 def test_a_call_that_fails_leaves_the_optimizer_as_it_was(images):
@@ -488,7 +482,7 @@ def test_gradients_are_on_whatever_the_caller_has_set(images):
         )
 
 
-# Weights and splits -------------------------------------------------------------------------------
+# Splits ------------------------------------------------------------------------------------------
 
 
 def test_a_warm_start_holds_out_the_same_images(monkeypatch):
@@ -509,7 +503,7 @@ def test_a_warm_start_holds_out_the_same_images(monkeypatch):
     assert splits[2] != splits[0]
 
 
-# Networks and images of one's own -----------------------------------------------------------------
+# Validation -------------------------------------------------------------------------------------
 
 
 def test_what_is_wrong_with_validation_images_is_said_of_them(images):

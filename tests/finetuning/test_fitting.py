@@ -170,7 +170,7 @@ def test_a_training_that_was_interrupted_can_be_resumed(images):
     assert [epoch["epoch"] for epoch in classifier.history_] == [1, 2, 3, 4]
 
 
-# What is left behind ------------------------------------------------------------------------------
+# Progress and memory -----------------------------------------------------------------------------
 
 
 def test_progress_is_shown_if_asked_for(images, capsys):

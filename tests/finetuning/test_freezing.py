@@ -346,9 +346,6 @@ def test_a_path_lies_in_a_module_not_in_one_of_a_longer_name(path, is_trained):
     assert (path in Trained(("h",), ("a.b",), ())) is is_trained
 
 
-# The cut ----------------------------------------------------------------------------------------
-
-
 # What cannot be trained ---------------------------------------------------------------------------
 
 

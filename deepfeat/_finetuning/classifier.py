@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._backbones.find import Backbone, find_backbone
-from .._backbones.preprocessing import Preprocessing, Resize
+from .._backbones.preprocessing import Resize
 from .._backbones.state_files import Weights, is_weights_file
 from .._engine.batches import run_in_batches
 from .._engine.devices import Precision, find_device
@@ -601,13 +601,13 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         if self.random_state is not None and self.random_state >= 2**32:
             raise ValueError(f"random_state={self.random_state}: less than 2**32 is expected.")
 
-    def _find_backbone(self, *, with_file: bool = True, resize: Resize | None = None) -> Backbone:
+    def _find_backbone(self, *, with_file: bool = True) -> Backbone:
         """Find the backbone; without its weights file, only its structure and preprocessing."""
         return find_backbone(
             self.backbone,
             self.weights if with_file or not is_weights_file(self.weights) else None,
             preprocessing=self.preprocessing,
-            resize=resize or self.resize,
+            resize=self.resize,
             image_size=self.image_size,
             seed=self.random_state or 0,
         )
@@ -683,10 +683,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             network = Network(copy.deepcopy(self.module_), self._head, self._n_outputs)
         else:
             network = build_network(backbone, self.head, len(classes), device, seed)
-        steps = backbone.preprocessing
-        squash = self._find_squash(steps) if self.augment == "crop" else None
         config = self._make_config(epochs, device, seed)
-        plan = plan_training(network, blocks, steps, squash, classes, config)
+        plan = plan_training(network, blocks, backbone.preprocessing, classes, config)
         history = self.history_ if resume else []
         state = self._optimizer_state if resume and epochs is None else None
         result = run_training(
@@ -731,12 +729,6 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             seed=seed,
             verbose=self.verbose,
         )
-
-    def _find_squash(self, preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
-        """Return a preparation without cropping, for images that have been cropped already."""
-        if self.preprocessing is not None:
-            return preprocessing.prepare
-        return self._find_backbone(with_file=False, resize="squash").preprocessing.prepare
 
     def _keep(
         self,

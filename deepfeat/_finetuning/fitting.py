@@ -4,13 +4,11 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,16 +25,12 @@ from .training import Trainer, TrainingConfig, train
 
 @dataclass(frozen=True)
 class Plan:
-    """A network with all but the trained part frozen, where it may be cut, and how it is trained.
-
-    `squash` prepares an image without cropping it; only `augment="crop"` needs it.
-    """
+    """A network frozen but for its trained part, where it may be cut, and how it is trained."""
 
     module: nn.Module
     trained: Trained
     cut: Cut | None
     preprocessing: Preprocessing
-    squash: Callable[[Image.Image], Tensor] | None
     classes: NDArray[Any]
     config: TrainingConfig
 
@@ -57,7 +51,6 @@ def plan_training(
     network: Network,
     blocks: tuple[str, ...],
     preprocessing: Preprocessing,
-    squash: Callable[[Image.Image], Tensor] | None,
     classes: NDArray[Any],
     config: TrainingConfig,
 ) -> Plan:
@@ -70,7 +63,7 @@ def plan_training(
     # A single epoch caches nothing, and only a CPU runs the two parts apart for speed.
     is_cut = config.epochs is not None or config.device.type == "cpu"
     cut = find_cut(module, index, trained, shape) if is_cut else None
-    return Plan(module, trained, cut, preprocessing, squash, classes, config)
+    return Plan(module, trained, cut, preprocessing, classes, config)
 
 
 def run_training(
@@ -172,7 +165,6 @@ def make_source(plan: Plan, dataset: Dataset, augment: Augment) -> Source:
         device=config.device,
         seed=config.seed,
         preprocessing=plan.preprocessing,
-        squash=plan.squash,
         num_workers=config.num_workers,
         module=plan.module,
         cut=plan.cut,

@@ -101,12 +101,10 @@ class Source(ABC):
 class ImageSource(Source):
     """Images that are opened, augmented and prepared each time they are drawn.
 
-    The `module` runs on them, in two parts if there is a `cut`. `squash` prepares an image without
-    cropping it, which "crop" needs.
+    The `module` runs on them, in two parts if there is a `cut`.
     """
 
     preprocessing: Preprocessing
-    squash: Callable[[Image.Image], Tensor] | None
     num_workers: Workers
     module: nn.Module
     cut: Cut | None
@@ -162,9 +160,8 @@ class ImageSource(Source):
                     "normalisation and conversion to a tensor to the preprocessing."
                 )
             return self.preprocessing.prepare(image.convert("RGB"))
-        assert self.squash is not None
         rng = np.random.default_rng([self.seed, epoch, index])
-        return self.squash(crop_at_random(image, rng))
+        return self.preprocessing.prepare_whole(crop_at_random(image, rng))
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,6 @@ def test_a_batch_has_the_inputs_targets_and_weights_of_its_images(prepare, cache
         device=torch.device("cpu"),
         seed=0,
         preprocessing=preprocess_with(to_16_pixels),
-        squash=None,
         num_workers=0,
         module=module.eval(),
         cut=find_cut(module, index, trained, (3, 16, 16)),

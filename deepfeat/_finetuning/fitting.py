@@ -25,7 +25,7 @@ from .training import Trainer, TrainingConfig, train
 
 @dataclass(frozen=True)
 class Plan:
-    """A network with its frozen part frozen, where it may be cut, and how it is trained."""
+    """A network frozen but for its trained part, where it may be cut, and how it is trained."""
 
     module: nn.Module
     trained: Trained

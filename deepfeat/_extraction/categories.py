@@ -1,6 +1,6 @@
 """`predict_categories`: images classified by a network's own head, in the words of its weights."""
 
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from .._engine.devices import Precision, find_device
 from .._engine.threads import Workers
 from .._images.decoding import unwrap_tensor
 from .._images.records import ImageError, Record, as_records, is_tabular
-from .._parameters import Counts, check_choices, check_counts
+from .._parameters import check_parameters
 
 
 def predict_categories(
@@ -95,16 +95,19 @@ def predict_categories(
     """
     if not isinstance(backbone, str):
         raise TypeError(
-            f"backbone is a {type(backbone).__name__}; a name is expected: what the outputs of a "
-            "module of your own stand for is not known."
+            f"backbone must be a name; got a {type(backbone).__name__}, whose categories are not "
+            "known."
         )
-    check_choices({"resize": resize, "precision": precision}, _CHOICES)
-    counts = {"batch_size": batch_size, "num_workers": num_workers, "top": top}
-    check_counts(counts, _COUNTS)
+    params = {"top": top, "resize": resize, "batch_size": batch_size}
+    check_parameters(
+        predict_categories, params | {"precision": precision, "num_workers": num_workers}
+    )
     found = find_backbone(backbone, weights, resize=resize, image_size=image_size)
     names = _name_outputs(found, weights)
     if top > len(names):
-        raise ValueError(f"top={top}: {found.name} has no more than {len(names)} categories.")
+        raise ValueError(
+            f"top must be at most {len(names)}, as {found.name} has no more categories; got {top}."
+        )
     records = _find_records(images, image_shape)
     target = find_device(device)
     module = found.load(target)
@@ -149,7 +152,3 @@ def _find_records(images: Any, image_shape: tuple[int, ...] | None) -> list[Reco
     if is_tabular(images):
         images = np.asarray(images)
     return as_records(images, image_shape)
-
-
-_CHOICES = {"resize": get_args(Resize), "precision": get_args(Precision)}
-_COUNTS: Counts = (("batch_size", 1, ()), ("num_workers", 0, ("auto",)), ("top", 1, ()))

@@ -1,6 +1,6 @@
 """`predict_categories`: the most probable categories of the classes a network was trained on."""
 
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from .._engine.batches import run_in_batches
 from .._engine.devices import Precision, find_device
 from .._engine.threads import Workers
 from .._images.records import ImageError, Record, as_records
-from .._parameters import Counts, check_choices, check_counts
+from .._parameters import check_parameters
 from .readers import make_logit_reader
 
 
@@ -97,9 +97,10 @@ def predict_categories(
             f"backbone must be a name; got a {type(backbone).__name__}: the categories of a module "
             "of your own are not known."
         )
-    check_choices({"resize": resize, "precision": precision}, _CHOICES)
-    counts = {"batch_size": batch_size, "num_workers": num_workers, "top": top}
-    check_counts(counts, _COUNTS)
+    params = {"top": top, "resize": resize, "batch_size": batch_size}
+    check_parameters(
+        predict_categories, params | {"precision": precision, "num_workers": num_workers}
+    )
     found = find_backbone(backbone, weights, resize=resize, image_size=image_size)
     names = _name_outputs(found, weights)
     if top > len(names):
@@ -132,7 +133,3 @@ def _name_outputs(backbone: Backbone, weights: Weights) -> tuple[str, ...]:
             "as 'DEFAULT', and are used for a file with as many outputs."
         )
     return backbone.categories
-
-
-_CHOICES = {"resize": get_args(Resize), "precision": get_args(Precision)}
-_COUNTS: Counts = (("batch_size", 1, ()), ("num_workers", 0, ("auto",)), ("top", 1, ()))

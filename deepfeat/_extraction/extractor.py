@@ -30,7 +30,7 @@ from .._images.records import ImageError, Record
 from .._images.tables import find_records, tag_images
 from .._layers.index import LayerIndex, LayerTable, ResolvedLayer
 from .._layers.pooling import Pooling, count_features
-from .._parameters import Choices, Counts, check_choices, check_counts, check_device
+from .._parameters import check_device, check_parameters
 from .readers import index_layers
 from .rows import MEMORY, ExtractionSpec, read_rows
 
@@ -585,18 +585,16 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         return failures
 
     def _check_parameters(self) -> None:
-        params = self.get_params(deep=False)
-        check_choices(params, _CHOICES)
-        check_counts(params, _COUNTS)
+        check_parameters(DeepFeatureExtractor, self.get_params(deep=False))
         check_device(self.device)
         if not (self.prefetch in ("stages", None) or isinstance(self.prefetch, (list, tuple))):
             raise ValueError(
-                f"prefetch={self.prefetch!r}: 'stages', a list of layers or None is expected."
+                f"prefetch must be 'stages', a list of layers or None; got {self.prefetch!r}."
             )
         is_place = isinstance(self.cache, (str, os.PathLike, FeatureCache)) and self.cache != ""
         if not (self.cache is None or is_place):
             raise ValueError(
-                f"cache={self.cache!r}: 'memory', a directory, a FeatureCache or None is expected."
+                f"cache must be 'memory', a directory, a FeatureCache or None; got {self.cache!r}."
             )
 
     def _check_input_features(self, input_features: Any) -> None:
@@ -618,21 +616,6 @@ class _Section(NamedTuple):
 
     layer: ResolvedLayer
     columns: slice
-
-
-_CHOICES: Choices = {
-    "pooling": ("avg", "max", "gem", "cls", "flatten"),
-    "norm": ("l2", "l1", "max", None),
-    "resize": ("weights", "squash", "pad"),
-    "precision": ("float32", "bfloat16", "float16"),
-    "on_error": ("raise", "warn", "nan"),
-}
-_COUNTS: Counts = (
-    ("batch_size", 1, ()),
-    ("num_workers", 0, ("auto",)),
-    ("image_size", 1, (None,)),
-    ("random_state", 0, (None,)),
-)
 
 
 def _as_list(layers: str | int | list[str | int]) -> list[str | int]:

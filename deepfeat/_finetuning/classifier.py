@@ -28,15 +28,7 @@ from .._extraction.readers import index_layers, make_logit_reader
 from .._images.records import Record
 from .._images.tables import find_records, tag_images
 from .._layers.index import LayerNotFoundError
-from .._parameters import (
-    Choices,
-    Counts,
-    Ranges,
-    check_choices,
-    check_counts,
-    check_device,
-    check_ranges,
-)
+from .._parameters import check_device, check_parameter, check_parameters
 from .augmentation import Augment
 from .fitting import FitResult, plan_training, run_training
 from .freezing import Unfreeze, find_blocks
@@ -582,24 +574,14 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     # Parameters and input -----------------------------------------------------------------------
 
     def _check_parameters(self) -> None:
-        params = self.get_params(deep=False)
-        check_choices(params, _CHOICES)
-        check_counts(params, _COUNTS)
-        check_ranges(params, _RANGES)
+        check_parameters(FineTuneClassifier, self.get_params(deep=False))
         check_device(self.device)
         if not callable(self.augment):
-            check_choices(params, {"augment": ("flip", "crop", None)})
-        weight = self.class_weight
-        is_balanced = isinstance(weight, str) and weight == "balanced"
-        if not (weight is None or is_balanced or isinstance(weight, Mapping)):
-            raise ValueError(
-                f"class_weight={self.class_weight!r}: a dict, 'balanced' or None is expected."
-            )
-        for name in ("early_stopping", "warm_start"):
-            if not isinstance(params[name], (bool, np.bool_)):
-                raise ValueError(f"{name}={params[name]!r}: True or False is expected.")
+            check_parameter("augment", self.augment, Augment, "a callable")
+        if not isinstance(self.class_weight, Mapping):
+            check_parameter("class_weight", self.class_weight, ClassWeight, "a dict")
         if self.random_state is not None and self.random_state >= 2**32:
-            raise ValueError(f"random_state={self.random_state}: less than 2**32 is expected.")
+            raise ValueError(f"random_state must be less than 2**32; got {self.random_state}.")
 
     def _find_backbone(self, *, with_file: bool = True) -> Backbone:
         """Find the backbone; without its weights file, only its structure and preprocessing."""
@@ -756,7 +738,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     def _compute_logits(self, X: Any) -> NDArray[np.float64]:
         """Run the network on images, in eval mode."""
         check_is_fitted(self, "module_")
-        check_counts(self.get_params(deep=False), _COUNTS)
+        names = ("batch_size", "num_workers", "precision")
+        check_parameters(FineTuneClassifier, {name: getattr(self, name) for name in names})
         records = find_records(self, X, self.image_shape, reset=False)
         device = find_device(self.device)
         network = self.module_.to(device)
@@ -781,32 +764,6 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
 
 # The parameters that decide which network is trained.
 _ORIGIN = ("backbone", "weights", "preprocessing", "head", "resize", "image_size")
-
-_CHOICES: Choices = {
-    "head": ("replace", "append"),
-    "optimizer": ("adamw", "sgd"),
-    "schedule": ("cosine", "one-cycle", "constant"),
-    "resize": ("weights", "squash", "pad"),
-    "precision": ("float32", "bfloat16", "float16"),
-}
-_COUNTS: Counts = (
-    ("max_epochs", 1, ()),
-    ("batch_size", 1, ()),
-    ("n_iter_no_change", 1, ()),
-    ("num_workers", 0, ("auto",)),
-    ("image_size", 1, (None,)),
-    ("random_state", 0, (None,)),
-)
-_RANGES: Ranges = (
-    ("learning_rate", "(0, inf)", ()),
-    ("backbone_learning_rate", "(0, inf)", ()),
-    ("weight_decay", "[0, inf)", ()),
-    ("warmup_epochs", "[0, inf)", ()),
-    ("label_smoothing", "[0, 1)", ()),
-    ("max_grad_norm", "(0, inf)", (None,)),
-    ("validation_fraction", "(0, 1)", ()),
-    ("tol", "[0, inf)", ()),
-)
 
 
 # Here doctest finds the examples of a class that says it is in another module.

@@ -150,7 +150,7 @@ def fetch_scene15(
         Folder in which the folder `scene15` is, or will be. By default that of
         `sklearn.datasets.get_data_home`: `~/scikit_learn_data`, unless the environment variable
         `SCIKIT_LEARN_DATA` names another.
-    split : {"random", "fixed"}, default="random"
+    split : {"fixed", "random"}, default="random"
         As for `load_scene15`. What is downloaded holds no fixed split: for one put a file
         `scene15_split.csv` into `data_home`.
     train_per_class : int, default=100

@@ -74,9 +74,9 @@ def test_partial_fits_keep_the_scale_of_weights(images):
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ("auto", "class_weight='auto': a dict, 'balanced' or None is expected"),
-        (3, "class_weight=3: a dict"),
-        ([1, 2], r"class_weight=\[1, 2\]: a dict"),
+        ("auto", "^class_weight must be a dict, 'balanced' or None; got 'auto'"),
+        (3, r"^class_weight must be a dict, .*; got 3"),
+        ([1, 2], r"^class_weight must be a dict, .*; got \[1, 2\]"),
         ({"gray": 2}, "gray|not in class_weight"),
         ({"dark": -1}, "class_weight must have finite, non-negative weights; got {'dark'"),
         ({"dark": np.nan}, "class_weight must have finite, non-negative weights; got {'dark'"),

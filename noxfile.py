@@ -21,6 +21,10 @@ OFFLINE = {
     "MPLBACKEND": "Agg",
 }
 
+# As many processes as there are cores, with a thread each: more would be in each other's way.
+PYTEST = ("-m", "pytest", "--numprocesses=auto", "--dist=worksteal")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
 # An environment with torch takes gigabytes, so the sessions below `dev` share that of `dev`.
 in_dev = functools.partial(nox.session, venv_backend="none", requires=["dev"])
 on_request = functools.partial(in_dev, default=False)
@@ -50,20 +54,19 @@ def types(session):
 @in_dev()
 def tests(session):
     """Run the tests and doctests that need no network, no GPU, no real data and little time."""
-    run_python(session, "-m", "pytest", *session.posargs)
+    run_pytest(session)
 
 
 @on_request()
 def slow(session):
     """Run the tests that take long."""
-    run_python(session, "-m", "pytest", "-m", "slow", *session.posargs)
+    run_pytest(session, "-m", "slow")
 
 
 @on_request(name="property")
 def property_(session):
     """Run the property tests on many more examples."""
-    profile = "--hypothesis-profile=thorough"
-    run_python(session, "-m", "pytest", "-m", "hypothesis", profile, *session.posargs)
+    run_pytest(session, "-m", "hypothesis", "--hypothesis-profile=thorough")
 
 
 @on_request()
@@ -122,7 +125,7 @@ def minimums(session):
         ".[datasets,plot]",
         *requirements("test"),
     )
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", *PYTEST, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(reuse_venv=False, default=False)
@@ -149,6 +152,11 @@ def run_python(session, *args, env=None):
     """Run the Python of the shared environment."""
     python = "Scripts/python.exe" if os.name == "nt" else "bin/python"
     session.run(session.cache_dir.parent / "dev" / python, *args, env=env)
+
+
+def run_pytest(session, *args):
+    """Run tests in parallel; what the user adds comes last, and so has the last word."""
+    run_python(session, *PYTEST, *args, *session.posargs, env=ONE_THREAD)
 
 
 def scripts_in(session, folder):

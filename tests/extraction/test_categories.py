@@ -180,7 +180,7 @@ def test_a_file_with_another_number_of_outputs_has_no_names(tmp_path, images):
 
 def test_a_module_of_ones_own_is_refused(images):
     """Nobody knows what its outputs stand for."""
-    with pytest.raises(TypeError, match=r"^backbone must be a name; got a Linear,"):
+    with pytest.raises(TypeError, match=r"^backbone must be a name; got a Linear: the cat"):
         predict_categories(images, nn.Linear(3, 5))
     module = models.get_model(NAME, weights=None)
     preprocessing = SqueezeNet1_1_Weights.DEFAULT.transforms()

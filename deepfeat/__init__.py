@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ._extraction.extractor import DeepFeatureExtractor as DeepFeatureExtractor
     from ._extraction.extractor import list_layers as list_layers
     from ._finetuning.classifier import FineTuneClassifier as FineTuneClassifier
+    from ._images.records import ImageError as ImageError
     from ._layers.index import LayerNotFoundError as LayerNotFoundError
 
 __version__ = "0.1.0.dev0"
@@ -27,6 +28,7 @@ _ROOM_OF = {
     "DeepFeatureExtractor": "_extraction.extractor",
     "FeatureCache": "_cache.cache",
     "FineTuneClassifier": "_finetuning.classifier",
+    "ImageError": "_images.records",
     "LayerNotFoundError": "_layers.index",
     "list_backbones": "_backbones.find",
     "list_layers": "_extraction.extractor",
@@ -38,6 +40,7 @@ __all__ = [
     "DeepFeatureExtractor",
     "FeatureCache",
     "FineTuneClassifier",
+    "ImageError",
     "LayerNotFoundError",
     "list_backbones",
     "list_layers",
@@ -48,9 +51,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_ROOM_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f".{_ROOM_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

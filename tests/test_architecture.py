@@ -1,7 +1,12 @@
 """The architecture: floors that imports keep to, and a door that loads nothing heavy."""
 
+import doctest
+import importlib
+import inspect
 import json
 import os
+import pickle
+import pickletools
 import shutil
 import subprocess
 import sys
@@ -18,6 +23,7 @@ PUBLIC = {
     "DeepFeatureExtractor",
     "FeatureCache",
     "FineTuneClassifier",
+    "ImageError",
     "LayerNotFoundError",
     "__version__",
     "list_backbones",
@@ -97,3 +103,32 @@ def test_the_door_loads_nothing_heavy(tmp_path):
 def test_every_name_at_the_door_opens(name):
     """What `dir(deepfeat)` shows can be had."""
     assert getattr(deepfeat, name) is not None
+
+
+@pytest.mark.parametrize("door", ["deepfeat", "deepfeat.plotting"])
+def test_public_classes_name_the_door(door):
+    """A pickle that names `deepfeat` alone can be read wherever a class has moved."""
+    module = importlib.import_module(door)
+    values = (getattr(module, name) for name in module.__all__)
+    classes = [value for value in values if inspect.isclass(value)]
+    assert len(classes) >= 5
+    assert {value.__module__ for value in classes} == {door}
+
+
+@pytest.mark.parametrize("make", [deepfeat.DeepFeatureExtractor, deepfeat.FineTuneClassifier])
+def test_a_pickle_of_parameters_names_no_room(make):
+    """It holds the public class and plain values."""
+    words = [word for _, word, _ in pickletools.genops(pickle.dumps(make())) if word]
+    assert "deepfeat" in words
+    assert not [word for word in words if isinstance(word, str) and word.startswith("deepfeat._")]
+
+
+@pytest.mark.parametrize("name", deepfeat.__all__)
+def test_no_example_of_a_public_class_is_lost(name):
+    """doctest passes over a class that says it is in another module, unless told of it."""
+    finder = doctest.DocTestFinder()
+    tests = finder.find(getattr(deepfeat, name), name, module=False)
+    written = [test.docstring for test in tests if test.examples]
+    room = importlib.import_module(f"deepfeat.{deepfeat._ROOM_OF[name]}")
+    found = [test.docstring for test in finder.find(room) if test.examples]
+    assert [docstring for docstring in written if found.count(docstring) != 1] == []

@@ -87,6 +87,8 @@ class FeatureCache:
     CacheInfo(rows=2, bytes=24, contexts=1, hits=1, misses=1)
     """
 
+    __module__ = "deepfeat"  # so that pickles outlive moves
+
     def __init__(
         self, path: str | os.PathLike[str] | None = None, *, max_bytes: int | None = None
     ) -> None:
@@ -427,3 +429,7 @@ def _as_matrix(matrix: NDArray[Any], n_images: int) -> NDArray[np.float32]:
 
 def _as_stamp(stat: FileStat) -> bytes:
     return b"%d %d %d %d %d" % stat[1:]  # not numbers: an inode can exceed SQLite's integers
+
+
+# Here doctest finds the examples of a class that says it is in another module.
+__test__ = {"FeatureCache": FeatureCache}

@@ -41,6 +41,8 @@ Found = tuple[NDArray[np.bool_], NDArray[np.float32] | None]
 class CacheFormatError(ValueError):
     """The file of a cache is foreign, was tampered with, or has a format that is not read here."""
 
+    __module__ = "deepfeat"  # so that pickles outlive moves
+
 
 class DiskStore:
     """One file, open once in a process; an error of its disk is told once and ends the writing."""

@@ -1,4 +1,4 @@
-"""Functions mapped over samples in threads, in order."""
+"""Threads: a function mapped over samples, in order."""
 
 import os
 import traceback
@@ -16,9 +16,9 @@ R = TypeVar("R")
 def map_in_threads(
     function: Callable[[T], R], samples: Iterable[T], num_workers: Workers, *, ahead: int
 ) -> Iterator[tuple[T, R | Exception]]:
-    """Map in threads, in order, no more than `ahead` samples before the one that is taken.
+    """Map in threads, in order, at most `ahead` samples before the one that is taken.
 
-    What `function` raises for a sample is its result.
+    An exception that `function` raises for a sample is the result for that sample.
     """
     iterator = iter(samples)
     workers = _count_workers() if num_workers == "auto" else num_workers
@@ -40,14 +40,14 @@ def map_in_threads(
 
 
 def _count_workers() -> int:
-    """Count the processors that this process may use: no more than 8 are worth a thread."""
+    """Count the processors that this process may use; more than 8 threads do not pay off."""
     if hasattr(os, "sched_getaffinity"):
         return min(8, len(os.sched_getaffinity(0)))
     return min(8, os.cpu_count() or 1)
 
 
 def attempt(function: Callable[[T], R], sample: T) -> R | Exception:
-    """Call a function; what it raises is its result, and holds nothing that the function held."""
+    """Call a function; an exception is returned, and keeps none of the function's variables."""
     try:
         return function(sample)
     except Exception as error:
@@ -56,7 +56,7 @@ def attempt(function: Callable[[T], R], sample: T) -> R | Exception:
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Keep the lines in which an error and its causes were raised, and not the variables there."""
+    """Keep the lines in which an error and its causes were raised, but not the variables there."""
     pending = [error]
     seen: list[BaseException] = []
     while pending:

@@ -1,10 +1,9 @@
-"""`predict_categories`: images classified by a network's own head, in the words of its weights."""
+"""`predict_categories`: the most probable categories of the classes a network was trained on."""
 
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .._backbones.find import Backbone, find_backbone
 from .._backbones.networks import count_outputs
@@ -13,9 +12,9 @@ from .._backbones.state_files import Weights
 from .._engine.batches import run_in_batches
 from .._engine.devices import Precision, find_device
 from .._engine.threads import Workers
-from .._images.decoding import unwrap_tensor
-from .._images.records import ImageError, Record, as_records, is_tabular
+from .._images.records import ImageError, Record, as_records
 from .._parameters import check_parameters
+from .readers import make_logit_reader
 
 
 def predict_categories(
@@ -32,10 +31,10 @@ def predict_categories(
     precision: Precision = "float32",
     num_workers: Workers = "auto",
 ) -> list[list[tuple[str, float]]]:
-    """Tell what a pretrained network sees in images: its most probable categories.
+    """Classify images with the head of a pretrained network: its most probable categories.
 
-    The categories are those that the weights were trained to tell apart, 1,000 of ImageNet for
-    the weights that torchvision publishes.
+    The categories are those that the weights were trained on: 1,000 of ImageNet for the weights
+    that torchvision publishes.
 
     Parameters
     ----------
@@ -44,10 +43,10 @@ def predict_categories(
     backbone : str, default="vgg16"
         One of `list_backbones()`.
     weights : str, path or torchvision weights, default="DEFAULT"
-        As for `DeepFeatureExtractor`, but not None: random weights know no categories. Outputs of
-        a file are named as those of "DEFAULT", if there are as many.
+        As for `DeepFeatureExtractor`, but not None: random weights have no categories. The outputs
+        of a weights file are named like those of "DEFAULT" if there are as many.
     top : int, default=5
-        Number of categories an image.
+        Number of categories per image.
     resize : {"weights", "squash", "pad"}, default="weights"
         As for `DeepFeatureExtractor`.
     image_size : int, optional
@@ -66,16 +65,16 @@ def predict_categories(
     Returns
     -------
     categories : list of n lists of `top` pairs (str, float)
-        For each image the names of categories with their probabilities, the most probable first.
-        Pairs, since a name is read together with its probability: `dict(categories[i])` looks one
-        up, and `pandas.DataFrame(categories[i])` makes a table. The probabilities of all
-        categories, of which these are the largest, sum to 1.
+        For each image, names of categories with their probabilities, the most probable first.
+        `dict(categories[i])` looks up a probability by name, and `pandas.DataFrame(categories[i])`
+        makes a table. The probabilities of all categories, of which these are the largest, sum to
+        1.
 
     Raises
     ------
     ValueError
         If an image cannot be read, the outputs have no names, there are fewer than `top`, or an
-        argument is out of its range.
+        argument is invalid.
     OSError
         If the weights cannot be downloaded.
 
@@ -87,7 +86,7 @@ def predict_categories(
     >>> for categories in predict_categories(photographs, top=1):  # doctest: +SKIP
     ...     print(categories)
 
-    The backbone that comes with deepfeat needs no download, but knows no such categories:
+    The backbone that comes with deepfeat needs no download, but does not know such categories:
 
     >>> predictions = predict_categories(photographs, "resnet10_slim", top=3)
     >>> [len(pairs) for pairs in predictions]
@@ -95,8 +94,8 @@ def predict_categories(
     """
     if not isinstance(backbone, str):
         raise TypeError(
-            f"backbone must be a name; got a {type(backbone).__name__}, whose categories are not "
-            "known."
+            f"backbone must be a name; got a {type(backbone).__name__}: the categories of a module "
+            "of your own are not known."
         )
     params = {"top": top, "resize": resize, "batch_size": batch_size}
     check_parameters(
@@ -106,34 +105,23 @@ def predict_categories(
     names = _name_outputs(found, weights)
     if top > len(names):
         raise ValueError(
-            f"top must be at most {len(names)}, as {found.name} has no more categories; got {top}."
+            f"top must be at most {len(names)}, the number of {found.name}'s categories; got {top}."
         )
-    records = _find_records(images, image_shape)
+    records = as_records(images, image_shape)
     target = find_device(device)
-    module = found.load(target)
-    steps = found.preprocessing
-
-    def classify(batch: Tensor) -> dict[str, Tensor]:
-        return {"probabilities": module(steps.normalize(batch)).float().softmax(dim=1)}
-
+    reader = make_logit_reader(found.load(target), found.preprocessing, target, precision)
     predictions: list[list[tuple[str, float]]] = []
     for batch in run_in_batches(
-        module,
-        classify,
-        records,
-        lambda record: steps.prepare(record.open()),
-        device=target,
-        precision=precision,
-        batch_size=batch_size,
-        num_workers=num_workers,
+        reader, records, Record.open, batch_size=batch_size, num_workers=num_workers
     ):
         for record, error in batch.failures:
             raise record.error(error)
-        for record, row in zip(batch.samples, batch.rows["probabilities"], strict=True):
+        probabilities = torch.from_numpy(batch.rows["logits"]).softmax(dim=1).numpy()
+        for record, row in zip(batch.samples, probabilities, strict=True):
             if not np.isfinite(row).all():
                 raise ImageError(str(record), "the network gave NaN or infinity for it")
             order = np.argsort(-row, kind="stable")[:top]
-            predictions.append([(names[place], float(row[place])) for place in order])
+            predictions.append([(names[index], float(row[index])) for index in order])
     return predictions
 
 
@@ -141,14 +129,7 @@ def _name_outputs(backbone: Backbone, weights: Weights) -> tuple[str, ...]:
     if backbone.categories is None:
         raise ValueError(
             f"The {count_outputs(backbone.skeleton)} outputs of {backbone.name} with "
-            f"weights={weights!r} have no names: names come with published weights, such as "
-            "'DEFAULT', and are taken from there for a file with as many outputs."
+            f"weights={weights!r} have no category names: they come with published weights, such "
+            "as 'DEFAULT', and are used for a file with as many outputs."
         )
     return backbone.categories
-
-
-def _find_records(images: Any, image_shape: tuple[int, ...] | None) -> list[Record]:
-    images = unwrap_tensor(images)
-    if is_tabular(images):
-        images = np.asarray(images)
-    return as_records(images, image_shape)

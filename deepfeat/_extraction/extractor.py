@@ -1,4 +1,4 @@
-"""`DeepFeatureExtractor` and `list_layers`: features for scikit-learn."""
+"""`DeepFeatureExtractor` and `list_layers`: features of layers for scikit-learn."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ from .._layers.index import LayerIndex, LayerTable, ResolvedLayer
 from .._layers.pooling import Pooling, count_features
 from .._parameters import check_device, check_parameters
 from .readers import index_layers
-from .rows import MEMORY, Reading, read_rows
+from .rows import MEMORY, ExtractionSpec, read_rows
 
 
 def list_layers(
@@ -43,9 +43,10 @@ def list_layers(
 ) -> LayerTable:
     """List the layers of a backbone: names, shapes, sizes and costs. No weights are loaded.
 
-    The layers are whole blocks (a residual block, not its convolutions), in the order of
-    computation, and share out the network's parameters; any module path inside them can be read
-    as well. "stage1", "stage2", ... is the last layer before each down-sampling.
+    The layers are whole blocks (a residual block, not its convolutions) in the order of
+    computation, and every parameter of the network belongs to one of them. Any module path inside
+    a block can be read as well. "stage1", "stage2", ... is the last layer before each
+    down-sampling.
 
     Parameters
     ----------
@@ -60,8 +61,8 @@ def list_layers(
     -------
     LayerTable
         A list of `Layer` entries (`name`, `aliases`, `kind`, `output_shape`, `n_features`,
-        `parameters`, `multiply_adds`) that prints as a table; `pandas.DataFrame(table)` makes a
-        frame of it.
+        `parameters`, `multiply_adds`) that prints as a table; `pandas.DataFrame(table)` turns it
+        into a data frame.
 
     Examples
     --------
@@ -89,66 +90,68 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         One of `list_backbones()`, or a network of your own, which needs `preprocessing`.
     layer : str, int or list of these, default="relu7"
         The layer to read, or several, whose columns are concatenated in that order. A name or
-        alias of `list_layers(backbone)`, any module path, or a place in that list (-1 is the
+        alias of `list_layers(backbone)`, any module path, or an index into that list (-1 is the
         last). AlexNet and VGG have Caffe's names (`conv5_3`, `relu5_3`, `pool5`, `fc6`, `relu6`);
         every backbone has `stage1`, `stage2`, ... A convolution is read before its ReLU.
     weights : str, path, torchvision weights or None, default="DEFAULT"
-        "DEFAULT" or another name of torchvision's weights, downloaded at the first use (those of
+        "DEFAULT" or another name of torchvision's weights, downloaded on first use (those of
         `resnet10_slim` come with deepfeat); the path of a `.pth` or `.safetensors` state dict,
         preprocessed like "DEFAULT"; or None for random weights.
     preprocessing : callable, default=None
-        From an RGB PIL image to a float tensor of shape (C, H, W). By default the
-        weights' own; needed where `backbone` is a module.
+        Turns an RGB PIL image into a float tensor of shape (C, H, W). By default the
+        preprocessing of the weights; required if `backbone` is a module.
     pooling : {"avg", "max", "gem", "cls", "flatten"}, default="avg"
         How maps (C, H, W) and tokens (N, D) become one row of C or D features: mean, maximum,
-        generalised mean (power 3) over the places, the class token alone, or all values.
+        generalised mean (power 3) over the positions, the class token alone, or all values.
     norm : {"l2", "l1", "max"} or None, default="l2"
-        Norm to which each row is scaled, for each layer by itself.
+        Norm by which each row is divided, separately for each layer.
     resize : {"weights", "squash", "pad"}, default="weights"
-        "weights": the weights' own resizing and centre crop; "squash": the whole image, its sides
-        brought to the input size; "pad": the whole image in its proportions, on the mean colour.
+        "weights": the resizing and centre crop of the weights; "squash": the whole image,
+        stretched to the input size; "pad": the whole image with its aspect ratio kept, padded with
+        the mean colour.
     image_size : int, default=None
         Side of the network's input in pixels; by default that of the weights.
     image_shape : tuple of int, default=None
-        (H, W) or (H, W, C) of an image that is given as a flattened row; one entry may be -1.
-        With it X may be a table of shape (n, H * W * C).
+        (H, W) or (H, W, C) of the images if X is a table of shape (n, H * W * C), with one
+        flattened image per row; one entry may be -1.
     batch_size : int, default=32
-        Images held and run at a time. Halved where memory runs out.
+        Number of images per batch. Halved if memory runs out.
     device : str or torch.device, default="auto"
         "auto" takes CUDA, else MPS, else the CPU.
     precision : {"float32", "bfloat16", "float16"}, default="float32"
-        Type in which the network computes (autocast). Features are float32 in any case.
+        Type in which the network computes (autocast). Features are always float32.
     num_workers : int or "auto", default="auto"
-        Threads that read and prepare images meanwhile; 0 for none.
+        Number of threads that read and prepare images while the network runs; 0 for none.
     cache : "memory", path, FeatureCache or None, default="memory"
-        Where rows are kept, before `norm`, so that an image goes through the network once however
-        often it comes: in this process, up to 1 GiB; in a directory, for all processes and later
-        runs; in a `FeatureCache` of your own; or nowhere.
+        Where rows are kept, before `norm`, so that an image goes through the network only once
+        however often it comes: in this process, up to 1 GiB; in a directory, shared by all
+        processes and later runs; in a `FeatureCache` of your own; or nowhere.
     prefetch : "stages", list of layers or None, default="stages"
-        Layers that the pass over a new image keeps besides those asked for. "stages": the end of
-        each stage and the last vectors, pooled, so that a search over these needs one pass; where
-        it asks for another layer, the second pass over an image keeps all that `list_layers` names,
-        if the cache has room for them. A list: these layers. None stops each pass at the deepest
-        layer asked for. Ignored without a cache; flattened maps are kept only where asked for.
+        Layers that the pass over a new image keeps in addition to those requested. "stages": the
+        end of each stage and the last vectors, pooled, so that a search over these needs one pass;
+        if it requests another layer, the second pass over an image keeps all layers that
+        `list_layers` names, provided the cache has room for them. A list: these layers. None: each
+        pass ends with the deepest layer requested. Ignored without a cache; flattened maps are kept
+        only if requested.
     on_error : {"raise", "warn", "nan"}, default="raise"
-        What an image does that cannot be read: raise an error; or leave a row of NaN, with or
-        without a warning, and its reason in `errors_`.
+        What to do if an image cannot be read: raise an error; or fill its row with NaN, with or
+        without a warning, and give the reason in `errors_`.
     random_state : int, default=None
-        Seed of the random weights where `weights` is None; None is 0, so that all processes draw
-        the same ones.
+        Seed of the random weights if `weights` is None. None means 0, so that all processes draw
+        the same weights.
     verbose : int, default=0
         1 shows a progress bar.
 
     Attributes
     ----------
     errors_ : dict of int to str
-        Index in X and reason of each image that could not be read, of the last call of `transform`
-        or `precompute` that came to its end. Threads that share an extractor each set it anew, and
-        to the errors of their own call alone.
+        Index in X of each image that could not be read, and the reason, from the last completed
+        call of `transform` or `precompute`. If threads share an extractor, each call replaces it
+        with its own errors.
     n_features_in_ : int
-        Number of columns of X, where X was a table.
+        Number of columns of X, if X was a table.
     feature_names_in_ : ndarray of str
-        Names of the columns of X, where X was a table with names.
+        Names of the columns of X, if X was a table with names.
 
     See Also
     --------
@@ -158,11 +161,11 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     Notes
     -----
     X may be a list or an array of paths, PIL images, encoded bytes, binary files, arrays or tensors
-    of any sizes; a Series or one-column DataFrame of these; a data set that has a length and gives
-    images by index; one array or tensor of shape (n, H, W), (n, H, W, C) or (n, C, H, W); or a
-    table, with `image_shape`. Integers are read on the scale
-    from 0 to the maximum of their type and floats from 0 to 1, whatever the values. Grey becomes
-    three equal channels, and transparency is laid on white.
+    of any size; a Series or one-column DataFrame of these; a dataset that has a length and gives
+    images by index; one array or tensor of shape (n, H, W), (n, H, W, C) or (n, C, H, W); or, with
+    `image_shape`, a table. Integers are read on a scale from 0 to the maximum of their type and
+    floats from 0 to 1, whatever their values. A grey image becomes three equal channels, and
+    transparent pixels are blended with white.
 
     References
     ----------
@@ -181,6 +184,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     >>> extractor.get_feature_names_out()[17]
     'layer3_0017'
     """
+
+    __module__ = "deepfeat"  # so that pickles outlive moves
 
     def __init__(
         self,
@@ -224,9 +229,9 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any = None) -> "DeepFeatureExtractor":
-        """Check the parameters and what kind of input X is; nothing is learned.
+        """Check the parameters and the kind of X; nothing is learned.
 
-        No weights are loaded and no image is read.
+        No weights are loaded, and no image is read.
 
         Parameters
         ----------
@@ -243,10 +248,10 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If a parameter is out of its range, or X is empty, a single image, or of a shape that
-            is none of images or can be read in two ways.
+            If a parameter is invalid, or X is empty, a single image, or of a shape that is not
+            that of images or is ambiguous.
         LayerNotFoundError
-            If the backbone has no such layer.
+            If the backbone does not have the layer.
         """
         index = index_layers(self._find_backbone())
         self._find_sections(index)
@@ -266,7 +271,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         Returns
         -------
         features : ndarray of shape (n, d), float32
-            Row i belongs to image i. d is the sum of the layers' features after pooling.
+            Row i belongs to image i; d is the total number of features of the layers after
+            pooling.
 
         Raises
         ------
@@ -281,14 +287,14 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         records = self._find_records(X, reset=False)
         features = np.full((len(records), sections[-1].columns.stop), np.nan, dtype=np.float32)
         errors: dict[int, str] = {}
-        reading = self._plan(backbone, index, [section.layer for section in sections])
-        for batch in self._read(reading, records):
+        spec = self._plan(backbone, index, [section.layer for section in sections])
+        for batch in self._read(spec, records):
             errors |= self._find_reasons(batch.failures)
-            places = [record.index for record in batch.samples]
+            indices = [record.index for record in batch.samples]
             for section in sections:
-                if places:
+                if indices:
                     rows = self._scale(batch.rows[section.layer.name])
-                    features[places, section.columns] = rows
+                    features[indices, section.columns] = rows
             errors |= self._find_reasons(self._blank_non_finite(batch.samples, features))
         self._set_errors(errors, records, stacklevel=4)  # past scikit-learn's wrapper
         return features
@@ -304,13 +310,13 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         Returns
         -------
         pictures : list of n PIL images
-            Of the network's input size. What `preprocessing` of your own gives is stretched to the
-            full range of brightness, and shown by its first channel unless it has three.
+            At the network's input size. What your own `preprocessing` gives is stretched to the
+            full range of brightness, and unless it has three channels, only the first is shown.
 
         Raises
         ------
         ValueError
-            If an image cannot be read, whatever `on_error`.
+            If an image cannot be read, regardless of `on_error`.
 
         Examples
         --------
@@ -339,18 +345,18 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         *,
         shard: tuple[int, int] = (0, 1),
     ) -> "DeepFeatureExtractor":
-        """Fill the cache ahead of time, if need be on several machines or GPUs at once.
+        """Fill the cache ahead of time, on several machines or GPUs at once if needed.
 
-        What is there already is not computed again, so that an interrupted run can be resumed.
+        Rows that are already there are not computed again, so an interrupted run can be resumed.
 
         Parameters
         ----------
         X : sequence or array of n images
             See the notes of the class.
         layers : str, int or list of these, optional
-            Layers to keep. By default `layer` and what `prefetch` adds.
+            Layers to keep. By default `layer` and the layers that `prefetch` adds.
         shard : tuple of int, default=(0, 1)
-            (i, n): take every n-th image, from the i-th on.
+            (i, n) takes every n-th image, starting with the i-th.
 
         Returns
         -------
@@ -360,43 +366,43 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If there is no cache, no such shard, or what computes the rows cannot be digested; else
-            as `transform`.
+            If there is no cache, the shard is invalid, or what computes the rows cannot be
+            digested; otherwise as `transform`.
         OSError
-            If the disk of the cache is full or cannot be written. The message tells how many images
-            are done; a call with the same images resumes there.
+            If the disk of the cache is full or not writable. The message says how many images are
+            done; calling again with the same images resumes there.
         """
         if self.cache is None:
-            raise ValueError("precompute fills the cache, and there is none: set cache=.")
+            raise ValueError("precompute fills the cache, but cache is None: set cache=.")
         if not (isinstance(shard, (list, tuple)) and len(shard) == 2 and 0 <= shard[0] < shard[1]):
-            raise ValueError(f"shard={shard!r}: (i, n) with 0 <= i < n is expected.")
+            raise ValueError(f"shard must be (i, n) with 0 <= i < n; got {shard!r}.")
         backbone = self._find_backbone()
         index = index_layers(backbone)
         self._check_kept(backbone)
         names = _as_list(self.layer if layers is None else layers)
         resolved = [index.resolve(name) for name in names]
         for layer in resolved:
-            count_features(layer, self.pooling)  # raises where it cannot be pooled
-        reading = self._plan(backbone, index, resolved)
+            count_features(layer, self.pooling)  # raises if it cannot be pooled
+        spec = self._plan(backbone, index, resolved)
         if layers is None:
-            reading = replace(reading, layers=reading.layers + reading.prefetched)
+            spec = replace(spec, layers=spec.layers + spec.prefetched)
         records = self._find_records(X, reset=False)[shard[0] :: shard[1]]
-        errors = self._keep(self._read(reading, records), len(records))
+        errors = self._keep(self._read(spec, records), len(records))
         self._set_errors(errors, records, stacklevel=3)
         return self
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
-        """Name the features: layer and number, such as "relu7_0017".
+        """Return the names of the features: layer and number, such as "relu7_0017".
 
         Parameters
         ----------
         input_features : array of str, optional
-            Checked against the columns that `fit` saw, and otherwise of no effect.
+            Checked against the columns that `fit` saw; has no other effect.
 
         Returns
         -------
         names : ndarray of shape (d,), object
-            One name a column of `transform`.
+            One name per column of `transform`.
         """
         self._check_input_features(input_features)
         names = []
@@ -427,14 +433,15 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         )
 
     def _find_sections(self, index: LayerIndex) -> list["_Section"]:
-        """Resolve the layers, and share out the columns among them."""
+        """Resolve the layers, and give each its columns."""
         sections: list[_Section] = []
         start = 0
         for layer in map(index.resolve, _as_list(self.layer)):
             for other in (section.layer for section in sections):
                 if (other.path, other.rectified) == (layer.path, layer.rectified):
                     raise ValueError(
-                        f"layers {other.name!r} and {layer.name!r} are the same: ask for one."
+                        f"layer has {other.name!r} and {layer.name!r}, which are the same layer: "
+                        "give one of them."
                     )
             stop = start + count_features(layer, self.pooling)
             sections.append(_Section(layer, slice(start, stop)))
@@ -445,8 +452,10 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         finite = self.on_error == "raise"
         return find_records(self, X, self.image_shape, reset=reset, ensure_all_finite=finite)
 
-    def _plan(self, backbone: Backbone, index: LayerIndex, layers: list[ResolvedLayer]) -> Reading:
-        return Reading(
+    def _plan(
+        self, backbone: Backbone, index: LayerIndex, layers: list[ResolvedLayer]
+    ) -> ExtractionSpec:
+        return ExtractionSpec(
             backbone,
             tuple(layers),
             tuple(self._find_prefetched(index)),
@@ -467,12 +476,12 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
                 yield layer
 
     def _find_searched(self, index: LayerIndex) -> Iterator[ResolvedLayer]:
-        """Yield the layers that a search may come to, if it is left to us what to prefetch."""
+        """Yield the layers that a search may request, unless `prefetch` names some."""
         if self.prefetch == "stages":
             yield from filter(self._is_small, (index.resolve(layer.name) for layer in index.table))
 
     def _is_small(self, layer: ResolvedLayer) -> bool:
-        """Tell whether a layer can be pooled, and is no flattened map."""
+        """Tell whether a layer can be pooled, and is not a flattened map."""
         if self.pooling == "flatten" and len(layer.output_shape) > 1:
             return False
         try:
@@ -481,22 +490,22 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             return False
         return True
 
-    def _read(self, reading: Reading, records: list[Record]) -> Generator[Batch[Record]]:
+    def _read(self, spec: ExtractionSpec, records: list[Record]) -> Generator[Batch[Record]]:
         """Read the rows of records, with a progress bar."""
         with tqdm(
-            total=len(records), desc=reading.backbone.name, unit="image", disable=not self.verbose
+            total=len(records), desc=spec.backbone.name, unit="image", disable=not self.verbose
         ) as bar:
-            for batch in read_rows(reading, records, self._find_cache()):
+            for batch in read_rows(spec, records, self._find_cache()):
                 yield batch
                 bar.update(len(batch.samples) + len(batch.failures))
 
     def _keep(self, batches: Generator[Batch[Record]], total: int) -> dict[int, str]:
-        """Let rows come into the cache, and return the reasons of images that have none.
+        """Let the cache fill; return the reason for each image that has no row.
 
         Raises
         ------
         OSError
-            As soon as the cache cannot keep a row.
+            As soon as the cache fails to keep a row.
         """
         cache = self._find_cache()
         assert cache is not None
@@ -511,8 +520,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
                 kept += len(batch.samples)
         if cache.write_error is not None:
             raise OSError(
-                f"{cache.write_error}. The rows of {kept} of {total} images are kept. Make room or "
-                "choose another directory, and call precompute again: it resumes there."
+                f"{cache.write_error}. The rows of {kept} of {total} images have been kept. Free "
+                "some space or choose another directory, and call precompute again: it resumes."
             )
         return errors
 
@@ -524,17 +533,17 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         return _cache_at(os.path.realpath(os.path.expanduser(self.cache)))
 
     def _check_kept(self, backbone: Backbone) -> None:
-        """Raise if rows that are computed ahead would be lost."""
+        """Raise if rows that are computed ahead of time would be lost."""
         try:
             backbone.fingerprint()
         except UnknownContentError as error:
             raise ValueError(
-                f"the rows of {backbone.name} are not cached, so there is nothing to precompute: "
+                f"The rows of {backbone.name} cannot be cached, so there is nothing to precompute: "
                 f"{error}."
             ) from error
 
     def _find_reasons(self, failures: Iterable[tuple[Record, Exception]]) -> dict[int, str]:
-        """Return what `errors_` tells of images, unless their errors are to be raised."""
+        """Return the reasons by index in X, as `errors_` has them, or raise the first error."""
         reasons = {}
         for record, error in failures:
             named = record.error(error)
@@ -548,8 +557,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         if errors and self.on_error == "warn":
             first = next(record for record in records if record.index in errors)
             warnings.warn(
-                f"{len(errors)} of {len(records)} images could not be read; their rows are NaN "
-                f"and errors_ tells why. The first: {first}: {errors[first.index]}",
+                f"{len(errors)} of {len(records)} images could not be read: their rows are NaN, "
+                f"and errors_ has the reasons. The first: {first}: {errors[first.index]}",
                 UserWarning,
                 stacklevel=stacklevel,
             )
@@ -557,22 +566,22 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     def _scale(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         finite = np.isfinite(rows).all(axis=1)
         if self.norm is not None and finite.any():
-            # In float64, where the squares of float32 neither vanish nor overflow.
+            # In float64, in which the squares of float32 neither vanish nor overflow.
             rows[finite] = normalize(rows[finite].astype(np.float64), norm=self.norm, copy=False)
         return rows
 
     def _blank_non_finite(
         self, records: list[Record], features: NDArray[np.float32]
     ) -> list[tuple[Record, Exception]]:
-        """Blank the rows of images for which the network gave NaN or infinity, and return these."""
+        """Blank the rows in which the network gave NaN or infinity; return their failures."""
         failures: list[tuple[Record, Exception]] = []
-        places = [record.index for record in records]
-        broken = ~np.isfinite(features[places]).all(axis=1)
-        for place in np.flatnonzero(broken):
+        for record in records:
+            if np.isfinite(features[record.index]).all():
+                continue
             hint = "; float16 ends at 65,504: try bfloat16" * (self.precision == "float16")
             reason = f"the network gave NaN or infinity at layer {self.layer!r}{hint}"
-            features[records[place].index] = np.nan
-            failures.append((records[place], ImageError(str(records[place]), reason)))
+            features[record.index] = np.nan
+            failures.append((record, ImageError(str(record), reason)))
         return failures
 
     def _check_parameters(self) -> None:
@@ -612,10 +621,14 @@ class _Section(NamedTuple):
 def _as_list(layers: str | int | list[str | int]) -> list[str | int]:
     names = list(layers) if isinstance(layers, (list, tuple)) else [layers]
     if not names:
-        raise ValueError("layer is an empty list: at least one is needed.")
+        raise ValueError("layer must name at least one layer; got an empty list.")
     return names
 
 
 @functools.lru_cache(maxsize=16)
 def _cache_at(path: str) -> FeatureCache:
     return FeatureCache(path)
+
+
+# Here doctest finds the examples of a class that says it is in another module.
+__test__ = {"DeepFeatureExtractor": DeepFeatureExtractor}

@@ -1,17 +1,97 @@
-"""Backbones made ready to be read: their layers indexed, their networks loaded."""
+"""Readers of networks: layers indexed, networks loaded, and run on batches of images."""
 
 import functools
+import weakref
+from collections.abc import Callable, Collection, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._backbones.find import Backbone
-from .._layers.index import LayerIndex
-from .._layers.reading import prefer_channels_last
+from .._backbones.preprocessing import Preprocessing
+from .._engine.batches import Reader
+from .._engine.devices import Outputs, Precision, autocast, run_in_parts
+from .._layers.index import LayerIndex, ResolvedLayer
+from .._layers.pooling import Pooling, pool
+from .._layers.reading import ForwardPass, prefer_channels_last
+from .._layers.trace import first_tensor
+
+# How many images of a shape fit into memory at once, by network.
+_fitting: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class TorchReader:
+    """A network of torch, or a part of one, as a Reader.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        The network, on the device.
+    forward : callable
+        Runs the network on a normalised batch; returns outputs of shape (n, d), by key.
+    preprocessing : Preprocessing
+        Prepares images, and normalises batches of them on the device.
+    device : torch.device
+        Where the network is.
+    precision : {"float32", "bfloat16", "float16"}
+        Type in which it computes (autocast).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        forward: Callable[[Tensor], Outputs],
+        preprocessing: Preprocessing,
+        device: torch.device,
+        precision: Precision,
+    ):
+        self.device = device
+        self.prepare = preprocessing.prepare
+        self._normalize = preprocessing.normalize
+        self._forward = forward
+        self._precision = precision
+        self._fitting = _fitting.setdefault(network, {})
+
+    def read(self, batch: Tensor) -> Outputs:
+        """Run a batch; one that does not fit into memory is halved, and the size remembered."""
+        return run_in_parts(self._run, batch, self.device, self._fitting)
+
+    def _run(self, batch: Tensor) -> Outputs:
+        with torch.inference_mode(), autocast(self.device, self._precision):
+            return self._forward(self._normalize(batch))
+
+
+def make_layer_reader(
+    network: nn.Module,
+    layers: Sequence[ResolvedLayer],
+    pooling: Pooling,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: Precision,
+    *,
+    optional: Collection[str] = (),
+) -> Reader:
+    """Make a reader of layers, pooled, by name; `optional` ones may be missing from a batch."""
+    reduce = functools.partial(pool, pooling=pooling)
+    forward = ForwardPass(network, layers, reduce, optional)
+    return TorchReader(network, forward, preprocessing, device, precision)
+
+
+def make_logit_reader(
+    network: nn.Module, preprocessing: Preprocessing, device: torch.device, precision: Precision
+) -> Reader:
+    """Make a reader of what the network puts out, as "logits"."""
+
+    def forward(batch: Tensor) -> Outputs:
+        return {"logits": first_tensor(network(batch)).float()}
+
+    return TorchReader(network, forward, preprocessing, device, precision)
 
 
 def index_layers(backbone: Backbone) -> LayerIndex:
-    """Index the layers of a backbone; those of a module of the user anew each time."""
+    """Index the layers of a backbone; those of a user's module anew each time."""
     make = _index_shared if backbone.shared else LayerIndex
     return make(backbone.skeleton, backbone.preprocessing.input_shape)
 

@@ -1,4 +1,4 @@
-"""Rows of images: from the cache, or by a pass of the network."""
+"""Rows of images: from the cache, or from a pass of the network."""
 
 import functools
 import hashlib
@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,26 +27,26 @@ from .._engine.threads import Workers, map_in_threads
 from .._images.decoding import decoding_settings
 from .._images.records import ImageError, Record
 from .._layers.index import ResolvedLayer
-from .._layers.pooling import Pooling, count_features, pool
-from .._layers.reading import LayerReader
-from .readers import load_network
+from .._layers.pooling import Pooling, count_features
+from .readers import load_network, make_layer_reader
 
-# Part of every key: raise it when the rows of the same image and layer come out differently.
+# Part of every key: increase it when the rows of the same image and layer change.
 _SCHEMA = 2
-_LOOK_UP = 1024  # images at a time, which bounds what is in memory twice
+_LOOK_UP = 1024  # images at a time, which limits what is in memory twice
 _WAIT_SECONDS = 0.05, 1.0  # at first, and at most
-_PATIENT_SECONDS = 5.0  # of waiting, before it is said
-MEMORY = FeatureCache()  # of this process
+_PATIENT_SECONDS = 5.0  # of waiting, before it is logged
+MEMORY = FeatureCache()  # the cache of this process
 _warned: set[str] = set()
 _logger = logging.getLogger("deepfeat")
 
 
 @dataclass(frozen=True)
-class Reading:
+class ExtractionSpec:
     """What is read of a backbone, and how.
 
-    `layers` are asked for, and `prefetched` are kept in the cache by the same pass. `searched` are
-    kept by a second pass over an image, so that a search over layers does not need a third.
+    `layers` are requested, and `prefetched` ones are kept in the cache by the same pass. The
+    `searched` ones are kept by a second pass over an image, so that a search over layers does not
+    need a third.
     """
 
     backbone: Backbone
@@ -61,63 +61,45 @@ class Reading:
 
 
 def read_rows(
-    reading: Reading, records: list[Record], cache: FeatureCache | None
+    spec: ExtractionSpec, records: list[Record], cache: FeatureCache | None
 ) -> Iterator[Batch[Record]]:
-    """Yield the pooled rows of all records, by layer name, in no certain order.
+    """Yield the pooled rows of all records, by layer name, in any order.
 
-    With a cache each image goes through the network once, whoever asks for it: equal images,
+    With a cache, each image goes through the network once, whoever asks for it: equal images,
     other layers, later calls and other processes are served from there. The network is loaded
     when the first image needs it.
     """
-    fingerprint = None if cache is None else _find_fingerprint(reading.backbone)
+    fingerprint = None if cache is None else _find_fingerprint(spec.backbone)
     if cache is None or fingerprint is None:
-        module = load_network(reading.backbone, find_device(reading.device))
-        for batch in _compute(reading, module, _find_outputs(reading.layers), records):
-            yield replace(batch, rows=_to_layers(reading.layers, batch.rows))
+        network = load_network(spec.backbone, find_device(spec.device))
+        for batch in _compute(spec, network, _find_outputs(spec.layers), records):
+            yield replace(batch, rows=_to_layers(spec.layers, batch.rows))
         return
-    groups, stats, failures = _group_equal(records, cache, reading.num_workers)
+    before = _digest_settings(spec.backbone)
+    groups, stats, failures = _group_equal(records, cache, spec.num_workers)
     if failures:
         yield Batch([], {}, failures)
-    passes = _Passes(reading, cache, fingerprint, groups, stats)
-    before = _digest_settings(reading.backbone)
-    waiting = list(groups)
-    pause, longest = _WAIT_SECONDS
-    waited = 0.0
-    while waiting:
-        missing: list[bytes] = []
-        for images in _chunks(waiting, _LOOK_UP):
-            yield from passes.look_up(images, missing)
-        waiting = []
-        computed = 0
-        for batch in passes.compute(missing, waiting):
-            computed += len(batch.samples)
-            yield batch
-        if waiting and not computed:
-            time.sleep(pause)  # another process is at work on these
-            if waited < _PATIENT_SECONDS <= waited + pause:
-                passes.log_holders(waiting)
-            waited += pause
-            pause = min(2 * pause, longest)
-    if _digest_settings(reading.backbone) != before:
+    yield from _CachedExtraction(spec, cache, fingerprint, groups, stats).read()
+    if _digest_settings(spec.backbone) != before:
         _warn_once(
-            f"the preprocessing of {reading.backbone.name} changes as it is used (it may count its "
-            "calls), so its rows are not found in the cache again."
+            f"The preprocessing of {spec.backbone.name} changes while it is used (it may count its "
+            "calls), so its rows will not be found in the cache again."
         )
 
 
 def _find_fingerprint(backbone: Backbone) -> bytes | None:
-    """Digest a backbone; if that is impossible, say so once and keep nothing of it."""
+    """Digest a backbone; None, with one warning, if it cannot be digested: nothing is kept."""
     try:
         return backbone.fingerprint()
     except UnknownContentError as error:
-        _warn_once(f"the rows of {backbone.name} are not cached: {error}.")
+        _warn_once(f"The rows of {backbone.name} are not cached: {error}.")
     return None
 
 
 def _digest_settings(backbone: Backbone) -> bytes | None:
     try:
         return digest_value(backbone.preprocessing.settings)
-    except UnknownContentError:  # what it has opened in the meantime
+    except UnknownContentError:  # it may have opened something in the meantime
         return None
 
 
@@ -127,145 +109,179 @@ def _warn_once(problem: str) -> None:
         warnings.warn(problem, UserWarning, stacklevel=7)
 
 
-class _Passes:
-    """Passes of the network over images that the cache lacks."""
+class _CachedExtraction:
+    """Rows of images from the cache, and passes of the network over those that it lacks.
+
+    `groups` has the records of each image by its digest, `stats` the state of their files then.
+    """
 
     def __init__(
         self,
-        reading: Reading,
+        spec: ExtractionSpec,
         cache: FeatureCache,
         fingerprint: bytes,
         groups: dict[bytes, list[Record]],
         stats: dict[Record, FileStat],
     ):
-        self.reading = reading
-        self.stats = stats
+        self.spec = spec
         self.cache = cache
         self.groups = groups
+        self.stats = stats
         self.image_of = {records[0]: image for image, records in groups.items()}
-        self.asked = _find_outputs(reading.layers)
-        self.first = _find_outputs((*reading.layers, *reading.prefetched))
+        self.requested = _find_outputs(spec.layers)
+        self.first = _find_outputs((*spec.layers, *spec.prefetched))
         self.second = self._find_second()
         # Not in the key: threads and batch size change a row by 1e-6 of its length (MobileNetV2),
         # Pillow 11.1 to 13.0 change 0.6 % of the pixels of JPEGs by one grey level, and devices and
-        # releases of torch round in other ways too. A cache of weeks of work shall survive an
-        # upgrade of these, and a machine with another GPU; a change beyond rounding raises _SCHEMA.
-        key = functools.partial(
-            _digest, _SCHEMA, fingerprint, reading.precision, decoding_settings()
-        )
-        self.contexts = {
-            # Pooling leaves vectors as they are.
-            output.path: key(output.path, reading.pooling * (len(output.output_shape) > 1))
+        # releases of torch round differently as well. A cache that took weeks to fill should
+        # survive upgrades of these and another GPU; a change beyond rounding increases _SCHEMA.
+        key = functools.partial(_digest, _SCHEMA, fingerprint, spec.precision, decoding_settings())
+        self.namespaces = {
+            # Vectors are not pooled.
+            output.path: key(output.path, spec.pooling * (len(output.output_shape) > 1))
             for output in self.second
         }
-        self.work = key(reading.pooling)
+        self.job = key(spec.pooling)
 
     @functools.cached_property
     def network(self) -> nn.Module:
         """The network, loaded when the first image needs it, and once for all passes of a call."""
-        return load_network(self.reading.backbone, find_device(self.reading.device))
+        return load_network(self.spec.backbone, find_device(self.spec.device))
 
     def _find_second(self) -> tuple[ResolvedLayer, ...]:
-        """Return what a second pass keeps: all it may, if that fits for each image of the call."""
-        outputs = _find_outputs((*self.first, *self.reading.searched))
-        width = sum(count_features(output, self.reading.pooling) for output in outputs)
+        """Return what a second pass keeps: as much as is allowed, if there is room for it."""
+        outputs = _find_outputs((*self.first, *self.spec.searched))
+        width = sum(count_features(output, self.spec.pooling) for output in outputs)
         return outputs if 4 * width * len(self.groups) <= self.cache.room() else self.first
 
-    def look_up(self, images: Sequence[bytes], missing: list[bytes]) -> Iterator[Batch[Record]]:
-        """Yield what the cache holds of every layer; add the other images to `missing`."""
+    def read(self) -> Iterator[Batch[Record]]:
+        """Yield the rows of all records, and wait for those that another process computes."""
+        pending = list(self.groups)
+        pause, longest = _WAIT_SECONDS
+        waited = 0.0
+        while pending:
+            missing: list[bytes] = []
+            for images in _chunks(pending, _LOOK_UP):
+                batch, absent = self.look_up(images)
+                missing += absent
+                if batch.samples:
+                    yield batch
+            pending, computed = yield from self._compute_missing(missing)
+            if pending and not computed:
+                time.sleep(pause)
+                if waited < _PATIENT_SECONDS <= waited + pause:
+                    self._log_holders(pending)
+                waited += pause
+                pause = min(2 * pause, longest)
+
+    def look_up(self, images: Sequence[bytes]) -> tuple[Batch[Record], list[bytes]]:
+        """Return the rows of images of which the cache has every layer, and the other images."""
         found = np.ones(len(images), dtype=bool)
         rows = {}
-        for output in self.asked:
-            here, matrix = self.cache.get_many(self.contexts[output.path], images)
+        for output in self.requested:
+            here, matrix = self.cache.get_many(self.namespaces[output.path], images)
             found &= here
             if matrix is not None:
                 self._check_width(output, matrix)
                 rows[output.path] = matrix
-        missing += itertools.compress(images, ~found)
-        if found.any():
-            hits = list(itertools.compress(images, found))
-            yield self._for_all(hits, {path: matrix[found] for path, matrix in rows.items()})
+        missing = list(itertools.compress(images, ~found))
+        if not found.any():
+            return Batch([], {}, []), missing
+        hits = list(itertools.compress(images, found))
+        return self._for_all(hits, {path: matrix[found] for path, matrix in rows.items()}), missing
 
     def _check_width(self, output: ResolvedLayer, matrix: NDArray[np.float32]) -> None:
         """Refuse rows that the layer cannot have given."""
-        width = count_features(output, self.reading.pooling)
+        width = count_features(output, self.spec.pooling)
         if matrix.shape[1] != width:
             raise CacheFormatError(
-                f"{self.cache} holds rows of {matrix.shape[1]} values for layer {output.path!r}, "
+                f"{self.cache} has rows of {matrix.shape[1]} values for layer {output.path!r}, "
                 f"which gives {width}: it was tampered with. Delete it, or choose another one."
             )
 
-    def log_holders(self, images: Sequence[bytes]) -> None:
-        """Say for whom this call waits; a log and no warning, since the caller did no wrong."""
-        holders = ", ".join(self.cache.find_holders(self.work, images))
+    def _log_holders(self, images: Sequence[bytes]) -> None:
+        """Log who is being waited for. It is not a warning: the caller did nothing wrong."""
+        holders = ", ".join(self.cache.find_holders(self.job, images))
         if holders:
             _logger.warning(
-                "Waiting for %d images that %s computes, for %s. If it hangs, end it; without "
-                "progress for %d minutes its images are computed here.",
+                "Waiting for %d images that %s is computing for %s. If it hangs, end it; after %d "
+                "minutes without progress, its images are computed here.",
                 *(len(images), holders, self.cache, PATIENCE_SECONDS // 60),
             )
 
-    def compute(self, missing: list[bytes], waiting: list[bytes]) -> Iterator[Batch[Record]]:
-        """Compute, keep and yield what nobody else is at; add the rest to `waiting`."""
+    def _compute_missing(
+        self, missing: list[bytes]
+    ) -> Generator[Batch[Record], None, tuple[list[bytes], int]]:
+        """Compute, keep and yield images that nobody else is computing.
+
+        Return the images that are left to others, and how many rows were yielded.
+        """
+        pending: list[bytes] = []
+        computed = 0
         if not missing:
-            return
+            return pending, computed
         seen = np.concatenate([self._find_seen(images) for images in _chunks(missing, _LOOK_UP)])
         for outputs, images in (
             (self.first, list(itertools.compress(missing, ~seen))),
             (self.second, list(itertools.compress(missing, seen))),
         ):
             if images:
-                yield from self._pass(outputs, images, waiting)
+                network = self.network  # before an image is claimed: loading may take long
+                claims = _Claims(self.cache, self.job)
+                try:
+                    for batch in self._pass(network, outputs, images, claims):
+                        computed += len(batch.samples)
+                        yield batch
+                finally:
+                    claims.release(list(claims.held))
+                pending += claims.refused
+        return pending, computed
 
     def _find_seen(self, images: Sequence[bytes]) -> NDArray[np.bool_]:
-        """Tell which images the cache holds any row of, and so have been through the network."""
+        """Tell which images the cache has any row of: they have been through the network."""
         seen = np.zeros(len(images), dtype=bool)
-        for context in self.contexts.values():
+        for namespace in self.namespaces.values():
             if not seen.all():
                 unseen = list(itertools.compress(images, ~seen))
-                seen[~seen] = self.cache.has(context, unseen)
+                seen[~seen] = self.cache.has(namespace, unseen)
         return seen
 
     def _pass(
-        self, outputs: tuple[ResolvedLayer, ...], images: list[bytes], waiting: list[bytes]
+        self,
+        network: nn.Module,
+        outputs: tuple[ResolvedLayer, ...],
+        images: list[bytes],
+        claims: "_Claims",
     ) -> Iterator[Batch[Record]]:
-        """Run the network over images as far as the deepest of some outputs, and keep these."""
-        module = self.network  # before the first image is claimed: to load it may take long
-        held: set[bytes] = set()
-        claimed = self._claim(images, waiting, held)
-        try:
-            for batch in _compute(self.reading, module, outputs, claimed, self._open):
-                images = [self.image_of[record] for record in batch.samples]
-                if images:
-                    rows = {self.contexts[path]: rows for path, rows in batch.rows.items()}
-                    self.cache.put_many(images, rows, self.work)
-                failed = [(self.image_of[record], error) for record, error in batch.failures]
-                self._release([image for image, _ in failed], held)
-                held.difference_update(images)
-                failures = [
-                    (record, _for_record(record, error))
-                    for image, error in failed
-                    for record in self.groups[image]
-                ]
-                yield replace(self._for_all(images, batch.rows), failures=failures)
-        finally:
-            self._release(list(held), held)
+        """Run the network over images up to the deepest of some outputs, and keep these."""
+        records = self._claim(images, claims)
+        for batch in _compute(self.spec, network, outputs, records, self._open):
+            done = [self.image_of[record] for record in batch.samples]
+            if done:
+                rows = {self.namespaces[path]: rows for path, rows in batch.rows.items()}
+                self.cache.put_many(done, rows, self.job)  # which releases them
+                claims.held.difference_update(done)
+            failed = [(self.image_of[record], error) for record, error in batch.failures]
+            claims.release([image for image, _ in failed])
+            failures = [
+                (record, _for_record(record, error))
+                for image, error in failed
+                for record in self.groups[image]
+            ]
+            yield replace(self._for_all(done, batch.rows), failures=failures)
 
-    def _claim(
-        self, missing: list[bytes], waiting: list[bytes], held: set[bytes]
-    ) -> Iterator[Record]:
+    def _claim(self, images: list[bytes], claims: "_Claims") -> Iterator[Record]:
         """Yield a record of each image that is ours to compute, claiming it just before."""
-        for images in _chunks(missing, self.reading.batch_size):
-            granted = self.cache.claim(self.work, images)
-            ours = [image for image, ok in zip(images, granted, strict=True) if ok]
-            held.update(ours)
+        for some in _chunks(images, self.spec.batch_size):
+            ours = claims.claim(some)
             # Whoever held one of these until now may have finished it.
             done = np.ones(len(ours), dtype=bool)
-            for output in self.asked:
-                done &= self.cache.has(self.contexts[output.path], ours)
-            self._release(list(itertools.compress(ours, done)), held)
-            waiting += [image for image in images if image not in held]
-            yield from (self.groups[image][0] for image in ours if image in held)
+            for output in self.requested:
+                done &= self.cache.has(self.namespaces[output.path], ours)
+            finished = list(itertools.compress(ours, done))
+            claims.release(finished)
+            claims.refused += finished  # they are looked up again
+            yield from (self.groups[image][0] for image in itertools.compress(ours, ~done))
 
     def _open(self, record: Record) -> Image.Image:
         image = record.open()
@@ -273,14 +289,9 @@ class _Passes:
             raise ImageError(str(record), "the file was changed while X was being read")
         return image
 
-    def _release(self, images: list[bytes], held: set[bytes]) -> None:
-        if images:
-            self.cache.release(self.work, images)
-            held.difference_update(images)
-
     def _for_all(self, images: list[bytes], rows: dict[str, NDArray[np.float32]]) -> Batch[Record]:
-        """Give the row of an image to every record of it, for the layers asked for."""
-        rows = _to_layers(self.reading.layers, rows)
+        """Repeat the row of each image for all its records, for the requested layers."""
+        rows = _to_layers(self.spec.layers, rows)
         samples = [record for image in images for record in self.groups[image]]
         if len(samples) > len(images):
             counts = [len(self.groups[image]) for image in images]
@@ -288,8 +299,31 @@ class _Passes:
         return Batch(samples, rows, [])
 
 
+class _Claims:
+    """The images that a pass computes and no other call, and those that it was refused."""
+
+    def __init__(self, cache: FeatureCache, job: bytes):
+        self._cache = cache
+        self._job = job
+        self.held: set[bytes] = set()
+        self.refused: list[bytes] = []
+
+    def claim(self, images: Sequence[bytes]) -> list[bytes]:
+        """Claim images; return those that nobody else is computing."""
+        granted = self._cache.claim(self._job, images)
+        ours = list(itertools.compress(images, granted))
+        self.held.update(ours)
+        self.refused += itertools.compress(images, ~granted)
+        return ours
+
+    def release(self, images: list[bytes]) -> None:
+        if images:
+            self._cache.release(self._job, images)
+            self.held.difference_update(images)
+
+
 def _find_outputs(layers: Iterable[ResolvedLayer]) -> tuple[ResolvedLayer, ...]:
-    """Return what the network itself gives for some layers, each under its path, and once."""
+    """Return the outputs of the network that layers are made of, each once, under its path."""
     outputs = {layer.path: replace(layer, name=layer.path, rectified=False) for layer in layers}
     return tuple(outputs.values())
 
@@ -297,7 +331,7 @@ def _find_outputs(layers: Iterable[ResolvedLayer]) -> tuple[ResolvedLayer, ...]:
 def _to_layers(
     layers: tuple[ResolvedLayer, ...], rows: dict[str, NDArray[np.float32]]
 ) -> dict[str, NDArray[np.float32]]:
-    """Turn the rows of outputs into those of layers; `relu8` follows from what `fc8` gives."""
+    """Turn the rows of outputs into those of layers; `relu8` follows from `fc8`."""
     return {
         layer.name: np.maximum(rows[layer.path], 0) if layer.rectified else rows[layer.path]
         for layer in layers
@@ -306,34 +340,32 @@ def _to_layers(
 
 
 def _compute(
-    reading: Reading,
-    module: nn.Module,
+    spec: ExtractionSpec,
+    network: nn.Module,
     outputs: tuple[ResolvedLayer, ...],
     records: Iterable[Record],
     open_record: Callable[[Record], Image.Image] = Record.open,
 ) -> Iterator[Batch[Record]]:
-    """Run the network over records as far as the deepest of some outputs."""
-    steps = reading.backbone.preprocessing
-    reduce = functools.partial(pool, pooling=reading.pooling)
-    asked = {layer.path for layer in reading.layers}
-    optional = {output.path for output in outputs} - asked
-    read = LayerReader(module, outputs, reduce, optional)
-    yield from run_in_batches(
-        module,
-        lambda batch: read(steps.normalize(batch)),
-        records,
-        lambda record: steps.prepare(open_record(record)),
-        device=find_device(reading.device),
-        precision=reading.precision,
-        batch_size=reading.batch_size,
-        num_workers=reading.num_workers,
+    """Run the network over records up to the deepest of some outputs."""
+    requested = {layer.path for layer in spec.layers}
+    reader = make_layer_reader(
+        network,
+        outputs,
+        spec.pooling,
+        spec.backbone.preprocessing,
+        find_device(spec.device),
+        spec.precision,
+        optional={output.path for output in outputs} - requested,
+    )
+    return run_in_batches(
+        reader, records, open_record, batch_size=spec.batch_size, num_workers=spec.num_workers
     )
 
 
 def _group_equal(
     records: list[Record], cache: FeatureCache, num_workers: Workers
 ) -> tuple[dict[bytes, list[Record]], dict[Record, FileStat], list[tuple[Record, Exception]]]:
-    """Group records by the digest of their image; files seen before are not read for that."""
+    """Group records by the digest of their image, without reading files that were seen before."""
     now = time.time_ns()
     stats = {record: stat for record in records if (stat := record.stat()) is not None}
     known = zip(stats, cache.known_digests(list(stats.values())), strict=True)
@@ -342,9 +374,9 @@ def _group_equal(
     failures: list[tuple[Record, Exception]] = []
     for record, result in map_in_threads(Record.digest, unknown, num_workers, ahead=64):
         if isinstance(result, Exception):
-            # Only the first can be raised: of all others, however many, the words will do.
-            words = ImageError(str(record), record.error(result).reason)
-            failures.append((record, words if failures else result))
+            # Only the first can be raised: of the others, however many, the message is enough.
+            message = ImageError(str(record), record.error(result).reason)
+            failures.append((record, message if failures else result))
         else:
             digests[record] = result
     fresh = [record for record in unknown if record in digests and record in stats]
@@ -361,7 +393,7 @@ def _group_equal(
 
 
 def _for_record(record: Record, error: Exception) -> Exception:
-    """Word the error of an image for another place in X that holds the same image."""
+    """Give the error of an image to another record of the same image."""
     if not isinstance(error, ImageError):
         return error
     other = ImageError(str(record), error.reason)

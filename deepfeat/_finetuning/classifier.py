@@ -1,15 +1,10 @@
-"""`FineTuneClassifier`: fine-tuning for scikit-learn."""
+"""`FineTuneClassifier`: a pretrained network fine-tuned as a scikit-learn classifier."""
 
 import copy
-import functools
-import itertools
-import math
 import os
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,117 +18,114 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._backbones.find import Backbone, find_backbone
-from .._backbones.preprocessing import Preprocessing, Resize
+from .._backbones.preprocessing import Resize
 from .._backbones.state_files import Weights, is_weights_file
 from .._engine.batches import run_in_batches
-from .._engine.devices import Precision, find_device, limit_part
+from .._engine.devices import Precision, find_device
 from .._engine.threads import Workers
 from .._extraction.extractor import DeepFeatureExtractor
-from .._extraction.readers import index_layers
+from .._extraction.readers import index_layers, make_logit_reader
+from .._images.records import Record
 from .._images.tables import find_records, tag_images
-from .._layers.index import LayerIndex, LayerNotFoundError
-from .._layers.trace import first_tensor
+from .._layers.index import LayerNotFoundError
 from .._parameters import check_device, check_parameter, check_parameters
-from .cutting import find_cut
-from .fitting import Best, Plan
-from .freezing import Unfreeze, find_blocks, find_trained, freeze, leave_out_unfit
+from .augmentation import Augment
+from .fitting import FitResult, plan_training, run_training
+from .freezing import Unfreeze, find_blocks
 from .heads import Head
 from .labels import (
     ClassWeight,
-    LabelledImages,
+    Dataset,
+    apply_class_weight,
     check_known,
+    drop_zero_weight,
+    hold_out,
     label_images,
-    leave_out_weightless,
-    set_aside,
-    weigh,
 )
 from .networks import Network, build_network, rebuild_network
-from .samples import Augment, ImageSamples, count_views, keep_activations
 from .saving import (
-    FORMAT,
-    ORIGIN,
-    from_json,
-    read_network,
+    SavedClassifier,
+    blame_file,
+    load_classifier,
+    save_classifier,
     to_cpu,
-    to_json,
     to_plain,
-    write_network,
 )
-from .training import Learner, OptimizerName, Recipe, Samples, ScheduleName, train
+from .training import OptimizerName, ScheduleName, TrainingConfig
 
 
 class FineTuneClassifier(ClassifierMixin, BaseEstimator):
-    """Classify images with a pretrained network that is trained further, wholly or in part.
+    """Fine-tune a pretrained network, in full or in part, to classify images.
 
-    The network gets a new head with one output a class. The head is trained, and of the rest what
-    `unfreeze` names. All else is frozen: its weights get neither gradients nor weight decay, and
-    its BatchNorm and Dropout stay in eval mode, so that every frozen weight and statistic is the
-    same after `fit` as before.
+    The network gets a new head with one output per class. The head is trained, together with the
+    blocks that `unfreeze` names. Everything else is frozen: its weights receive neither gradients
+    nor weight decay, and its BatchNorm and Dropout stay in eval mode, so that every frozen weight
+    and statistic is the same after `fit` as before.
 
     Parameters
     ----------
     backbone : str or torch.nn.Module, default="resnet50"
-        One of `list_backbones()`, or a network of your own that puts out one vector of logits an
-        image and needs `preprocessing`.
+        One of `list_backbones()`, or a network of your own that returns one vector of logits per
+        image and requires `preprocessing`.
     weights : str, path, torchvision weights or None, default="DEFAULT"
-        As for `DeepFeatureExtractor`; None trains from random weights.
+        As for `DeepFeatureExtractor`; None starts from random weights.
     preprocessing : callable, default=None
         As for `DeepFeatureExtractor`.
     unfreeze : str, int, list of these or None, default="layer4"
-        What is trained besides the head. A name of `list_layers(backbone)`, a place in that list,
-        any module path, or "stage1", "stage2", ...: that block and all that follows. A list:
-        exactly these blocks. "all": the whole network. None: the head alone.
+        The blocks to train in addition to the head. A name in `list_layers(backbone)`, an index
+        into that list, any module path, or "stage1", "stage2", ...: that block and all that
+        follow. A list: exactly these blocks. "all": the whole network. None: only the head.
     head : {"replace", "append"}, default="replace"
-        "replace" puts a new layer in the place of the classification layer, also in auxiliary
-        classifiers (GoogLeNet, Inception). "append" lets ReLU and a linear layer follow what the
-        network put out: 1000 values an image for most weights.
+        "replace" replaces the classification layer, also that of auxiliary classifiers (GoogLeNet,
+        Inception). "append" adds ReLU and a linear layer after the output of the network: 1000
+        values per image for most weights.
     max_epochs : int, default=10
-        Passes over the images.
+        Number of passes over the images.
     batch_size : int, default=32
-        Images a step. Where memory runs out a batch is run in parts whose gradients add up; the
-        step stays the same but for BatchNorm, which sees the parts.
+        Number of images per step. If memory runs out, a batch is run in parts whose gradients add
+        up; the step stays the same, except that BatchNorm sees the parts.
     optimizer : {"adamw", "sgd"}, default="adamw"
         AdamW, or SGD with Nesterov momentum 0.9.
     learning_rate : float, default=1e-3
         Learning rate of the head.
     backbone_learning_rate : float, default=1e-4
-        Learning rate of what is trained of the backbone.
+        Learning rate of the trained part of the backbone.
     weight_decay : float, default=1e-4
-        Weight decay of all that is trained.
+        Weight decay of all trained parameters.
     schedule : {"cosine", "one-cycle", "constant"}, default="cosine"
-        How the learning rates change with the steps: they fall to zero; they rise during the
-        warm-up, or the first 30 % of the steps, and fall; or they stay. `partial_fit` leaves them
-        as they are.
+        How the learning rates change from step to step: they fall to zero; they rise during the
+        warm-up, or the first 30 % of the steps, and then fall; or they stay constant, as they
+        always do in `partial_fit`.
     warmup_epochs : float, default=0
-        Epochs in which the learning rates rise to their values, step by step; fewer than
-        `max_epochs`.
+        Number of epochs during which the learning rates rise to their values, step by step; less
+        than `max_epochs`.
     augment : {"flip", "crop"}, callable or None, default="flip"
-        What happens to a training image before its preprocessing. "flip": every other one is
-        mirrored, at random. "crop": a random part of 8 to 100 % of the area and ratio 3:4 to 4:3
-        takes the place of the weights' resizing and cropping, or comes before `preprocessing` of
-        your own, every other one mirrored. A callable gets an upright RGB PIL image and returns
-        one; it is called for one image after the other in one thread, and may draw from torch's
-        global generator, which is seeded.
+        What is done to a training image before its preprocessing. "flip": a random half of the
+        images is mirrored. "crop": a random crop of 8 to 100 % of the area, with an aspect ratio
+        from 3:4 to 4:3, replaces the resizing and cropping of the weights, or precedes your own
+        `preprocessing`; a random half of the images is mirrored. A callable takes an upright RGB
+        PIL image and returns one; it is called in a single thread, image by image, and may draw
+        from torch's global generator, which is seeded.
     label_smoothing : float, default=0.0
-        Probability in [0, 1) that is shared out among all classes (Szegedy et al., 2016).
+        Probability in [0, 1) that is spread evenly over all classes (Szegedy et al., 2016).
     max_grad_norm : float, default=None
-        Norm to which the gradients of a step are clipped; None for any.
+        Norm to which the gradients of a step are clipped; None does not clip them.
     class_weight : dict, "balanced" or None, default=None
-        Weights of the classes in the loss, as in scikit-learn. `fit` scales all weights to mean 1.
+        Class weights in the loss, as in scikit-learn. `fit` scales all weights to mean 1.
     early_stopping : bool, default=False
-        Whether to stop when the validation score has not risen by `tol` for `n_iter_no_change`
-        epochs, and to restore the best epoch's weights. The score is the accuracy on
-        `X_val`, or on a stratified part of the training images that is set aside.
+        Whether to stop when the validation score has not improved by `tol` for `n_iter_no_change`
+        epochs, and to restore the weights of the best epoch. The score is the accuracy on `X_val`,
+        or on a stratified part of the training images that is held out.
     validation_fraction : float, default=0.1
-        Share of the training images to set aside, in (0, 1); used with `early_stopping` and
-        without `X_val` only.
+        Fraction of the training images to hold out, in (0, 1). Only used with `early_stopping`
+        and without `X_val`.
     n_iter_no_change : int, default=3
-        Epochs without a better score after which training stops.
+        Number of epochs without improvement after which training stops.
     tol : float, default=1e-4
-        Rise of the score that counts.
+        Smallest rise of the score that counts as an improvement.
     warm_start : bool, default=False
-        Whether `fit` goes on from the network that an earlier `fit` left, with the same classes;
-        `unfreeze` and the rest of the training may have been changed in between.
+        Whether `fit` resumes with the network of the previous call, for the same classes.
+        `unfreeze` and all other parameters of the training may change in between.
     resize : {"weights", "squash", "pad"}, default="weights"
         As for `DeepFeatureExtractor`.
     image_size : int, default=None
@@ -141,55 +133,55 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     image_shape : tuple of int, default=None
         As for `DeepFeatureExtractor`.
     device : str or torch.device, default="auto"
-        "auto" takes CUDA, else MPS, else the CPU.
+        "auto" uses CUDA if available, else MPS, else the CPU.
     precision : {"float32", "bfloat16", "float16"}, default="float32"
-        Type in which the network computes (autocast). Weights stay float32; gradients of float16
-        are scaled where needed.
+        Data type in which the network computes (autocast). Weights stay float32; float16 gradients
+        are scaled as needed.
     num_workers : int or "auto", default="auto"
-        Threads that read and prepare images meanwhile; 0 for none.
+        Number of threads that read and prepare images in the background; 0 for none.
     random_state : int, default=None
-        Seed of the new head, the order, the augmentation, dropout and the split, and of random
-        weights. With it two fits on one CPU are equal to the bit.
+        Seed for the new head, the order of images, augmentation, dropout, the hold-out split and
+        random weights. With a seed, two fits on the same CPU are identical to the bit.
     verbose : int, default=0
         1 shows a progress bar with the loss and the remaining time.
 
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
-        The labels.
+        The class labels.
     module_ : torch.nn.Module
         The network, in eval mode.
     history_ : list of dict
-        Of each epoch "epoch" (from 1), "train_loss" (with label smoothing, in train mode),
-        "train_score" (accuracy), "validation_loss", "validation_score" (None without validation
-        images), "learning_rate", "backbone_learning_rate" (at its beginning), "seconds" (with
-        validation, and in the first epoch with what computing the frozen part took) and
+        One entry per epoch, with "epoch" (from 1), "train_loss" (with label smoothing, in train
+        mode), "train_score" (accuracy), "validation_loss", "validation_score" (None without
+        validation images), "learning_rate", "backbone_learning_rate" (at the start of the epoch),
+        "seconds" (including validation and, in the first epoch, computing the frozen part) and
         "images_per_second" (of training).
     n_iter_ : int
         Number of epochs.
     best_validation_score_ : float or None
-        Highest validation score, of this `fit`; None without validation images.
+        Best validation score of the last `fit`; None without validation images.
     n_features_in_ : int
-        Number of columns of X, where X was a table.
+        Number of columns of X, if X was a table.
     feature_names_in_ : ndarray of str
-        Names of the columns of X, where X was a table with names.
+        Names of the columns of X, if X was a table with column names.
 
     See Also
     --------
-    DeepFeatureExtractor : Features of a network that stays as it is, for any classifier.
+    DeepFeatureExtractor : Features of a network that is not trained, for any classifier.
 
     Notes
     -----
-    X is what `DeepFeatureExtractor` takes.
+    X is any input that `DeepFeatureExtractor` accepts.
 
-    What the frozen beginning of the network gives for an image does not change from epoch to
-    epoch. With `augment` None or "flip" it is computed once for each image, and its mirror image,
-    if there are more epochs than these views. It is kept in memory up to 2 GiB (and as much for
-    validation images), else in a temporary file, so that an epoch costs the trained part alone.
+    The output of the frozen beginning of the network for an image is the same in every epoch. With
+    `augment` None or "flip" it is computed once per image, and once per mirror image, if there are
+    more epochs than these views. It is cached in memory up to 2 GiB (and as much for validation
+    images), or else in a temporary file, so that an epoch only runs the trained part.
 
-    A dropout between two layers acts where the layer after it is trained. A batch of one image, or
-    a part of one, is normalised with BatchNorm's running statistics. An image whose
-    `sample_weight` is 0 is left out.
+    A dropout between two layers is active if the layer after it is trained. A batch of a single
+    image, or a part of one, is normalised with the running statistics of BatchNorm. Images whose
+    `sample_weight` is 0 are dropped.
 
     References
     ----------
@@ -209,6 +201,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     >>> classifier.fit(images[:64] / 16, labels[:64]).predict_proba(images[:3] / 16).shape
     (3, 2)
     """
+
+    __module__ = "deepfeat"  # so that pickles outlive moves
 
     def __init__(
         self,
@@ -286,7 +280,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     ) -> "FineTuneClassifier":
         """Train the network on images and their labels.
 
-        Ctrl-C ends the training, with a warning, and keeps what was learned so far.
+        Ctrl-C ends the training with a warning, and keeps what has been learned so far.
 
         Parameters
         ----------
@@ -295,11 +289,11 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         y : array-like of shape (n,)
             Labels: strings, integers or booleans.
         sample_weight : array-like of shape (n,), optional
-            Weights in the loss, not negative.
+            Non-negative weights in the loss.
         X_val : sequence or array of m images, optional
-            Images that are classified after each epoch, without learning from them.
+            Validation images, which are classified after each epoch.
         y_val : array-like of shape (m,), optional
-            Their labels.
+            Labels of the validation images.
 
         Returns
         -------
@@ -309,47 +303,48 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If a parameter is out of its range; X, y and the weights do not go together; there are
-            fewer than two classes, or too few images of a class to set some aside; an image
-            cannot be read; or the loss becomes NaN or infinite.
+            If a parameter is out of range; X, y and the weights do not match; there are fewer than
+            two classes, or too few images of a class to hold some out; an image cannot be read; or
+            the loss becomes NaN or infinite.
         LayerNotFoundError
-            If the backbone has no such block as `unfreeze` names.
+            If the backbone does not have a block that `unfreeze` names.
         OSError
             If the weights cannot be downloaded.
         """
         self._check_parameters()
         if self.max_epochs <= self.warmup_epochs:
             raise ValueError(
-                f"warmup_epochs={self.warmup_epochs}: less than max_epochs={self.max_epochs} is "
-                "expected."
+                f"warmup_epochs must be less than max_epochs={self.max_epochs}; got "
+                f"{self.warmup_epochs}."
             )
-        goes_on = self.warm_start and hasattr(self, "module_")
+        resume = self.warm_start and hasattr(self, "module_")
         with self._unchanged_on_error():
-            images = self._label(X, y, sample_weight, reset=not goes_on)
-            classes = self.classes_ if goes_on else np.unique(images.labels)
-            check_known(images.labels, classes, "y")
-            images = leave_out_weightless(images)
-            seed = self._draw_seed(goes_on)
+            dataset = self._label(X, y, sample_weight, reset=not resume)
+            classes = self.classes_ if resume else np.unique(dataset.labels)
+            check_known(dataset.labels, classes, "y")
+            dataset = drop_zero_weight(dataset)
+            seed = self._draw_seed(resume)
             validation = None
             if X_val is not None or y_val is not None:
                 if X_val is None or y_val is None:
-                    raise ValueError("X_val and y_val go together, and one of them is missing.")
-                validation = self._label(X_val, y_val, None, reset=False, of="_val")
+                    given = "X_val" if y_val is None else "y_val"
+                    raise ValueError(f"X_val and y_val must be passed together; got only {given}.")
+                validation = self._label(X_val, y_val, None, reset=False, suffix="_val")
                 check_known(validation.labels, classes, "y_val")
             elif self.early_stopping:
-                images, validation = set_aside(images, self.validation_fraction, seed)
-            images = weigh(images, classes, self.class_weight)
-            # What is large in all of them is a matter of the learning rate.
-            scaled = images.weights / images.weights.max()
-            images = replace(images, weights=scaled / scaled.mean())
-            return self._learn(images, validation, classes, seed, goes_on, self.max_epochs)
+                dataset, validation = hold_out(dataset, self.validation_fraction, seed)
+            dataset = apply_class_weight(dataset, classes, self.class_weight)
+            # A scale common to all weights is up to the learning rate.
+            scaled = dataset.weights / dataset.weights.max()
+            dataset = replace(dataset, weights=scaled / scaled.mean())
+            return self._train(dataset, validation, classes, seed, resume, self.max_epochs)
 
     def partial_fit(
         self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
     ) -> "FineTuneClassifier":
-        """Train for one epoch on these images, with constant learning rates.
+        """Train for one epoch on these images, at constant learning rates.
 
-        The optimizer goes on where the last call left it.
+        The optimizer resumes where the last call left off.
 
         Parameters
         ----------
@@ -358,9 +353,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         y : array-like of shape (n,)
             Labels.
         classes : array-like, optional
-            All labels that will come; needed in the first call.
+            All labels that any call will pass; required in the first call.
         sample_weight : array-like of shape (n,), optional
-            Weights in the loss, not negative.
+            Non-negative weights in the loss.
 
         Returns
         -------
@@ -370,26 +365,29 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If `classes` is missing in the first call, or different in a later one; else as `fit`.
+            If `classes` is missing in the first call or differs in a later one; otherwise as for
+            `fit`.
         """
         self._check_parameters()
         if isinstance(self.class_weight, str):
             raise ValueError(
-                "class_weight='balanced' is not possible with partial_fit, which does not see all "
-                "labels at once: use sklearn.utils.class_weight.compute_class_weight on all of "
-                "them, and give the weights as a dict."
+                "class_weight='balanced' is not supported by partial_fit, which does not see all "
+                "labels at once. Compute the weights from all of them with "
+                "sklearn.utils.class_weight.compute_class_weight and pass them as a dict."
             )
-        goes_on = hasattr(self, "module_")
+        resume = hasattr(self, "module_")
         with self._unchanged_on_error():
-            images = self._label(X, y, sample_weight, reset=not goes_on)
-            if classes is None and not goes_on:
+            dataset = self._label(X, y, sample_weight, reset=not resume)
+            if classes is None and not resume:
                 raise ValueError("classes must be passed on the first call to partial_fit.")
-            known = self.classes_ if goes_on else np.unique(column_or_1d(classes))
+            known = self.classes_ if resume else np.unique(column_or_1d(classes))
             if classes is not None and not np.array_equal(np.unique(classes), known):
-                raise ValueError(f"classes={classes!r} are not those of the first call, {known!r}.")
-            check_known(images.labels, known, "y")
-            images = weigh(leave_out_weightless(images), known, self.class_weight)
-            return self._learn(images, None, known, self._draw_seed(goes_on), goes_on, None)
+                raise ValueError(
+                    f"classes must be the same as in the first call, {known!r}; got {classes!r}."
+                )
+            check_known(dataset.labels, known, "y")
+            dataset = apply_class_weight(drop_zero_weight(dataset), known, self.class_weight)
+            return self._train(dataset, None, known, self._draw_seed(resume), resume, None)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Classify images.
@@ -402,7 +400,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         labels : ndarray of shape (n,)
-            The most probable of `classes_`.
+            The most probable class of each image.
 
         Raises
         ------
@@ -445,7 +443,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         logits : ndarray of shape (n, n_classes), or (n,) for two classes, float64
-            In the order of `classes_`; for two classes how far the second one is ahead.
+            In the order of `classes_`; for two classes, the logit of the second minus that of the
+            first.
 
         Raises
         ------
@@ -456,10 +455,10 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
     def to_extractor(self, layer: str | int | list[str | int]) -> DeepFeatureExtractor:
-        """Make an extractor of features of the trained network, with the same preprocessing.
+        """Return a feature extractor with the trained network and the same preprocessing.
 
-        It has a copy of the network, which further training leaves as it is. Its rows have the
-        digest of the trained weights in their cache keys, and are kept in memory alone.
+        It holds a copy of the network, which further training does not change. The cache keys of
+        its rows include a digest of the trained weights; the rows are cached in memory only.
 
         Parameters
         ----------
@@ -469,8 +468,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         extractor : DeepFeatureExtractor
-            With the device, precision, batch size and workers of this classifier, and for the
-            rest default parameters.
+            With the device, precision, batch size and workers of this classifier, and defaults for
+            all other parameters.
         """
         check_is_fitted(self, "module_")
         return DeepFeatureExtractor(
@@ -486,42 +485,41 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the classifier to a file in the safetensors format, without pickle.
+        """Save the classifier to a file in the safetensors format, without pickle.
 
-        The weights are its tensors. Parameters, classes and history are JSON in its header.
+        The file holds the weights as tensors, and parameters, classes and history as JSON in its
+        header.
 
         Parameters
         ----------
         path : str or path
-            The file, replaced if it is there; safetensors files are named `.safetensors`.
+            The file, by convention with the suffix `.safetensors`. An existing file is replaced.
 
         Raises
         ------
         ValueError
-            If a parameter is code, which only a pickle can hold: a network, preprocessing or
-            augmentation of your own.
+            If a parameter is code, which only a pickle can hold: your own network, preprocessing
+            or augmentation.
+        FileNotFoundError
+            If the folder of the file does not exist.
         """
         check_is_fitted(self, "module_")
-        params = {name: to_json(name, value) for name, value in self.get_params(False).items()}
-        labels = [to_json("label", label) for label in self.classes_.tolist()]
-        description = {
-            "format": FORMAT,
-            "params": params,
-            "n_outputs": self._n_outputs,
-            "seed": self._seed,
-            "classes": [str(self.classes_.dtype), labels],
-            "columns": [
-                getattr(self, "n_features_in_", None),
-                list(getattr(self, "feature_names_in_", [])),
-            ],
-            "history": self.history_,
-            "best_validation_score": self.best_validation_score_,
-        }
-        write_network(path, self.module_.state_dict(), description)
+        saved = SavedClassifier(
+            params=self.get_params(deep=False),
+            state=self.module_.state_dict(),
+            n_outputs=self._n_outputs,
+            seed=self._seed,
+            classes=self.classes_,
+            n_features_in=getattr(self, "n_features_in_", None),
+            feature_names_in=list(getattr(self, "feature_names_in_", [])),
+            history=self.history_,
+            best_validation_score=self.best_validation_score_,
+        )
+        save_classifier(path, saved)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "FineTuneClassifier":
-        """Read a classifier that `save` wrote. Neither downloads nor other files are needed.
+        """Load a classifier from a file that `save` wrote, without any download or other file.
 
         Parameters
         ----------
@@ -531,60 +529,44 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         classifier : FineTuneClassifier
-            As it was when it was saved, with its network on the CPU; an optimizer that
-            `partial_fit` was to go on with starts anew.
+            The classifier as it was saved, with its network on the CPU. The state of the optimizer
+            is not saved: `partial_fit` starts with a fresh one.
 
         Raises
         ------
         FileNotFoundError
-            If there is no such file.
+            If the file does not exist.
         ValueError
-            If it is damaged, of a later release, or none that `save` wrote.
+            If it is damaged, was written by a later release, or not by `save`.
         """
-        state, description = read_network(path)
-        if description.get("format") != FORMAT:
-            raise ValueError(
-                f"{os.fspath(path)} has format {description.get('format')}, and this release "
-                f"reads {FORMAT}: use the release of deepfeat that wrote it."
-            )
-        try:
-            return cls(**from_json(description["params"]))._restore(state, description)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{os.fspath(path)} does not hold what its header says: {type(error).__name__}: "
-                f"{error}"
-            ) from error
+        saved = load_classifier(path)
+        with blame_file(path):
+            return cls(**saved.params)._restore(saved)
 
-    def _restore(
-        self, state: dict[str, Tensor], description: dict[str, Any]
-    ) -> "FineTuneClassifier":
+    def _restore(self, saved: SavedClassifier) -> "FineTuneClassifier":
         """Become the classifier that a file describes."""
-        dtype, labels = description["classes"]
-        classes = np.array(labels, dtype=dtype)
         backbone = self._find_backbone(with_file=False)
         network = rebuild_network(
             backbone,
             self.head,
-            len(classes),
-            description["n_outputs"],
-            state,
+            len(saved.classes),
+            saved.n_outputs,
+            saved.state,
             pretrained=self.weights is not None,
         )
-        count, names = description["columns"]
-        if count is not None:
-            self.n_features_in_ = count
-        if names:
-            self.feature_names_in_ = np.array(names, dtype=object)
-        seed, history = description["seed"], description["history"]
-        best = description["best_validation_score"]
-        return self._keep(network, backbone, classes, seed, history, best)
+        if saved.n_features_in is not None:
+            self.n_features_in_ = saved.n_features_in
+        if saved.feature_names_in:
+            self.feature_names_in_ = np.array(saved.feature_names_in, dtype=object)
+        result = FitResult(saved.history, saved.best_validation_score, None)
+        return self._keep(network, backbone, saved.classes, saved.seed, result)
 
     def __sklearn_tags__(self) -> Tags:
         return tag_images(super().__sklearn_tags__(), self.image_shape)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__().copy()
-        if "module_" in state:  # it shall open on machines without this device
+        if "module_" in state:  # so that it can be unpickled on machines without this device
             state["module_"] = copy.deepcopy(self.module_).cpu()
             state["_optimizer_state"] = to_cpu(self._optimizer_state)
         return state
@@ -601,13 +583,13 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         if self.random_state is not None and self.random_state >= 2**32:
             raise ValueError(f"random_state must be less than 2**32; got {self.random_state}.")
 
-    def _find_backbone(self, *, with_file: bool = True, resize: Resize | None = None) -> Backbone:
-        """Find the backbone; without a weights file, its structure and preprocessing."""
+    def _find_backbone(self, *, with_file: bool = True) -> Backbone:
+        """Find the backbone; without its weights file, only its structure and preprocessing."""
         return find_backbone(
             self.backbone,
             self.weights if with_file or not is_weights_file(self.weights) else None,
             preprocessing=self.preprocessing,
-            resize=resize or self.resize,
+            resize=self.resize,
             image_size=self.image_size,
             seed=self.random_state or 0,
         )
@@ -618,35 +600,36 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         except (LayerNotFoundError, TypeError) as error:
             kind = LayerNotFoundError if isinstance(error, LayerNotFoundError) else ValueError
             raise kind(
-                f"unfreeze={self.unfreeze!r} is neither 'all' nor None, and names no block: {error}"
+                "unfreeze must be 'all', None, or the name of a block or a list of these; got "
+                f"{self.unfreeze!r}: {error}"
             ) from error
 
-    def _draw_seed(self, goes_on: bool) -> int:
+    def _draw_seed(self, resume: bool) -> int:
         if self.random_state is not None:
             return int(self.random_state)
-        if goes_on:  # else images that were learned from might be set aside
+        if resume:  # another split would hold out images that have been trained on
             return self._seed
         return int(np.random.SeedSequence().generate_state(1)[0])
 
     def _label(
-        self, X: Any, y: Any, sample_weight: Any, *, reset: bool, of: str = ""
-    ) -> LabelledImages:
-        """Take X and y apart, or X_val and y_val (`of` "_val"), and check them."""
+        self, X: Any, y: Any, sample_weight: Any, *, reset: bool, suffix: str = ""
+    ) -> Dataset:
+        """Validate X and y, or X_val and y_val (`suffix` "_val"), as one data set."""
         if y is None:
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
             )
         try:
-            records = find_records(self, X, self.image_shape, reset=reset, of=f"X{of}")
-            return label_images(records, y, sample_weight, name=f"y{of}")
+            records = find_records(self, X, self.image_shape, reset=reset, of=f"X{suffix}")
+            return label_images(records, y, sample_weight, name=f"y{suffix}")
         except ValueError as error:
-            if not of:
+            if not suffix:
                 raise
-            raise ValueError(f"X{of} and y{of}: {error}") from error
+            raise ValueError(f"X{suffix} and y{suffix}: {error}") from error
 
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
-        """Forget the columns of X where training fails; see to gradients, which may be off."""
+        """Restore the attributes of X's columns on an error; enable gradients meanwhile."""
         names = ("n_features_in_", "feature_names_in_")
         before = {name: self.__dict__[name] for name in names if name in self.__dict__}
         try:
@@ -660,63 +643,56 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
 
     # Training -----------------------------------------------------------------------------------
 
-    def _learn(
+    def _train(
         self,
-        images: LabelledImages,
-        validation: LabelledImages | None,
+        dataset: Dataset,
+        validation: Dataset | None,
         classes: NDArray[Any],
         seed: int,
-        goes_on: bool,
+        resume: bool,
         epochs: int | None,
     ) -> "FineTuneClassifier":
-        """Train, and keep what was learned; for one epoch where no number of them is given."""
+        """Train a new network, or `resume` with the current one, and keep the result.
+
+        Without a number of epochs it is trained for one, and the optimizer resumes too.
+        """
         device = find_device(self.device)
-        backbone = self._find_backbone(with_file=not goes_on)
+        backbone = self._find_backbone(with_file=not resume)
         blocks = self._find_blocks(backbone)
-        if goes_on:
+        if resume:
             self._check_origin()
-            # A copy: what is there stays as it is if this fails.
+            # A copy: the current network stays as it is if training fails.
             network = Network(copy.deepcopy(self.module_), self._head, self._n_outputs)
         else:
             network = build_network(backbone, self.head, len(classes), device, seed)
-        plan = self._plan(network, backbone, blocks, classes, device, seed, epochs)
-        history = list(self.history_) if goes_on else []
-        state = self._optimizer_state if goes_on and epochs is None else None
-        # torch's global generators stay as they were.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            best, state = self._run_epochs(plan, images, validation, history, state)
-        state = state if epochs is None else None
-        return self._keep(network, backbone, classes, seed, history, best, state)
+        config = self._make_config(epochs, device, seed)
+        plan = plan_training(network, blocks, backbone.preprocessing, classes, config)
+        history = self.history_ if resume else []
+        state = self._optimizer_state if resume and epochs is None else None
+        result = run_training(
+            plan, dataset, validation, start=len(history) + 1, optimizer_state=state
+        )
+        result = replace(
+            result,
+            history=history + result.history,
+            optimizer_state=result.optimizer_state if epochs is None else None,
+        )
+        return self._keep(network, backbone, classes, seed, result)
 
     def _check_origin(self) -> None:
-        """Raise if the network in training comes from something else than the parameters say."""
+        """Raise if the parameters describe another network than the one being trained."""
         for name, value in self._origin.items():
             now = to_plain(getattr(self, name))
             if now is not value and now != value:
                 raise ValueError(
-                    f"{name} was {value!r} when the training began, and is {now!r} now: set it "
-                    "back, or begin anew with a clone."
+                    f"{name} must not change while a network is trained; it was {value!r} when "
+                    f"training began and is {now!r} now. Restore it, or start over with a clone."
                 )
 
-    def _plan(
-        self,
-        network: Network,
-        backbone: Backbone,
-        blocks: tuple[str, ...],
-        classes: NDArray[Any],
-        device: torch.device,
-        seed: int,
-        epochs: int | None,
-    ) -> "Plan":
-        """Freeze the network, and find out how it is trained."""
-        module, shape = network.module.to(device), backbone.preprocessing.input_shape
-        index = LayerIndex(module, shape)
-        trained = find_trained(module, index, blocks, network.head)
-        trained = leave_out_unfit(module, trained, shape)
-        freeze(module, trained)
-        # Nothing is kept in a single epoch, and only a CPU runs the two parts apart for speed.
-        is_cut = epochs is not None or device.type == "cpu"
-        recipe = Recipe(
+    def _make_config(self, epochs: int | None, device: torch.device, seed: int) -> TrainingConfig:
+        return TrainingConfig(
+            epochs=epochs,
+            batch_size=self.batch_size,
             optimizer=self.optimizer,
             learning_rate=self.learning_rate,
             backbone_learning_rate=self.backbone_learning_rate,
@@ -725,113 +701,16 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             warmup_epochs=self.warmup_epochs,
             label_smoothing=self.label_smoothing,
             max_grad_norm=self.max_grad_norm,
-            batch_size=self.batch_size,
-            precision=self.precision,
+            augment=self.augment,
+            early_stopping=self.early_stopping,
+            n_iter_no_change=self.n_iter_no_change,
+            tol=self.tol,
             device=device,
+            precision=self.precision,
+            num_workers=self.num_workers,
             seed=seed,
+            verbose=self.verbose,
         )
-        return Plan(
-            module=module,
-            trained=trained,
-            cut=find_cut(module, index, trained, shape) if is_cut else None,
-            preprocessing=backbone.preprocessing,
-            classes=classes,
-            recipe=recipe,
-            epochs=epochs,
-        )
-
-    def _run_epochs(
-        self,
-        plan: "Plan",
-        images: LabelledImages,
-        validation: LabelledImages | None,
-        history: list[dict[str, Any]],
-        optimizer_state: Any = None,
-    ) -> tuple[float | None, Any]:
-        """Train as long as it pays off, and add to the history.
-
-        Return the best validation score and the state of the optimizer.
-        """
-        begin = time.perf_counter()
-        samples = self._make_samples(plan, images, self.augment)
-        checks = None if validation is None else self._make_samples(plan, validation, None)
-        preparing = time.perf_counter() - begin
-        batches = math.ceil(len(images.records) / self.batch_size)
-        learner = Learner(plan.module, plan.trained, plan.recipe, batches, plan.epochs)
-        if optimizer_state is not None:
-            learner.load_state_dict(optimizer_state)
-        best = Best(plan.module, plan.trained)
-        epochs = plan.epochs or 1
-        with tqdm(total=batches * epochs, unit="batch", disable=not self.verbose) as bar:
-
-            def report(loss: float) -> None:
-                bar.set_postfix(epoch=len(history) + 1, loss=f"{loss:.3f}", refresh=False)
-                bar.update()
-
-            training = train(learner, samples, checks, start=len(history) + 1, report=report)
-            try:
-                for epoch in itertools.islice(training, epochs):
-                    history.append(asdict(replace(epoch, seconds=epoch.seconds + preparing)))
-                    preparing = 0.0
-                    if epoch.validation_score is not None:
-                        best.note(epoch.validation_score, self.tol, keep=self.early_stopping)
-                    if self.early_stopping and best.stale >= self.n_iter_no_change:
-                        break
-            except KeyboardInterrupt:
-                warnings.warn(
-                    f"training was interrupted in epoch {len(history) + 1}; what was learned so "
-                    "far is kept.",
-                    UserWarning,
-                    stacklevel=3,
-                )
-        best.restore()
-        plan.module.zero_grad()  # gradients are as large as what was trained
-        return best.score, learner.state_dict()
-
-    def _make_samples(self, plan: "Plan", images: LabelledImages, augment: Augment) -> Samples:
-        """Say where the training gets its images from, or the activations kept of them."""
-        recipe = plan.recipe
-        drawn = ImageSamples(
-            images.records,
-            plan.preprocessing,
-            self._find_squash(plan.preprocessing) if augment == "crop" else None,
-            augment,
-            recipe.device,
-            self.num_workers,
-            recipe.seed,
-        )
-        targets = torch.from_numpy(np.searchsorted(plan.classes, images.labels))
-        weights = torch.from_numpy(images.weights.astype(np.float32))
-        shape = plan.preprocessing.input_shape
-        forward: Callable[[Tensor], Any] = plan.module
-        if plan.cut is not None and recipe.device.type == "cpu":
-            part = limit_part(self.batch_size, shape, recipe.device)
-            forward = functools.partial(plan.cut.run, part=part)
-        samples = Samples(targets.to(recipe.device), weights.to(recipe.device), drawn.draw, forward)
-        views = count_views(augment)
-        pays = plan.epochs is not None and views is not None and plan.epochs > views
-        if plan.cut is None or views is None or not pays:
-            return samples
-        total = views * len(images.records)
-        with tqdm(total=total, desc="frozen part", unit="image", disable=not self.verbose) as bar:
-            kept = keep_activations(
-                drawn,
-                plan.module,
-                plan.cut,
-                views=views,
-                precision=self.precision,
-                batch_size=self.batch_size,
-                report=bar.update,
-            )
-        if kept is None:
-            return samples
-        return replace(samples, draw=kept.draw, forward=plan.cut.run_suffix)
-
-    def _find_squash(self, preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
-        """Return a preparation of images that crops nothing off, for what is cropped already."""
-        if self.preprocessing is not None:
-            return preprocessing.prepare
-        return self._find_backbone(with_file=False, resize="squash").preprocessing.prepare
 
     def _keep(
         self,
@@ -839,44 +718,40 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         backbone: Backbone,
         classes: NDArray[Any],
         seed: int,
-        history: list[dict[str, Any]],
-        best: float | None,
-        optimizer_state: Any = None,
+        result: FitResult,
     ) -> "FineTuneClassifier":
-        """Keep what was learned, all at once."""
+        """Keep a trained network and the result of its training, all at once."""
         self.module_ = network.module.eval()
         self.classes_ = classes
-        self.history_ = history
-        self.n_iter_ = len(history)
-        self.best_validation_score_ = best
+        self.history_ = result.history
+        self.n_iter_ = len(result.history)
+        self.best_validation_score_ = result.best_score
         self._name = backbone.name
         self._head = network.head
         self._n_outputs = network.n_outputs
         self._preprocessing = backbone.preprocessing
-        self._origin = {name: to_plain(getattr(self, name)) for name in ORIGIN}
+        self._origin = {name: to_plain(getattr(self, name)) for name in _ORIGIN}
         self._seed = seed
-        self._optimizer_state = optimizer_state
+        self._optimizer_state = result.optimizer_state
         return self
 
     def _compute_logits(self, X: Any) -> NDArray[np.float64]:
-        """Run the network over images, in eval mode."""
+        """Run the network on images, in eval mode."""
         check_is_fitted(self, "module_")
         names = ("batch_size", "num_workers", "precision")
         check_parameters(FineTuneClassifier, {name: getattr(self, name) for name in names})
         records = find_records(self, X, self.image_shape, reset=False)
         device = find_device(self.device)
-        module, steps = self.module_.to(device), self._preprocessing
+        network = self.module_.to(device)
+        reader = make_logit_reader(network, self._preprocessing, device, self.precision)
         logits = np.empty((len(records), len(self.classes_)))
         with tqdm(
             total=len(records), desc=self._name, unit="image", disable=not self.verbose
         ) as bar:
             for batch in run_in_batches(
-                module,
-                lambda images: {"logits": first_tensor(module(steps.normalize(images))).float()},
+                reader,
                 records,
-                lambda record: steps.prepare(record.open()),
-                device=device,
-                precision=self.precision,
+                Record.open,
                 batch_size=self.batch_size,
                 num_workers=self.num_workers,
             ):
@@ -885,3 +760,11 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
                 logits[[record.index for record in batch.samples]] = batch.rows["logits"]
                 bar.update(len(batch.samples))
         return logits
+
+
+# The parameters that decide which network is trained.
+_ORIGIN = ("backbone", "weights", "preprocessing", "head", "resize", "image_size")
+
+
+# Here doctest finds the examples of a class that says it is in another module.
+__test__ = {"FineTuneClassifier": FineTuneClassifier}

@@ -1,4 +1,4 @@
-"""Cutting a network where its frozen beginning ends."""
+"""Cuts: a network run in two parts, its frozen beginning and the rest."""
 
 import functools
 import math
@@ -13,25 +13,25 @@ from .._layers.reading import share_weights
 from .._layers.trace import first_tensor
 from .freezing import Trained, is_touched, lies_in
 
-Fill: TypeAlias = Callable[..., Tensor]  # of a tensor like it and a shape
+Fill: TypeAlias = Callable[..., Tensor]  # makes a tensor from one of its kind and a shape
 
 
 class Cut:
-    """A network that is run in two parts: its frozen beginning, and the rest.
+    """A network that is run in two parts: its frozen beginning (prefix) and the rest (suffix).
 
-    Both run through copies of the modules that share the network's weights and follow its modes;
-    the network itself is never touched, whatever happens. One thread at a time uses a cut.
+    Both parts are copies of the modules that share the network's weights and follow its modes, so
+    that the network itself is never touched, not even by an error. A cut is not thread-safe.
 
     Parameters
     ----------
     module : torch.nn.Module
         The network.
     input_shape : tuple of int
-        (C, H, W) of an image as the network takes it.
+        (C, H, W) of a prepared image.
     boundary : str
-        Path of the first module of the rest.
+        Path of the first module of the suffix.
     skipped : mapping of str to tuple of int
-        The frozen layers before it, with the shape of what each gives for an image.
+        Paths of the frozen layers before it, with the output shape of each for one image.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Cut:
             layer.forward = functools.partial(self._resumed.skip, shape)
 
     def run_prefix(self, batch: Tensor) -> Tensor:
-        """Run the frozen beginning: return what the boundary takes."""
+        """Run the frozen beginning; return the input of the boundary."""
         self._follow_modes()
         try:
             self._prefix(batch)
@@ -68,11 +68,11 @@ class Cut:
         raise ValueError(f"{self.boundary!r} is not called in the forward pass.")
 
     def run_suffix(self, activations: Tensor, *, fill: Fill = Tensor.new_empty) -> Any:
-        """Run the rest on what its boundary takes: return what the network does.
+        """Run the rest on the input of its boundary; return the output of the network.
 
-        The frozen layers before give memory that nobody has filled, in the right shapes, or what
-        `fill` makes. What the network makes of that between them is lost where the boundary takes
-        `activations` instead.
+        The frozen layers before it return uninitialised memory of the right shapes, or what `fill`
+        makes. Whatever is computed from that is discarded when the boundary takes `activations`
+        instead.
         """
         self._follow_modes()
         self._resumed.activations, self._resumed.fill = activations, fill
@@ -82,9 +82,11 @@ class Cut:
             self._resumed.activations = None
 
     def run(self, batch: Tensor, *, part: int) -> Any:
-        """Run the frozen beginning some images at a time, and the rest on all of them."""
+        """Run the frozen beginning on `part` images at a time, and the rest on the whole batch."""
         with torch.no_grad():
-            activations = torch.cat([self.run_prefix(some) for some in torch.split(batch, part)])
+            activations = torch.cat(
+                [self.run_prefix(images) for images in torch.split(batch, part)]
+            )
         return self.run_suffix(activations)
 
     def _follow_modes(self) -> None:
@@ -94,7 +96,7 @@ class Cut:
 
 
 class _Resumed:
-    """What the hooks of a network's second part put in the place of its first."""
+    """The hooks that replace the frozen beginning in the suffix."""
 
     activations: Tensor | None = None
     fill: Fill
@@ -108,7 +110,7 @@ class _Resumed:
 
 
 class _AtBoundary(Exception):
-    """Leaves a forward pass with what the boundary was to take."""
+    """Raised to end a forward pass at the boundary, with the boundary's input."""
 
     def __init__(self, activations: Tensor):
         super().__init__()
@@ -122,26 +124,26 @@ def _leave(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 def find_cut(
     module: nn.Module, index: LayerIndex, trained: Trained, input_shape: tuple[int, ...]
 ) -> Cut | None:
-    """Find where the frozen beginning ends.
+    """Cut a network where its frozen beginning ends.
 
-    None where nothing is frozen before the rest, or where the rest needs more of it than what
-    the boundary takes: that is tried.
+    Returns None if nothing is frozen before the trained part, or if the suffix needs more than the
+    boundary's input, which a trial run shows.
     """
     found = _find_boundary(module, index, trained)
     if found is None:
         return None
     cut = Cut(module, input_shape, *found)
-    anywhere = next(module.parameters())
+    reference = next(module.parameters())
     noise = torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0))
-    noise = noise.to(anywhere.device, anywhere.dtype)
+    noise = noise.to(reference.device, reference.dtype)
     module.eval()
     with torch.no_grad():
         whole = first_tensor(module(noise))
         try:
             activations = cut.run_prefix(noise)
-            # In another order: tokens may come first, and images second.
+            # In reverse order, because the first axis may be that of tokens, not of images.
             parts = first_tensor(cut.run_suffix(activations.flip(0), fill=_nans_like))
-        except Exception:  # a module of the user may be put together in any way
+        except Exception:  # a user's module may be built in any way
             return None
     is_same = parts.shape == whole.shape and torch.allclose(
         parts.flip(0), whole, rtol=1e-4, atol=1e-5
@@ -152,7 +154,7 @@ def find_cut(
 def _find_boundary(
     module: nn.Module, index: LayerIndex, trained: Trained
 ) -> tuple[str, dict[str, tuple[int, ...]]] | None:
-    """Find the first module that is not frozen, and the shapes of the frozen layers before it."""
+    """Find the first module that is not frozen, and the output shapes of the layers before it."""
     skipped: dict[str, tuple[int, ...]] = {}
     for path, call in index.calls.items():
         if path in trained.active or (path in index.units and is_touched(module, path, trained)):
@@ -164,15 +166,14 @@ def _find_boundary(
 
 
 def _widest(path: str, index: LayerIndex, trained: Trained) -> str:
-    """Return the largest trained container that begins with a module; what has none, as it is.
+    """Return the largest trained container around a module, or else the module itself.
 
-    It may have parameters of its own, and dropouts, before the first of its layers.
+    The container may have parameters of its own, and dropouts, before its first layer.
     """
-    places = [place for place, letter in enumerate(path) if letter == "."]
-    containers = (path[:place] for place in places)
-    return next((one for one in containers if one in trained and one in index.calls), path)
+    containers = (path[:end] for end, letter in enumerate(path) if letter == ".")
+    return next((path for path in containers if path in trained and path in index.calls), path)
 
 
 def _nans_like(activations: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Fill with what shows wherever it is used; old memory may hold the right values."""
+    """Fill with NaN, which shows wherever it is used; old memory may hold the right values."""
     return activations.new_full(shape, math.nan)

@@ -1,50 +1,185 @@
-"""The plan of a training, and the best epoch so far."""
+"""Fitting a network: what is trained and from which source, epochs, early stopping."""
 
+import itertools
 import math
-from dataclasses import dataclass
+import time
+import warnings
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .._backbones.preprocessing import Preprocessing
-from .cutting import Cut
-from .freezing import Trained
-from .training import Recipe
+from .._layers.index import LayerIndex
+from .augmentation import Augment, count_views
+from .cutting import Cut, find_cut
+from .freezing import Trained, drop_small_auxiliary, find_trained, freeze
+from .labels import Dataset
+from .networks import Network
+from .sources import ImageSource, Source, cache_activations
+from .training import Trainer, TrainingConfig, train
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a network is trained, and where it may be cut; no epochs: one, at constant rates."""
+    """A network frozen but for its trained part, where it may be cut, and how it is trained."""
 
     module: nn.Module
     trained: Trained
     cut: Cut | None
     preprocessing: Preprocessing
     classes: NDArray[Any]
-    recipe: Recipe
-    epochs: int | None
+    config: TrainingConfig
 
 
-class Best:
-    """The best validation score, the weights that had it, and for how long there was no better."""
+@dataclass(frozen=True)
+class FitResult:
+    """The outcome of a training.
+
+    The `history` has one dict per epoch, and `best_score` is None without validation images.
+    """
+
+    history: list[dict[str, Any]]
+    best_score: float | None
+    optimizer_state: dict[str, Any] | None
+
+
+def plan_training(
+    network: Network,
+    blocks: tuple[str, ...],
+    preprocessing: Preprocessing,
+    classes: NDArray[Any],
+    config: TrainingConfig,
+) -> Plan:
+    """Freeze the network but for its head and the blocks, in place, and find where to cut it."""
+    module, shape = network.module.to(config.device), preprocessing.input_shape
+    index = LayerIndex(module, shape)
+    trained = find_trained(module, index, blocks, network.head)
+    trained = drop_small_auxiliary(module, trained, shape)
+    freeze(module, trained)
+    # A single epoch caches nothing, and only a CPU runs the two parts apart for speed.
+    is_cut = config.epochs is not None or config.device.type == "cpu"
+    cut = find_cut(module, index, trained, shape) if is_cut else None
+    return Plan(module, trained, cut, preprocessing, classes, config)
+
+
+def run_training(
+    plan: Plan,
+    dataset: Dataset,
+    validation: Dataset | None,
+    *,
+    start: int,
+    optimizer_state: dict[str, Any] | None,
+) -> FitResult:
+    """Train the network of a plan, in place; epochs count from `start`.
+
+    The optimizer resumes from its state, if there is one. torch's global generators are left as
+    they were.
+    """
+    device = plan.config.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        begin = time.perf_counter()
+        source = make_source(plan, dataset, plan.config.augment)
+        validation_source = None if validation is None else make_source(plan, validation, None)
+        preparation = time.perf_counter() - begin
+        batches = math.ceil(len(source) / plan.config.batch_size)
+        trainer = Trainer(plan.module, plan.trained, plan.config, batches)
+        if optimizer_state is not None:
+            trainer.load_state_dict(optimizer_state)
+        history, best = _run_epochs(trainer, source, validation_source, batches, start)
+    best.restore()
+    plan.module.zero_grad()  # gradients take as much memory as the trained part
+    if history:
+        history[0]["seconds"] += preparation
+    return FitResult(history, best.score, trainer.state_dict())
+
+
+def _run_epochs(
+    trainer: Trainer, source: Source, validation: Source | None, batches: int, start: int
+) -> tuple[list[dict[str, Any]], "BestEpoch"]:
+    """Train until the last epoch, early stopping or Ctrl-C."""
+    config = trainer.config
+    history: list[dict[str, Any]] = []
+    best = BestEpoch(trainer.module, trainer.trained)
+    epochs = config.epochs or 1
+    with tqdm(total=batches * epochs, unit="batch", disable=not config.verbose) as bar:
+
+        def report(loss: float) -> None:
+            bar.set_postfix(epoch=start + len(history), loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        training = train(trainer, source, validation, start=start, report=report)
+        try:
+            for epoch in itertools.islice(training, epochs):
+                history.append(asdict(epoch))
+                if epoch.validation_score is not None:
+                    best.update(epoch.validation_score, config.tol, keep=config.early_stopping)
+                if config.early_stopping and best.n_iter_no_change >= config.n_iter_no_change:
+                    break
+        except KeyboardInterrupt:
+            warnings.warn(
+                f"Training was interrupted in epoch {start + len(history)}; what has been learned "
+                "so far is kept.",
+                UserWarning,
+                stacklevel=4,
+            )
+    return history, best
+
+
+class BestEpoch:
+    """The best validation score, its weights, and the epochs that have not improved on it."""
 
     def __init__(self, module: nn.Module, trained: Trained):
         self.score: float | None = None
-        self.stale = 0
+        self.n_iter_no_change = 0
         self._state = {
             name: value for name, value in module.state_dict().items() if name in trained
         }
         self._kept: dict[str, Tensor] = {}
 
-    def note(self, score: float, tol: float, *, keep: bool) -> None:
-        so_far = -math.inf if self.score is None else self.score
-        self.stale = 0 if score > so_far + tol else self.stale + 1
-        if score > so_far:
+    def update(self, score: float, tol: float, *, keep: bool) -> None:
+        """Take the score of one more epoch into account; `keep` its weights if it is the best."""
+        best = -math.inf if self.score is None else self.score
+        self.n_iter_no_change = 0 if score > best + tol else self.n_iter_no_change + 1
+        if score > best:
             self.score = score
             if keep:
                 self._kept = {name: value.clone() for name, value in self._state.items()}
 
     def restore(self) -> None:
+        """Put the kept weights, if any, back into the network."""
         for name, value in self._kept.items():
             self._state[name].copy_(value)
+
+
+def make_source(plan: Plan, dataset: Dataset, augment: Augment) -> Source:
+    """Make a source of images, or of their activations if caching these saves time."""
+    config = plan.config
+    images = ImageSource(
+        dataset=dataset,
+        classes=plan.classes,
+        augment=augment,
+        device=config.device,
+        seed=config.seed,
+        preprocessing=plan.preprocessing,
+        num_workers=config.num_workers,
+        module=plan.module,
+        cut=plan.cut,
+    )
+    views = count_views(augment)
+    if plan.cut is None or views is None or config.epochs is None or config.epochs <= views:
+        return images
+    total = views * len(dataset)
+    with tqdm(total=total, desc="frozen part", unit="image", disable=not config.verbose) as bar:
+        activations = cache_activations(
+            images,
+            plan.cut,
+            views=views,
+            precision=config.precision,
+            batch_size=config.batch_size,
+            report=bar.update,
+        )
+    return images if activations is None else activations

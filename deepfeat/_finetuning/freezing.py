@@ -1,4 +1,4 @@
-"""Freezing: which part of a network is trained, and how the rest stays as it is."""
+"""Freezing: the trained part of a network, in train mode, and the frozen rest, in eval mode."""
 
 import math
 import warnings
@@ -26,7 +26,7 @@ class Trained:
     """The trained part of a network.
 
     `head` has the paths of the new layers, `backbone` those of the other trained modules, and
-    `active` those of the dropouts that act on the input of a trained layer.
+    `active` those of the dropouts before a trained layer.
     """
 
     head: tuple[str, ...]
@@ -34,31 +34,33 @@ class Trained:
     active: tuple[str, ...]
 
     def __contains__(self, path: str) -> bool:
-        """Tell whether a module, or a parameter or buffer, is trained."""
+        """Tell whether a module, parameter or buffer is trained."""
         return lies_in(path, self.head) or lies_in(path, self.backbone)
 
 
-def find_blocks(names: LayerIndex, module: nn.Module, unfreeze: Unfreeze) -> tuple[str, ...]:
-    """Return the paths of what `unfreeze` names in a network that has no new head yet.
+def find_blocks(index: LayerIndex, module: nn.Module, unfreeze: Unfreeze) -> tuple[str, ...]:
+    """Return the paths of the modules to unfreeze in a network that has no new head yet.
 
     Raises
     ------
     LayerNotFoundError
-        If a name is none of the network's.
+        If the network does not have a block of that name.
     ValueError
-        If a block in a list has no weights.
+        If a block in a list does not have weights.
     """
     if unfreeze is None:
         return ()
     if unfreeze == "all":
         return ("",)
     if not isinstance(unfreeze, (list, tuple)):
-        return tuple(_with_all_after(module, names.calls, names.block(unfreeze)[0]))
+        return tuple(_with_all_after(module, index.calls, index.block(unfreeze)[0]))
     blocks: list[str] = []
     for name in unfreeze:
-        paths = names.block(name)
+        paths = index.block(name)
         if not any(True for path in paths for _ in module.get_submodule(path).parameters()):
-            raise ValueError(f"unfreeze: {name!r} has no weights that could be trained.")
+            raise ValueError(
+                f"unfreeze must name blocks with weights; {name!r} does not have any to train."
+            )
         blocks += paths
     return tuple(blocks)
 
@@ -66,27 +68,29 @@ def find_blocks(names: LayerIndex, module: nn.Module, unfreeze: Unfreeze) -> tup
 def find_trained(
     module: nn.Module, index: LayerIndex, blocks: tuple[str, ...], head: str
 ) -> Trained:
-    """Find what is trained of a network with a new head: that, and some blocks."""
-    first = min((_place(index.calls, block) for block in blocks), default=math.inf)
+    """Find the trained part of a network with a new head: the head, and some blocks."""
+    first = min((_first_call(index.calls, block) for block in blocks), default=math.inf)
     auxiliary = [
-        name for name in auxiliary_of(module) if first <= _place(index.calls, AUXILIARY[name])
+        name for name in auxiliary_of(module) if first <= _first_call(index.calls, AUXILIARY[name])
     ]
     trained = Trained((head, *auxiliary), blocks, ())
     return replace(trained, active=tuple(_active_dropouts(module, index, trained)))
 
 
-def leave_out_unfit(module: nn.Module, trained: Trained, input_shape: tuple[int, ...]) -> Trained:
-    """Leave out auxiliary classifiers, with a warning, if they do not take maps so small."""
+def drop_small_auxiliary(
+    module: nn.Module, trained: Trained, input_shape: tuple[int, ...]
+) -> Trained:
+    """Drop auxiliary classifiers, with a warning, if the feature maps are too small for them."""
     if len(trained.head) == 1:
         return trained
-    module.eval().training = True  # of the outermost module alone: it calls them, nothing learns
+    module.eval().training = True  # the outermost module alone: it then calls them
     try:
         with torch.no_grad():
             module(make_blank(module, input_shape))
     except RuntimeError:
         warnings.warn(
-            f"images of shape {input_shape} are too small for the auxiliary classifiers of "
-            f"{type(module).__name__}, which are left out.",
+            f"Images of shape {input_shape} are too small for the auxiliary classifiers of "
+            f"{type(module).__name__}, which are dropped.",
             UserWarning,
             stacklevel=2,
         )
@@ -97,12 +101,12 @@ def leave_out_unfit(module: nn.Module, trained: Trained, input_shape: tuple[int,
 
 
 def freeze(module: nn.Module, trained: Trained) -> None:
-    """Freeze all that is not trained, and take away auxiliary classifiers that would be.
+    """Freeze all but the trained part, and drop auxiliary classifiers outside it.
 
     Raises
     ------
     ValueError
-        If a parameter belongs to both.
+        If the trained and the frozen part share a parameter.
     """
     idle = [name for name in auxiliary_of(module) if name not in trained.head]
     drop_auxiliary(module, idle)
@@ -110,26 +114,25 @@ def freeze(module: nn.Module, trained: Trained) -> None:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if is_trained.setdefault(parameter, name in trained) != (name in trained):
             raise ValueError(
-                f"{name} is shared between a module that is trained and one that is frozen: "
-                "unfreeze both, or neither."
+                f"{name} is shared by a trained and a frozen module: unfreeze both or neither."
             )
         parameter.requires_grad_(name in trained)
         parameter.grad = None
 
 
 def set_train_mode(module: nn.Module, trained: Trained) -> None:
-    """Set the trained part to train mode; what is frozen stays in eval mode, buffers and all."""
+    """Set the trained part to train mode; the frozen part stays in eval mode, buffers included."""
     module.eval()
     for path in (*trained.head, *trained.backbone, *trained.active):
         module.get_submodule(path).train()
-    # GoogLeNet and Inception ask their outermost module whether to call auxiliary classifiers.
+    # GoogLeNet and Inception call auxiliary classifiers if their outermost module is in train mode.
     module.training = len(trained.head) > 1 or "" in trained.backbone
 
 
 def group_parameters(
     module: nn.Module, trained: Trained
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the parameters of the head, and the other trained ones."""
+    """Return the parameters of the head, and the other trained parameters."""
     named = [(name, value) for name, value in module.named_parameters() if name in trained]
     return (
         [value for name, value in named if lies_in(name, trained.head)],
@@ -141,19 +144,19 @@ def group_parameters(
 
 
 def lies_in(path: str, modules: Iterable[str]) -> bool:
-    """Tell whether a path is one of these modules, or of what they hold."""
+    """Tell whether a path is one of these modules, or lies within one."""
     return any(not module or f"{path}.".startswith(f"{module}.") for module in modules)
 
 
-def _place(calls: Mapping[str, Call], path: str) -> float:
-    """Return when a module, or the first of what it holds, was called."""
-    return next((place for place, other in enumerate(calls) if lies_in(other, [path])), math.inf)
+def _first_call(calls: Mapping[str, Call], path: str) -> float:
+    """Return the index of the first call within a module; infinity if there is none."""
+    return next((index for index, other in enumerate(calls) if lies_in(other, [path])), math.inf)
 
 
 def _with_all_after(module: nn.Module, calls: Mapping[str, Call], path: str) -> list[str]:
-    """Return the path of a module, and those of all modules that are called after it.
+    """Return the path of a module and of all modules that are called after it.
 
-    Parameters of a container's own count as its beginning.
+    A container's own parameters count as its beginning.
     """
     trained, is_whole = [path], True
     while path:
@@ -162,16 +165,16 @@ def _with_all_after(module: nn.Module, calls: Mapping[str, Call], path: str) -> 
             f"{parent}.{name}" if parent else name
             for name, _ in module.get_submodule(parent).named_children()
         ]
-        start = _place(calls, path)
-        later = [one for one in siblings if start < _place(calls, one) < math.inf]
-        is_whole = is_whole and not any(_place(calls, one) < start for one in siblings)
+        start = _first_call(calls, path)
+        later = [sibling for sibling in siblings if start < _first_call(calls, sibling) < math.inf]
+        is_whole = is_whole and not any(_first_call(calls, sibling) < start for sibling in siblings)
         trained = [parent] if is_whole else trained + later
         path = parent
     return trained
 
 
 def _active_dropouts(module: nn.Module, index: LayerIndex, trained: Trained) -> Iterator[str]:
-    """Yield the dropouts between two layers that act on what a trained one takes."""
+    """Yield the dropouts between two layers of which the second one is trained."""
     feeds_trained = False
     for path in reversed(index.calls):
         if isinstance(module.get_submodule(path), _DROPOUTS):
@@ -183,6 +186,6 @@ def _active_dropouts(module: nn.Module, index: LayerIndex, trained: Trained) -> 
 
 
 def is_touched(module: nn.Module, path: str, trained: Trained) -> bool:
-    """Tell whether a module is trained, or something that it holds."""
+    """Tell whether a module, or a part of it, is trained."""
     inside = module.get_submodule(path).named_parameters()
     return path in trained or any(f"{path}.{name}" in trained for name, _ in inside)

@@ -1,4 +1,4 @@
-"""New heads: the classification layer replaced, or one appended."""
+"""New heads: a classification layer that replaces the old one, or is appended."""
 
 import math
 from typing import Literal, TypeAlias
@@ -11,33 +11,33 @@ from .._layers.head import HeadPlace
 
 Head: TypeAlias = Literal["replace", "append"]
 
-# GoogLeNet and Inception classify at these modules too while they learn, as a side job.
+# The auxiliary classifiers that GoogLeNet and Inception train with, and whose output each takes.
 AUXILIARY = {"aux1": "inception4a", "aux2": "inception4d", "AuxLogits": "Mixed_6e"}
 
 
 def add_head(module: nn.Module, place: HeadPlace, head: Head, n_classes: int, seed: int) -> str:
     """Give a network `n_classes` outputs, in place; return the path of its new layer.
 
-    "replace" puts a new layer in the place of the classification layer, and in that of each
-    auxiliary classifier. "append" lets ReLU and a new linear layer follow what the network put
-    out, and leaves out auxiliary classifiers, which know the old classes alone.
+    "replace" replaces the classification layer, and that of each auxiliary classifier. "append"
+    adds ReLU and a new linear layer after the network's output, and drops auxiliary classifiers,
+    which only know the old classes.
 
     Raises
     ------
     ValueError
-        If the last layer is none that classifies.
+        If the last layer is not a classification layer and so cannot be replaced.
     """
     generator = torch.Generator().manual_seed(seed)
     if head == "append":
         drop_auxiliary(module, list(AUXILIARY))
         end, layer = module.get_submodule(place.end), module.get_submodule(place.layer)
-        anywhere = next(module.parameters())
+        reference = next(module.parameters())
         linear = nn.Linear(place.n_outputs, n_classes, device="meta")
-        _fill(linear, anywhere, generator)
-        if not anywhere.is_meta and not any(bool(value.any()) for value in layer.parameters()):
-            _fill(layer, anywhere, generator)  # a new ViT's is all zero: ReLU would keep it so
+        _fill(linear, reference, generator)
+        if not reference.is_meta and not any(bool(value.any()) for value in layer.parameters()):
+            _fill(layer, reference, generator)  # a new ViT's is all zero: no gradient passes ReLU
         steps = nn.Sequential(end, nn.ReLU(), linear)
-        if place.end != place.layer:  # what pools at the end leaves maps of one pixel
+        if place.end != place.layer:  # pooling at the end leaves maps of one pixel
             steps = nn.Sequential(end, nn.Flatten(), nn.ReLU(), linear)
         module.set_submodule(place.end, steps)
         return f"{place.end}.{len(steps) - 1}"
@@ -57,7 +57,7 @@ def auxiliary_of(module: nn.Module) -> list[str]:
 
 
 def drop_auxiliary(module: nn.Module, names: list[str]) -> None:
-    """Take auxiliary classifiers away, in place."""
+    """Drop auxiliary classifiers, in place."""
     for name in set(names).intersection(auxiliary_of(module)):
         setattr(module, name, None)
     if hasattr(module, "aux_logits"):
@@ -75,16 +75,16 @@ def _replace(
         new = nn.Conv2d(old.in_channels, n_classes, 1, device="meta")
     else:
         raise ValueError(
-            f"{type(module).__name__} ends in {path!r}, a {type(old).__name__}, which is no "
-            f"classification layer with {n_outputs} outputs: nothing can take its place. Use "
-            "head='append'."
+            "head='replace' needs a classification layer to replace, but "
+            f"{type(module).__name__} ends in {path!r}, a {type(old).__name__}, which is not one "
+            f"with {n_outputs} outputs. Use head='append'."
         )
     _fill(new, next(old.parameters()), generator)
     module.set_submodule(path, new)
 
 
 def _fill(layer: nn.Module, like: Tensor, generator: torch.Generator) -> None:
-    """Draw weights as torch does, but from a generator of their own."""
+    """Draw weights as torch does, but from the generator given."""
     if like.is_meta:
         return
     layer.to_empty(device="cpu")

@@ -19,22 +19,25 @@ ClassWeight: TypeAlias = Mapping[Any, float] | Literal["balanced"] | None
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class Dataset:
     """Images with labels and weights."""
 
     records: list[Record]
     labels: NDArray[Any]
     weights: NDArray[np.float64]
 
-    def take(self, places: NDArray[np.intp]) -> "LabelledImages":
-        records = [self.records[place] for place in places]
-        return LabelledImages(records, self.labels[places], self.weights[places])
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def take(self, indices: NDArray[np.intp]) -> "Dataset":
+        records = [self.records[index] for index in indices]
+        return Dataset(records, self.labels[indices], self.weights[indices])
 
 
 def label_images(
     records: list[Record], y: Any, sample_weight: Any = None, *, name: str = "y"
-) -> LabelledImages:
-    """Check labels, which an error calls `name`, and weights of images against these."""
+) -> Dataset:
+    """Validate labels and weights against the images; errors call the labels `name`."""
     labels = column_or_1d(y, warn=True)
     assert_all_finite(labels, input_name=name)
     try:
@@ -53,73 +56,76 @@ def label_images(
         )
         if weights.shape != labels.shape:
             raise ValueError(
-                f"sample_weight has shape {weights.shape}, and {labels.shape} is expected: one "
-                "weight an image."
+                f"sample_weight must have shape {labels.shape}, one weight per image; got shape "
+                f"{weights.shape}."
             )
-    return LabelledImages(records, labels, weights)
+    return Dataset(records, labels, weights)
 
 
 def check_known(labels: NDArray[Any], classes: NDArray[Any], name: str) -> None:
-    """Raise if there are labels that are none of the classes."""
+    """Raise if there are labels outside the classes."""
     unknown = np.setdiff1d(labels, classes)
     if len(unknown):
         raise ValueError(
-            f"{name} has labels that are none of the classes: {unknown[:5].tolist()}. The classes "
-            f"are {classes[:20].tolist()}."
+            f"{name} must not have labels outside the classes {classes[:20].tolist()}; got "
+            f"{unknown[:5].tolist()}."
         )
 
 
-def leave_out_weightless(images: LabelledImages) -> LabelledImages:
-    """Leave out images whose weight is 0."""
-    images = images.take(np.flatnonzero(images.weights))
-    if not images.records:
-        raise ValueError("sample_weight is zero for every image.")
-    return images
+def drop_zero_weight(dataset: Dataset) -> Dataset:
+    """Drop images whose weight is 0."""
+    dataset = dataset.take(np.flatnonzero(dataset.weights))
+    if not len(dataset):
+        raise ValueError(
+            "sample_weight must be positive for at least one image; got zero for every image."
+        )
+    return dataset
 
 
-def set_aside(
-    images: LabelledImages, fraction: float, seed: int
-) -> tuple[LabelledImages, LabelledImages]:
-    """Set a stratified part of the images aside; return the others, and it."""
-    classes, counts = np.unique(images.labels, return_counts=True)
+def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split off a stratified part for validation; return the training part and it."""
+    classes, counts = np.unique(dataset.labels, return_counts=True)
     if counts.min() < 2:
         raise ValueError(
-            f"class {classes[counts.argmin()]!r} has one image, of which none can be set aside for "
-            "early stopping: give X_val and y_val, or more images."
+            "y must have at least 2 images per class, so that early stopping can hold one out; "
+            f"class {classes[counts.argmin()]!r} has 1. Pass X_val and y_val, or more images."
         )
-    total = len(images.records)
+    total = len(dataset)
     count = math.ceil(fraction * total)
     fits = len(classes) <= count <= total - len(classes)
     if fits:
-        learned, checked = map(
-            images.take,
+        training, validation = map(
+            dataset.take,
             train_test_split(
-                np.arange(total), test_size=count, stratify=images.labels, random_state=seed
+                np.arange(total), test_size=count, stratify=dataset.labels, random_state=seed
             ),
         )
-    if not fits or len(np.unique(learned.labels)) < len(classes):
+    if not fits or len(np.unique(training.labels)) < len(classes):
         raise ValueError(
-            f"validation_fraction={fraction} sets {count} of {total} images aside. As many as the "
-            f"{len(classes)} classes are needed, and an image of each class has to be left: "
-            "change it, or give X_val and y_val."
+            f"validation_fraction must hold out at least {len(classes)} images, one per class, and "
+            f"leave one of each; {fraction} holds out {count} of {total} images. Change it, or "
+            "pass X_val and y_val."
         )
-    return learned, checked
+    return training, validation
 
 
-def weigh(
-    images: LabelledImages, classes: NDArray[Any], class_weight: ClassWeight
-) -> LabelledImages:
+def apply_class_weight(
+    dataset: Dataset, classes: NDArray[Any], class_weight: ClassWeight
+) -> Dataset:
     """Multiply the weights of images by those of their classes."""
     if len(classes) < 2:
-        raise ValueError(
-            f"y has one class, {classes[0]!r}, and a classifier needs at least 2 classes."
-        )
+        raise ValueError(f"y must have at least 2 classes; got one class, {classes[0]!r}.")
     try:
-        weights = images.weights * compute_sample_weight(class_weight, images.labels)
+        weights = dataset.weights * compute_sample_weight(class_weight, dataset.labels)
     except (TypeError, ValueError) as error:
         raise ValueError(f"class_weight={class_weight!r}: {error}") from error
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
-        raise ValueError(f"class_weight={class_weight!r}: finite weights from 0 are expected.")
+        raise ValueError(
+            f"class_weight must have finite, non-negative weights; got {class_weight!r}."
+        )
     if not weights.any():
-        raise ValueError("class_weight leaves no image a weight above 0.")
-    return replace(images, weights=weights)
+        raise ValueError(
+            "class_weight must leave at least one image with a positive weight; got "
+            f"{class_weight!r}."
+        )
+    return replace(dataset, weights=weights)

@@ -1,4 +1,4 @@
-"""Networks for certain classes, from a backbone or from a file."""
+"""Networks with new heads, built from a backbone or from a state dict."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from .heads import AUXILIARY, Head, add_head, drop_auxiliary
 class Network:
     """A network with a new head.
 
-    `head` is the path of the new layer. `n_outputs` is how many outputs the network had before.
+    `head` is the path of the new layer, and `n_outputs` the number of outputs before it came.
     """
 
     module: nn.Module
@@ -28,12 +28,12 @@ class Network:
 def build_network(
     backbone: Backbone, head: Head, n_classes: int, device: torch.device, seed: int
 ) -> Network:
-    """Load a backbone and give a copy of it a head with random weights.
+    """Load a backbone and give a copy of it a new head with random weights.
 
     Raises
     ------
     ValueError
-        If the backbone has no place for such a head.
+        If the backbone cannot have such a head.
     OSError
         If the weights cannot be downloaded.
     """
@@ -42,7 +42,7 @@ def build_network(
     module = load_network(backbone, device)
     module = copy.deepcopy(module) if backbone.shared else module
     path = add_head(module, place, head, n_classes, seed)
-    if not backbone.shared:  # a network of the user may compute in ways that no module shows
+    if not backbone.shared:  # a user's network may compute in ways that its modules do not show
         _check_head(module, head, input_shape)
     return Network(module, path, place.n_outputs)
 
@@ -56,26 +56,26 @@ def rebuild_network(
     *,
     pretrained: bool,
 ) -> Network:
-    """Build a network around the state dict of one like it, on the CPU.
+    """Build a network from a state dict, on the CPU.
 
     Raises
     ------
     RuntimeError
-        If the state dict is that of another network.
+        If the state dict belongs to another network.
     """
     module = copy.deepcopy(backbone.skeleton)
-    if hasattr(module, "transform_input"):  # what the weights were trained on is rescaled inside
+    if hasattr(module, "transform_input"):  # it rescales inputs for its weights
         module.transform_input = pretrained  # type: ignore[assignment]
     place = find_head(module, backbone.preprocessing.input_shape)
-    if n_outputs != place.n_outputs:  # its weights knew other classes than the default ones do
+    if n_outputs != place.n_outputs:  # from a weights file of another size
         add_head(module, place, "replace", n_outputs, 0)
         place = replace(place, n_outputs=n_outputs)
     path = add_head(module, place, head, n_classes, 0)
     drop_auxiliary(module, _missing_auxiliary(state))
-    kept = module.state_dict()  # with the metadata that MNASNet insists on
-    kept.clear()
-    kept.update(state)
-    module.load_state_dict(kept, strict=True, assign=True)
+    loaded = module.state_dict()  # for its metadata, which MNASNet needs
+    loaded.clear()
+    loaded.update(state)
+    module.load_state_dict(loaded, strict=True, assign=True)
     module = module.eval().requires_grad_(False)
     if backbone.shared:
         module = module.to(memory_format=torch.channels_last)
@@ -92,4 +92,4 @@ def _check_head(module: nn.Module, head: Head, input_shape: tuple[int, ...]) -> 
     try:
         find_head(module, input_shape)
     except ValueError as error:
-        raise ValueError(f"{type(module).__name__} has no place for {head=}: {error}") from error
+        raise ValueError(f"{head=} is not possible for {type(module).__name__}: {error}") from error

@@ -3,82 +3,129 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
-FORMAT = 1  # of files
-# What a network in training comes from.
-ORIGIN = ("backbone", "weights", "preprocessing", "head", "resize", "image_size")
+_FORMAT = 1  # of files
+_KEY = "deepfeat"  # in the header of a file
 
 
-def to_cpu(value: Any) -> Any:
-    """Copy what holds tensors, with all of them on the CPU."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: to_cpu(item) for key, item in value.items()}
-    return [to_cpu(item) for item in value] if isinstance(value, list) else value
+@dataclass(frozen=True)
+class SavedClassifier:
+    """What a file holds of a classifier: its parameters, and what it has learned."""
+
+    params: dict[str, Any]
+    state: dict[str, Tensor]  # of the network
+    n_outputs: int  # of the network before it got its head
+    seed: int
+    classes: NDArray[Any]
+    n_features_in: int | None
+    feature_names_in: list[str]
+    history: list[dict[str, Any]]
+    best_validation_score: float | None
 
 
-def to_plain(value: Any) -> Any:
-    """Return weights, paths, devices and numbers of NumPy as plain words and numbers."""
-    if isinstance(value, WeightsEnum):
-        return value.name
-    if isinstance(value, (os.PathLike, torch.device)):
-        return str(value)
-    return value.item() if isinstance(value, np.generic) else value
+def save_classifier(path: str | os.PathLike[str], saved: SavedClassifier) -> None:
+    """Write a classifier to a file.
 
-
-def to_json(name: str, value: Any) -> Any:
-    """Turn a parameter into what JSON can hold."""
-    value = to_plain(value)
-    if isinstance(value, Mapping):  # its keys may be numbers, which JSON would make strings of
-        items = value.items()
-        return {"items": [[to_json(name, key), to_json(name, item)] for key, item in items]}
-    if isinstance(value, (list, tuple)):
-        return [to_json(name, item) for item in value]
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    raise ValueError(
-        f"{name}={value!r} cannot be held by a file without pickle: use pickle or joblib."
-    )
-
-
-def from_json(params: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: dict(value["items"]) if isinstance(value, dict) else value
-        for name, value in params.items()
+    Raises
+    ------
+    ValueError
+        If a parameter or a label cannot be held by JSON.
+    FileNotFoundError
+        If the folder of the file does not exist.
+    """
+    params = {name: _to_json(name, value) for name, value in saved.params.items()}
+    labels = [_to_json("label", label) for label in saved.classes.tolist()]
+    description = {
+        "format": _FORMAT,
+        "params": params,
+        "n_outputs": saved.n_outputs,
+        "seed": saved.seed,
+        "classes": [str(saved.classes.dtype), labels],
+        "columns": [saved.n_features_in, saved.feature_names_in],
+        "history": saved.history,
+        "best_validation_score": saved.best_validation_score,
     }
+    write_network(path, saved.state, description)
 
 
-_KEY = "deepfeat"  # in the header of the file
+def load_classifier(path: str | os.PathLike[str]) -> SavedClassifier:
+    """Read a classifier from a file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file does not exist.
+    ValueError
+        If it is damaged, was written by a later release, or holds something else.
+    """
+    state, description = read_network(path)
+    if description.get("format") != _FORMAT:
+        raise ValueError(
+            f"{os.fspath(path)} has format {description.get('format')}, but this release reads "
+            f"format {_FORMAT}: use the release of deepfeat that wrote it."
+        )
+    with blame_file(path):
+        dtype, labels = description["classes"]
+        n_features_in, feature_names_in = description["columns"]
+        return SavedClassifier(
+            params=_from_json(description["params"]),
+            state=state,
+            n_outputs=description["n_outputs"],
+            seed=description["seed"],
+            classes=np.array(labels, dtype=dtype),
+            n_features_in=n_features_in,
+            feature_names_in=feature_names_in,
+            history=description["history"],
+            best_validation_score=description["best_validation_score"],
+        )
+
+
+@contextmanager
+def blame_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn errors raised by the contents of a file into one that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)} does not hold what its header says: {type(error).__name__}: {error}"
+        ) from error
+
+
+# Tensors and their description ------------------------------------------------------------------
 
 
 def write_network(
     path: str | os.PathLike[str], state: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> None:
-    """Write a state dict to a safetensors file, whose header has the description as JSON.
+    """Write a state dict to a safetensors file, with the description as JSON in its header.
 
-    A file that is there already is replaced in one step: it is never lost or half-written.
+    An existing file is replaced in one step: it is never lost or half-written.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such folder.
+        If the folder of the file does not exist.
     """
     header = {_KEY: json.dumps(description)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     target = Path(path).expanduser()
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {os.fspath(target.parent)!r}.")
+        raise FileNotFoundError(
+            f"path must be in an existing folder; {os.fspath(target.parent)!r} does not exist."
+        )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".deepfeat-") as folder:
         draft = Path(folder, "draft")
         save_file(tensors, draft, metadata=header)
@@ -91,22 +138,63 @@ def read_network(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If the file does not exist.
     ValueError
-        If it holds something else, or is damaged.
+        If it is damaged or holds something else.
     """
     source = Path(path).expanduser()
     if not source.is_file():
-        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}.")
+        raise FileNotFoundError(f"path must be an existing file; got {os.fspath(path)!r}.")
     try:
         with safe_open(source, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
             if not isinstance(header, dict):
                 raise ValueError(
                     f"{source} was not written by FineTuneClassifier.save: its header does not "
-                    "tell what network its weights belong to."
+                    "describe a classifier."
                 )
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, header
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{source} is damaged or no safetensors file: {error}") from error
+        raise ValueError(f"{source} is damaged or not a safetensors file: {error}") from error
+
+
+# Plain values -----------------------------------------------------------------------------------
+
+
+def to_cpu(value: Any) -> Any:
+    """Copy nested dicts and lists, with all tensors in them on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: to_cpu(item) for key, item in value.items()}
+    return [to_cpu(item) for item in value] if isinstance(value, list) else value
+
+
+def to_plain(value: Any) -> Any:
+    """Turn weights, paths and devices into strings, and NumPy numbers into those of Python."""
+    if isinstance(value, WeightsEnum):
+        return value.name
+    if isinstance(value, (os.PathLike, torch.device)):
+        return str(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _to_json(name: str, value: Any) -> Any:
+    """Turn a parameter into something that JSON can hold."""
+    value = to_plain(value)
+    if isinstance(value, Mapping):  # its keys may be numbers, which JSON would turn into strings
+        items = value.items()
+        return {"items": [[_to_json(name, key), _to_json(name, item)] for key, item in items]}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(name, item) for item in value]
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    raise ValueError(f"{name}={value!r} cannot be saved without pickle: use pickle or joblib.")
+
+
+def _from_json(params: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: dict(value["items"]) if isinstance(value, dict) else value
+        for name, value in params.items()
+    }

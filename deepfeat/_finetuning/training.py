@@ -1,6 +1,7 @@
 """The training loop: loss, optimizer steps, schedules, epochs."""
 
 import copy
+import functools
 import itertools
 import math
 import time
@@ -12,28 +13,35 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from .._engine.devices import Precision, autocast, empty_cache, is_out_of_memory
+from .._engine.threads import Workers
 from .._layers.trace import first_tensor
+from .augmentation import Augment
 from .freezing import Trained, group_parameters, set_train_mode
+from .sources import Batch, Source
 
 OptimizerName: TypeAlias = Literal["adamw", "sgd"]
 ScheduleName: TypeAlias = Literal["cosine", "one-cycle", "constant"]
 
 _MOMENTUM = 0.9
-_RISE = 0.3  # of a one-cycle schedule without a warm-up of its own, as in torch
+_RISE = 0.3  # share of the steps in which a one-cycle schedule rises, as in torch
 _AUXILIARY_WEIGHT = 0.3  # Szegedy et al. (2015), "Going Deeper with Convolutions"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a network is trained: scikit-learn's parameters of the same names."""
+class TrainingConfig:
+    """How a network is trained: parameters of the classifier, most by the same names.
 
+    If `epochs` is None, it is trained for one epoch at constant learning rates.
+    """
+
+    epochs: int | None
+    batch_size: int
     optimizer: OptimizerName
     learning_rate: float
     backbone_learning_rate: float
@@ -42,107 +50,95 @@ class Recipe:
     warmup_epochs: float
     label_smoothing: float
     max_grad_norm: float | None
-    batch_size: int
-    precision: Precision
+    augment: Augment
+    early_stopping: bool
+    n_iter_no_change: int
+    tol: float
     device: torch.device
+    precision: Precision
+    num_workers: Workers
     seed: int
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What is learned from, or checked on: labels, weights, and where the images come from.
-
-    `draw` yields, for places, a batch size and an epoch or None, batches of what `forward` takes.
-    """
-
-    targets: Tensor  # (n,) int64, on the device
-    weights: Tensor  # (n,) float32, on the device
-    draw: Callable[[NDArray[np.intp], int, int | None], Iterator[Tensor]]
-    forward: Callable[[Tensor], Any]
+    verbose: int
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What came of one epoch; of validation nothing, where there are no samples for that."""
+    """Metrics of one epoch; those of validation are None without validation images."""
 
     epoch: int
     train_loss: float
     train_score: float
     validation_loss: float | None
     validation_score: float | None
-    learning_rate: float  # at its beginning
+    learning_rate: float  # at the start of the epoch
     backbone_learning_rate: float
     seconds: float
     images_per_second: float
 
 
 def train(
-    learner: "Learner",
-    samples: Samples,
-    validation: Samples | None,
+    trainer: "Trainer",
+    source: Source,
+    validation: Source | None,
     *,
     start: int = 1,
     report: Callable[[float], None] = lambda loss: None,
 ) -> Iterator[Epoch]:
-    """Train one epoch a step, and check it. The caller decides when to stop and what to keep.
+    """Train and validate, one epoch per step; the caller decides when to stop and what to keep.
 
-    `report` is told the loss of each batch.
+    Epochs count from `start`. `report` is called with the loss of each batch.
     """
     for number in itertools.count(start):
         begin = time.perf_counter()
-        rates = learner.learning_rates()
-        loss, score = learner.run_epoch(samples, number, report)
+        rates = trainer.learning_rates()
+        loss, score = trainer.run_epoch(source, number, report)
         seconds = time.perf_counter() - begin
-        checks = (None, None) if validation is None else learner.evaluate(validation)
-        if checks[0] is not None and not math.isfinite(checks[0]):
-            raise learner.diverged(f"the validation loss became {checks[0]}", number)
+        validated = (None, None) if validation is None else trainer.evaluate(validation)
+        if validated[0] is not None and not math.isfinite(validated[0]):
+            raise trainer.diverged(f"The validation loss became {validated[0]}", number)
         yield Epoch(
             epoch=number,
             train_loss=loss,
             train_score=score,
-            validation_loss=checks[0],
-            validation_score=checks[1],
+            validation_loss=validated[0],
+            validation_score=validated[1],
             learning_rate=rates[0],
             backbone_learning_rate=rates[1],
             seconds=time.perf_counter() - begin,
-            images_per_second=len(samples.targets) / seconds,
+            images_per_second=len(source) / seconds,
         )
 
 
-class Learner:
-    """A network with its optimizer, its schedule, and what is known of the device's memory.
+class Trainer:
+    """A network with its optimizer, its schedule, and the part of a batch that fits into memory.
 
     Parameters
     ----------
     module : torch.nn.Module
-        The network, on the recipe's device and frozen but for what is `trained`.
+        The network, on the device of `config`, with all but the `trained` part frozen.
     trained : Trained
-        What is trained of it.
-    recipe : Recipe
-        How.
+        The part that is trained.
+    config : TrainingConfig
+        How it is trained.
     batches : int
-        Batches an epoch.
-    epochs : int or None
-        Epochs that the schedule is laid out for; None keeps the learning rates as they are.
+        Batches per epoch.
     """
 
-    def __init__(
-        self, module: nn.Module, trained: Trained, recipe: Recipe, batches: int, epochs: int | None
-    ):
+    def __init__(self, module: nn.Module, trained: Trained, config: TrainingConfig, batches: int):
         self.module = module
         self.trained = trained
-        self.recipe = recipe
+        self.config = config
         head, backbone = group_parameters(module, trained)
         self._parameters = head + backbone
-        self.optimizer = make_optimizer(recipe, head, backbone)
-        self._schedule = make_schedule(recipe, self.optimizer, batches, epochs)
+        self.optimizer = make_optimizer(config, head, backbone)
+        self._schedule = make_schedule(config, self.optimizer, batches)
         self._scaler = torch.amp.GradScaler(
-            recipe.device.type, enabled=recipe.precision == "float16"
+            config.device.type, enabled=config.precision == "float16"
         )
-        self._fitting = recipe.batch_size  # images that fit into memory at once
+        self._part_size = config.batch_size  # images that fit into memory at once
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state, and the names of what it trains."""
+        """Return the state of the optimizer, and the names of the parameters it trains."""
         names = [name for name, _ in self.module.named_parameters() if name in self.trained]
         return {
             "names": names,
@@ -151,204 +147,192 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the state of an optimizer, where it trained the same parameters likewise."""
-        mine = self.state_dict()
-        groups, mine_groups = state["optimizer"]["param_groups"], mine["optimizer"]["param_groups"]
-        if state["names"] == mine["names"] and groups[0].keys() == mine_groups[0].keys():
-            # A copy: an optimizer goes on in the very tensors that it is given.
+        """Resume from the state of an optimizer of the same kind, for the same parameters.
+
+        Any other state is ignored.
+        """
+        own = self.state_dict()
+        groups, own_groups = state["optimizer"]["param_groups"], own["optimizer"]["param_groups"]
+        if state["names"] == own["names"] and groups[0].keys() == own_groups[0].keys():
+            # A copy: an optimizer updates in place the tensors that it is given.
             moments = copy.deepcopy(state["optimizer"]["state"])
-            self.optimizer.load_state_dict({"state": moments, "param_groups": mine_groups})
+            self.optimizer.load_state_dict({"state": moments, "param_groups": own_groups})
             if self._scaler.is_enabled() and state["scaler"]:
                 self._scaler.load_state_dict(state["scaler"])
 
     def learning_rates(self) -> tuple[float, float]:
-        """Return the learning rates of now, of the head and of the backbone."""
+        """Return the current learning rates of the head and of the backbone."""
         head, backbone = (float(group["lr"]) for group in self.optimizer.param_groups)
         return head, backbone
 
     def run_epoch(
-        self, samples: Samples, number: int, report: Callable[[float], None]
+        self, source: Source, number: int, report: Callable[[float], None]
     ) -> tuple[float, float]:
-        """Learn from each sample once, in random order; return mean loss and accuracy."""
+        """Train on each image once, in random order; return mean loss and accuracy."""
         set_train_mode(self.module, self.trained)
-        rng = np.random.default_rng([self.recipe.seed, number])
-        _seed_dropout(self.recipe.device, int(rng.integers(2**62)))
-        places = rng.permutation(len(samples.targets))
-        totals = _Totals()
+        rng = np.random.default_rng([self.config.seed, number])
+        _seed_dropout(self.config.device, int(rng.integers(2**62)))
+        indices = rng.permutation(len(source))
+        totals = torch.zeros(3, device=self.config.device)
         latest: Tensor | None = None
-        for inputs, chosen in self._draw(samples, places, number):
-            sums = self._learn(samples, inputs, chosen)
-            totals.add(*sums)
-            # Asked for a batch late, the loss is not waited for.
+        for batch in source.draw(indices, self.config.batch_size, number):
+            sums = self._step(source, batch)
+            totals += sums
+            # Read one batch late, the loss does not stall the device.
             if latest is not None:
-                report(self._check(latest, number))
+                report(self._check_loss(latest, number))
             latest = sums[0] / sums[2].clamp(min=1e-12)
         if latest is not None:
-            report(self._check(latest, number))
+            report(self._check_loss(latest, number))
         if not all(bool(torch.isfinite(value).all()) for value in self._parameters):
-            raise self.diverged("the weights became infinite or NaN", number)
-        return totals.means()
+            raise self.diverged("The weights became infinite or NaN", number)
+        return _means(totals)
 
-    def evaluate(self, samples: Samples) -> tuple[float, float]:
+    def evaluate(self, source: Source) -> tuple[float, float]:
         """Return mean loss, without label smoothing, and accuracy, in eval mode."""
         self.module.eval()
-        totals = _Totals()
-        for inputs, chosen in self._draw(samples, np.arange(len(samples.targets)), None):
+        totals = torch.zeros(3, device=self.config.device)
+        for batch in source.draw(np.arange(len(source)), self.config.batch_size, None):
             with torch.no_grad():
-                totals.add(*self._in_parts(samples, inputs, chosen, learn=False))
-        return totals.means()
+                totals += self._run_in_parts(source, batch, learn=False)
+        return _means(totals)
 
     def diverged(self, what: str, number: int) -> ValueError:
-        """Return an error that tells what to lower."""
-        or_wider = " or precision='bfloat16'" * (self.recipe.precision == "float16")
+        """Return an error that says which parameters to lower."""
+        or_wider = " or precision='bfloat16'" * (self.config.precision == "float16")
         return ValueError(
-            f"{what} in epoch {number}: lower learning_rate ({self.recipe.learning_rate:g}) or "
-            f"backbone_learning_rate ({self.recipe.backbone_learning_rate:g}), or set "
+            f"{what} in epoch {number}: lower learning_rate ({self.config.learning_rate:g}) or "
+            f"backbone_learning_rate ({self.config.backbone_learning_rate:g}), or set "
             f"max_grad_norm=1.0{or_wider}."
         )
 
-    def _draw(
-        self, samples: Samples, places: NDArray[np.intp], epoch: int | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches with the places of what they hold."""
-        start = 0
-        for inputs in samples.draw(places, self.recipe.batch_size, epoch):
-            yield inputs, torch.from_numpy(places[start : start + len(inputs)])
-            start += len(inputs)
-
-    def _learn(self, samples: Samples, inputs: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
-        """Take one step; return the sums of losses, of weights where right, and of weights."""
+    def _step(self, source: Source, batch: Batch) -> Tensor:
+        """Take one step of the optimizer; return the sums of the batch, as `_run` does."""
         while True:
-            sums = self._in_parts(samples, inputs, chosen, learn=True)
-            if self.recipe.max_grad_norm is not None:
+            sums = self._run_in_parts(source, batch, learn=True)
+            if self.config.max_grad_norm is not None:
                 self._scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self._parameters, self.recipe.max_grad_norm)
+                nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
             scale = self._scaler.get_scale()
             self._scaler.step(self.optimizer)
             self._scaler.update()
             if self._scaler.get_scale() >= scale:
                 self._schedule.step()
                 return sums
-            # Gradients overflowed in half precision, and the step was left out.
+            # Gradients overflowed in half precision, and the scaler skipped the step.
             if not torch.isfinite(sums[0]) or scale < 1:
                 return sums
 
-    def _in_parts(
-        self, samples: Samples, inputs: Tensor, chosen: Tensor, *, learn: bool
-    ) -> tuple[Tensor, ...]:
-        """Run a batch; where memory runs out, in parts whose gradients add up to the same."""
+    def _run_in_parts(self, source: Source, batch: Batch, *, learn: bool) -> Tensor:
+        """Run a batch; when memory runs out, in parts whose gradients add up to the same."""
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
-                return self._run(samples, inputs, chosen, learn)
+                return self._run(source, batch, learn)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                device, size = self.recipe.device, min(self._fitting, len(inputs))
+                device, size = self.config.device, min(self._part_size, len(batch))
                 if size == 1:
                     raise MemoryError(
-                        f"{device} has no memory to train on a single image: {error}"
+                        f"{device} does not have enough memory to train on a single image: {error}"
                     ) from error
             # Only here, past the except clause, are the tensors of the failed pass freed.
             empty_cache(device)
-            self._fitting = size // 2
+            self._part_size = size // 2
             warnings.warn(
-                f"{device} ran out of memory; going on with parts of {self._fitting} images, whose "
-                f"gradients add up to those of a batch of {len(inputs)}.",
+                f"{device} ran out of memory; continuing with parts of {self._part_size} images, "
+                f"whose gradients add up to those of a batch of {len(batch)}.",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
-    def _run(
-        self, samples: Samples, inputs: Tensor, chosen: Tensor, learn: bool
-    ) -> tuple[Tensor, ...]:
-        targets, weights = samples.targets[chosen], samples.weights[chosen]
-        sums = torch.zeros(3, device=inputs.device)
-        for start in range(0, len(inputs), self._fitting):
-            here = slice(start, start + self._fitting)
-            target, weight = targets[here], weights[here]
-            with autocast(self.recipe.device, self.recipe.precision), ExitStack() as undo:
-                if len(target) == 1:
-                    _normalize_as_learned(self.module, undo)
-                output = samples.forward(inputs[here])
-            logits = first_tensor(output)
-            # A tuple of others than GoogLeNet and Inception may hold anything after the logits.
-            auxiliary = output[1:] if len(self.trained.head) > 1 else ()
-            smoothing = self.recipe.label_smoothing if learn else 0.0
-            losses = F.cross_entropy(
-                logits.float(), target, reduction="none", label_smoothing=smoothing
-            )
-            if learn:
-                for other in auxiliary:
-                    if other is not None:
-                        losses = losses + _AUXILIARY_WEIGHT * F.cross_entropy(
-                            other.float(), target, reduction="none", label_smoothing=smoothing
-                        )
-                loss = self._scaler.scale((losses * weight).sum() / len(inputs))
-                loss.backward()  # type: ignore[no-untyped-call]
-            right = (logits.argmax(1) == target) * weight
-            sums += torch.stack([(losses.detach() * weight).sum(), right.sum(), weight.sum()])
-        return tuple(sums)
+    def _run(self, source: Source, batch: Batch, learn: bool) -> Tensor:
+        """Run a batch, backwards too if it is to `learn`.
 
-    def _check(self, loss: Tensor, number: int) -> float:
+        Return three sums over its images: of weighted losses, of the weights of those classified
+        correctly, and of all weights.
+        """
+        sums = torch.zeros(3, device=self.config.device)
+        smoothing = self.config.label_smoothing if learn else 0.0
+        compute_losses = functools.partial(
+            F.cross_entropy, reduction="none", label_smoothing=smoothing
+        )
+        for part in batch.split(self._part_size):
+            with autocast(self.config.device, self.config.precision), ExitStack() as undo:
+                if len(part) == 1:
+                    _use_running_statistics(self.module, undo)
+                output = source.forward(part.inputs)
+            logits = first_tensor(output)
+            losses = compute_losses(logits.float(), part.targets)
+            if learn:
+                for auxiliary in self._auxiliary_logits(output):
+                    losses = losses + _AUXILIARY_WEIGHT * compute_losses(
+                        auxiliary.float(), part.targets
+                    )
+                loss = self._scaler.scale((losses * part.weights).sum() / len(batch))
+                loss.backward()  # type: ignore[no-untyped-call]
+            correct = (logits.argmax(1) == part.targets) * part.weights
+            sums += torch.stack(
+                [(losses.detach() * part.weights).sum(), correct.sum(), part.weights.sum()]
+            )
+        return sums
+
+    def _auxiliary_logits(self, output: Any) -> list[Tensor]:
+        """Return the outputs of the auxiliary classifiers of GoogLeNet and Inception."""
+        # The output of other networks may be a tuple that holds anything after the logits.
+        if len(self.trained.head) == 1:
+            return []
+        return [logits for logits in output[1:] if logits is not None]
+
+    def _check_loss(self, loss: Tensor, number: int) -> float:
         value = loss.item()
         if not math.isfinite(value):
-            raise self.diverged(f"the loss became {value}", number)
+            raise self.diverged(f"The loss became {value}", number)
         return value
 
 
-class _Totals:
-    """Sums over an epoch, on the device."""
-
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None
-
-    def add(self, *sums: Tensor) -> None:
-        stacked = torch.stack(sums)
-        self._sums = stacked if self._sums is None else self._sums + stacked
-
-    def means(self) -> tuple[float, float]:
-        """Return the weighted means of loss and accuracy."""
-        assert self._sums is not None  # there is at least one batch
-        loss, right, weight = self._sums.tolist()
-        return loss / weight, right / weight
+def _means(totals: Tensor) -> tuple[float, float]:
+    """Return the weighted mean loss and accuracy of the sums over an epoch."""
+    loss, correct, weight = totals.tolist()
+    return loss / weight, correct / weight
 
 
 def make_optimizer(
-    recipe: Recipe, head: list[nn.Parameter], backbone: list[nn.Parameter]
+    config: TrainingConfig, head: list[nn.Parameter], backbone: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """Make an optimizer with a group for the head, and one for what is trained of the backbone."""
+    """Make an optimizer with one group for the head and one for the rest of the trained part."""
     groups = [
-        {"params": head, "lr": recipe.learning_rate},
-        {"params": backbone, "lr": recipe.backbone_learning_rate},
+        {"params": head, "lr": config.learning_rate},
+        {"params": backbone, "lr": config.backbone_learning_rate},
     ]
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     return torch.optim.SGD(
-        groups, momentum=_MOMENTUM, nesterov=True, weight_decay=recipe.weight_decay
+        groups, momentum=_MOMENTUM, nesterov=True, weight_decay=config.weight_decay
     )
 
 
 def make_schedule(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, batches: int, epochs: int | None
+    config: TrainingConfig, optimizer: torch.optim.Optimizer, batches: int
 ) -> LRScheduler:
-    """Make the schedule of the learning rates, which takes a step a batch.
+    """Make the schedule of the learning rates, which takes one step per batch.
 
     After a linear warm-up, "cosine" falls to zero (Loshchilov and Hutter, 2017). "one-cycle"
-    rises and falls (Smith and Topin, 2019), the former during the warm-up if there is one.
+    rises, during the warm-up if there is one, and falls (Smith and Topin, 2019).
     """
-    steps = 1 if epochs is None else batches * epochs
-    warmup = min(steps - 1, round(recipe.warmup_epochs * batches))
-    if recipe.schedule == "one-cycle" and steps > 2:
+    steps = 1 if config.epochs is None else batches * config.epochs
+    warmup = min(steps - 1, round(config.warmup_epochs * batches))
+    if config.schedule == "one-cycle" and steps > 2:
         peaks = [group["lr"] for group in optimizer.param_groups]
-        # torch divides by the lengths of rise and fall; the rise ends a step before this share.
+        # torch divides by the lengths of rise and fall; the rise ends one step before this share.
         rise = max(2, warmup or _RISE * steps) / steps
         return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=rise, cycle_momentum=False)
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        if epochs is None or recipe.schedule != "cosine":
+        if config.epochs is None or config.schedule != "cosine":
             return 1.0
         return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
@@ -356,7 +340,7 @@ def make_schedule(
 
 
 def _seed_dropout(device: torch.device, seed: int) -> None:
-    """Seed the generators that dropout draws from; `torch.manual_seed` seeds all devices'."""
+    """Seed the generators that dropout draws from; `torch.manual_seed` would seed all devices."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
@@ -364,8 +348,8 @@ def _seed_dropout(device: torch.device, seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def _normalize_as_learned(module: nn.Module, undo: ExitStack) -> None:
-    """Let BatchNorm use its running statistics: of a single image it might have none."""
+def _use_running_statistics(module: nn.Module, undo: ExitStack) -> None:
+    """Let BatchNorm use its running statistics: a single image may not have any variance."""
     for child in module.modules():
         if isinstance(child, _NORMS) and child.training:
             undo.callback(child.train)

@@ -34,6 +34,8 @@ _SINGLE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
 class ImageError(ValueError):
     """An image cannot be read. The arguments are its place in X, in words, and the reason."""
 
+    __module__ = "deepfeat"  # so that pickles outlive moves
+
     def __str__(self) -> str:
         return ": ".join(map(str, self.args))
 
@@ -118,7 +120,8 @@ def as_records(X: Any, image_shape: ImageShape = None, of: str = "X") -> list[Re
     of : str, default="X"
         What an error calls `X`, where it names one of the images.
     """
-    X = _unwrap_columns(X)
+    X = unwrap_tensor(X)
+    X = _unwrap_columns(np.asarray(X) if is_tabular(X) else X)
     if not len(X):
         raise ValueError("X is empty: at least one image is needed.")
     if isinstance(X, np.ndarray):
@@ -151,7 +154,6 @@ def is_tabular(X: Any) -> bool:
 def _unwrap_columns(X: Any) -> Any:
     """Refuse what holds no images; turn tensors, Series and one-column tables into arrays."""
     _check_container(X)
-    X = unwrap_tensor(X)
     if hasattr(X, "columns") and hasattr(X, "dtypes"):  # a pandas or polars DataFrame
         X = X.to_numpy()
     if hasattr(X, "to_numpy"):  # a Series

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils import Tags
 from sklearn.utils.validation import validate_data
@@ -25,11 +24,8 @@ def find_records(
     if reset:  # the columns of an earlier table
         estimator.__dict__.pop("n_features_in_", None)
         estimator.__dict__.pop("feature_names_in_", None)
-    if is_tabular(X):
-        if image_shape is None:
-            X = np.asarray(X)
-        else:
-            X = validate_data(estimator, X, reset=reset, ensure_all_finite=ensure_all_finite)
+    if image_shape is not None and is_tabular(X):
+        X = validate_data(estimator, X, reset=reset, ensure_all_finite=ensure_all_finite)
     return as_records(X, image_shape, of)
 
 

@@ -15,6 +15,8 @@ from .trace import Call, trace_calls
 class LayerNotFoundError(ValueError):
     """The network has no layer of that name; the message lists close matches."""
 
+    __module__ = "deepfeat"  # so that pickles outlive moves
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -14,12 +14,12 @@ from .index import ResolvedLayer
 from .trace import find_tensors, first_tensor, make_blank
 
 
-class LayerReader:
-    """Reads layers of a network, batch by batch, as far as the deepest of them.
+class ForwardPass:
+    """A forward pass that reads layers of a network and ends with the deepest of them.
 
-    If a module is called more than once, its first call is read; of a tuple, the first element.
+    If a module is called more than once, its first call is read; of a tuple, its first element.
     The hooks are on a copy of the modules, which shares the weights: whatever happens, the network
-    itself is never touched. A reader serves one thread at a time, a network any number of readers.
+    itself is never touched. One thread at a time can use a pass; a network can have many passes.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ class LayerReader:
     layers : sequence of ResolvedLayer
         What to read.
     reduce : callable
-        Makes of a layer and its output what is kept of it.
+        Turns a layer and its output into what is kept of it.
     optional : collection of str, optional
         Names of layers that are left out of a batch for which the network does not call them, or
         does not give one output per image.
@@ -49,7 +49,7 @@ class LayerReader:
             self._module.get_submodule(path).register_forward_hook(hook)
 
     def __call__(self, batch: Tensor) -> dict[str, Tensor]:
-        """Run a batch; return by name what `reduce` makes of each output.
+        """Run a batch; return what `reduce` makes of each output, by name.
 
         Raises
         ------

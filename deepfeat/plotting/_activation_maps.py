@@ -53,6 +53,8 @@ class ActivationMapDisplay:
     (9, 55, 55)
     """
 
+    __module__ = "deepfeat.plotting"  # so that pickles outlive moves
+
     def __init__(
         self,
         maps: NDArray[np.float32],

@@ -49,6 +49,8 @@ class ArchitectureDisplay:
     '1,235,496 parameters'
     """
 
+    __module__ = "deepfeat.plotting"  # so that pickles outlive moves
+
     def __init__(self, layers: Sequence[Any], *, name: str):
         self.layers = layers
         self.name = name

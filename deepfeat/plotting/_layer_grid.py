@@ -62,6 +62,8 @@ class LayerGridDisplay:
     (2, 3)
     """
 
+    __module__ = "deepfeat.plotting"  # so that pickles outlive moves
+
     def __init__(
         self,
         scores: NDArray[np.float64],

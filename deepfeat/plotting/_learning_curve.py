@@ -51,6 +51,8 @@ class LearningCurveDisplay:
     array([0.5, 0.7])
     """
 
+    __module__ = "deepfeat.plotting"  # so that pickles outlive moves
+
     def __init__(self, history: Sequence[Mapping[str, Any]]):
         self.history = history
 

@@ -47,6 +47,8 @@ class PredictionDisplay:
     (2, 2)
     """
 
+    __module__ = "deepfeat.plotting"  # so that pickles outlive moves
+
     def __init__(
         self,
         images: Sequence[Image.Image],

@@ -1,10 +1,8 @@
-"""Tests of batches on a device: order, overlap, lack of memory, and pooling."""
+"""Tests of batches on a device: order, overlap, lack of memory, precision."""
 
 import copy
 import itertools
-import math
 import threading
-import traceback
 import weakref
 from contextlib import closing
 from types import SimpleNamespace
@@ -12,21 +10,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
+from deepfeat._backbones.preprocessing import Preprocessing
 from deepfeat._engine.batches import run_in_batches
-from deepfeat._engine.devices import find_device
-from deepfeat._engine.threads import map_in_threads
+from deepfeat._extraction.readers import TorchReader
 from deepfeat._layers.index import ResolvedLayer
-from deepfeat._layers.pooling import count_features, pool
+from deepfeat._layers.pooling import pool
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 PATIENCE = 20  # seconds that one thread waits for another before the test has failed
-POOLINGS = ("avg", "max", "gem", "cls", "flatten")
 OUT_OF_MEMORY = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
@@ -50,9 +45,19 @@ def twice(numbers):
     return np.array([[2.0 * number, -2.0 * number] for number in numbers])
 
 
-def run(samples, function=double, prepare=as_row, module=None, **options):
-    options = {"device": CPU, "num_workers": 2} | options
-    return run_in_batches(module or nn.Identity(), function, samples, prepare, **options)
+def run(
+    samples,
+    function=double,
+    prepare=as_row,
+    module=None,
+    device=CPU,
+    precision="float32",
+    **options,
+):
+    """Run a function of a network over samples, which `prepare` turns into what it takes."""
+    preprocessing = Preprocessing(prepare, lambda batch: batch, (2,), None)
+    reader = TorchReader(module or nn.Identity(), function, preprocessing, device, precision)
+    return run_in_batches(reader, samples, lambda sample: sample, **{"num_workers": 2} | options)
 
 
 def rows_of(batches):
@@ -61,44 +66,6 @@ def rows_of(batches):
 
 def threads_of_ours():
     return [thread for thread in threading.enumerate() if thread.name.startswith("deepfeat")]
-
-
-# Devices ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("cuda", "mps", "expected"),
-    [(True, False, "cuda:3"), (True, True, "cuda:3"), (False, True, "mps"), (False, False, "cpu")],
-)
-def test_auto_takes_the_best_device(monkeypatch, cuda, mps, expected):
-    """CUDA comes before MPS and MPS before the CPU; of several GPUs the current one is taken."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert find_device("auto") == torch.device(expected)
-
-
-def test_cuda_without_a_number_is_the_current_one(monkeypatch):
-    """So "cuda" and "auto" name one device, and share a loaded network."""
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: torch.zeros(0))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert find_device("cuda") == torch.device("cuda", 3)
-    assert find_device("cuda:1") == torch.device("cuda", 1)
-
-
-@pytest.mark.parametrize("device", ["cpu", CPU], ids=["by name", "of torch"])
-def test_a_device_that_is_there_is_taken(device):
-    """A device may come by name or as torch's own."""
-    assert find_device(device) == CPU
-
-
-@pytest.mark.parametrize("device", ["cuda:99", "hpu", "meta", "gpu", "", None, 1.5])
-def test_a_device_that_cannot_be_had_is_refused(device):
-    """The error names the device, and stays short whatever torch has to say about it."""
-    with pytest.raises(ValueError, match=r"cannot be used here: .") as caught:
-        find_device(device)
-    assert repr(str(device)) in str(caught.value)
-    assert len(str(caught.value)) < 300
 
 
 # Order and batches ------------------------------------------------------------------------------
@@ -333,37 +300,6 @@ def test_a_sample_that_memory_does_not_suffice_for_fails_alone(num_workers):
     assert_array_equal(rows_of([batch]), twice([0, 1, 2, 3, 5, 6, 7, 8]))
 
 
-class Pixels:
-    """Something large, which a sample that is prepared holds for a while."""
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_failures_hold_nothing_that_was_in_use_when_they_happened(num_workers):
-    """Their traceback tells the lines, and lets go of the variables there, also of its causes."""
-    in_use = weakref.WeakSet()
-
-    def decode(pixels):
-        inner = Pixels()
-        in_use.add(inner)
-        raise OSError(f"planted for {type(pixels).__name__}")
-
-    def prepare(number):
-        pixels = Pixels()
-        in_use.add(pixels)
-        try:
-            decode(pixels)
-        except OSError as error:
-            raise KeyError(number) from error
-
-    results = list(map_in_threads(prepare, range(20), num_workers, ahead=64))
-    assert len(in_use) == 0
-    for number, error in results:
-        assert error.args == (number,)
-        lines = "".join(traceback.format_exception(error))
-        assert "decode(pixels)" in lines
-        assert "planted for Pixels" in lines
-
-
 def test_failures_are_handed_out_before_there_are_many():
     """Of a million samples that fail, no more are held than make a batch."""
 
@@ -377,7 +313,7 @@ def test_failures_are_handed_out_before_there_are_many():
 
 def test_samples_of_two_shapes_make_no_batch():
     """The error names one of each, and says how they came out."""
-    expected = r"one shape, but 2 was prepared as \(5,\), and 0 as \(2,\)"
+    expected = r"the same shape; got \(5,\) for 2, and \(2,\) for 0\."
     with pytest.raises(ValueError, match=expected):
         list(run(range(4), prepare=lambda number: torch.zeros(5 if number == 2 else 2)))
 
@@ -402,7 +338,7 @@ def make_limited(limit, error=OUT_OF_MEMORY["cuda"]):
 def test_where_memory_runs_out_the_batch_is_halved(kind):
     """Every row is there, and warnings tell of the new sizes."""
     limited = make_limited(3, OUT_OF_MEMORY[kind])
-    with pytest.warns(RuntimeWarning, match="cpu ran out of memory; going on with") as caught:
+    with pytest.warns(RuntimeWarning, match="cpu ran out of memory; continuing with") as caught:
         batches = list(run(range(12), limited, batch_size=8))
     assert [str(warning.message)[-2:] for warning in caught] == ["4.", "2."]
     assert limited.sizes == [8, 4, 2, 2, 2, 2, 2, 2]
@@ -624,157 +560,6 @@ def test_a_lower_precision_is_near_float32(small_net, pictures, precision):
     assert_allclose(rows, expected, rtol=2e-2, atol=2e-3)
 
 
-# Pooling ----------------------------------------------------------------------------------------
-
-
-def pool_by_hand(maps, pooling):
-    """Pool (n, C, H, W) as the papers write it."""
-    flat = maps.reshape(*maps.shape[:2], -1).astype(np.float64)
-    if pooling == "max":
-        return flat.max(axis=2)
-    if pooling == "gem":
-        return (np.maximum(flat, 1e-6) ** 3).mean(axis=2) ** (1 / 3)
-    return flat.mean(axis=2) if pooling == "avg" else flat.reshape(len(maps), -1)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("pooling", ["avg", "max", "gem", "flatten"])
-def test_maps_are_pooled_over_their_places(rng, pooling, channels_last):
-    """However the channels lie, a row has one value a channel, or all channel by channel."""
-    maps = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
-    layer = ResolvedLayer("maps", "maps", (3, 4, 5), channels_last=channels_last)
-    output = torch.from_numpy(np.moveaxis(maps, 1, -1) if channels_last else maps)
-    assert_allclose(pool(layer, output, pooling), pool_by_hand(maps, pooling), rtol=1e-5)
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 3])
-@pytest.mark.parametrize("pooling", ["avg", "max", "gem"])
-def test_tokens_are_pooled_without_those_before_the_patches(rng, pooling, prefix):
-    """A class token and registers are no places in the image."""
-    tokens = rng.normal(size=(2, 6, 4)).astype(np.float32)
-    layer = ResolvedLayer("tokens", "tokens", (6, 4), channels_last=True, prefix_tokens=prefix)
-    expected = pool_by_hand(np.moveaxis(tokens[:, prefix:], 1, 2)[..., None], pooling)
-    assert_allclose(pool(layer, torch.from_numpy(tokens), pooling), expected, rtol=1e-5)
-    assert count_features(layer, pooling) == 4
-
-
-@pytest.mark.parametrize("pooling", ["avg", "max", "gem"])
-def test_sequences_are_pooled_over_their_length(rng, pooling):
-    """What a Conv1d gives, (C, L), has its channels first."""
-    sequences = rng.normal(size=(2, 6, 4)).astype(np.float32)
-    layer = ResolvedLayer("conv", "conv", (6, 4))
-    expected = pool_by_hand(sequences[..., None], pooling)
-    assert_allclose(pool(layer, torch.from_numpy(sequences), pooling), expected, rtol=1e-5)
-    assert count_features(layer, pooling) == 6
-
-
-def test_the_class_token_is_the_first(rng):
-    """The pooling "cls" takes it alone, "flatten" takes it with all others."""
-    tokens = rng.normal(size=(2, 6, 4)).astype(np.float32)
-    layer = ResolvedLayer(
-        "tokens", "tokens", (6, 4), channels_last=True, prefix_tokens=2, class_token=True
-    )
-    assert_array_equal(pool(layer, torch.from_numpy(tokens), "cls"), tokens[:, 0])
-    assert_array_equal(pool(layer, torch.from_numpy(tokens), "flatten"), tokens.reshape(2, 24))
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_vectors_stay_as_they_are(rng, pooling):
-    """There is nothing to pool."""
-    vectors = rng.normal(size=(3, 7)).astype(np.float32)
-    layer = ResolvedLayer("fc", "fc", (7,))
-    assert_array_equal(pool(layer, torch.from_numpy(vectors), pooling), vectors)
-    assert count_features(layer, pooling) == 7
-
-
-def test_a_single_value_an_image_is_a_column():
-    """A network may end on one score, without a dimension of its own."""
-    layer = ResolvedLayer("score", "score", ())
-    assert count_features(layer, "flatten") == 1
-    assert_array_equal(pool(layer, torch.tensor([1.0, 2.0]), "flatten"), [[1], [2]])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_pooling_computes_in_float32(dtype):
-    """In float16 the sum over places, and the third power, would end at infinity."""
-    layer = ResolvedLayer("maps", "maps", (1, 64, 64))
-    maps = torch.full((1, 1, 64, 64), 2048.0, dtype=dtype)
-    for pooling in ("avg", "max", "gem"):
-        assert pool(layer, maps, pooling).dtype == torch.float32
-        assert_allclose(pool(layer, maps, pooling), [[2048]], rtol=1e-5)
-
-
-def test_pooling_leaves_the_output_alone(rng):
-    """The network goes on computing with it."""
-    output = torch.from_numpy(rng.normal(size=(2, 3, 4, 5)).astype(np.float32))
-    before = output.clone()
-    layer = ResolvedLayer("maps", "maps", (3, 4, 5))
-    for pooling in ("avg", "max", "gem", "flatten"):
-        pool(layer, output, pooling)
-    assert_array_equal(output, before)
-
-
-def test_gem_knows_no_negative_and_no_nan():
-    """Values below 1e-6 count as 1e-6, so that the root is defined."""
-    layer = ResolvedLayer("maps", "maps", (1, 2, 2))
-    assert_allclose(pool(layer, torch.full((1, 1, 2, 2), -5.0), "gem"), [[1e-6]], rtol=1e-3)
-
-
-sides = st.integers(2, 5)
-
-
-@st.composite
-def layers(draw):
-    """Draw a layer of maps, tokens, vectors, scores or something that is none of these."""
-    shape = tuple(draw(st.lists(sides, max_size=4)))
-    is_tokens = len(shape) == 2 and draw(st.booleans())
-    return ResolvedLayer(
-        "layer",
-        "layer",
-        shape,
-        channels_last=is_tokens or (len(shape) == 3 and draw(st.booleans())),
-        prefix_tokens=is_tokens and draw(st.integers(0, shape[0] - 1)),
-        class_token=is_tokens and draw(st.booleans()),
-    )
-
-
-@given(layers(), st.sampled_from(POOLINGS), st.integers(1, 3))
-def test_the_number_of_features_is_known_beforehand(layer, pooling, n_images):
-    """`count_features` refuses a pooling, or tells the width of the rows that `pool` makes."""
-    shape = layer.output_shape
-    moved = layer.channels_last and len(shape) == 3
-    output = torch.ones(n_images, *(shape[1:] + shape[:1] if moved else shape))
-    try:
-        count = count_features(layer, pooling)
-    except ValueError:
-        return
-    assert pool(layer, output, pooling).shape == (n_images, count)
-
-
-@given(layers())
-def test_flatten_suits_any_layer(layer):
-    """There is a pooling for every output."""
-    assert count_features(layer, "flatten") == math.prod(layer.output_shape)
-
-
-@pytest.mark.parametrize("layer", [(3, 4, 5), (6, 4)], ids=["maps", "tokens without class token"])
-def test_cls_needs_a_class_token(layer):
-    """The error says what the layer is, and which poolings are possible."""
-    with pytest.raises(ValueError, match=r"'conv' \(output shape .* 'avg', 'max', 'gem' or 'fl"):
-        count_features(ResolvedLayer("conv", "conv", layer), "cls")
-
-
-def test_what_is_neither_maps_nor_tokens_can_only_be_flattened():
-    """Five dimensions have no agreed places."""
-    with pytest.raises(ValueError, match=r"'video' .*\(2, 3, 4, 5\) can be pooled by 'flatten'"):
-        count_features(ResolvedLayer("video", "video", (2, 3, 4, 5)), "avg")
-
-
 # CUDA itself ------------------------------------------------------------------------------------
 
 
@@ -822,9 +607,3 @@ def test_cuda_survives_a_batch_that_does_not_fit():
     with pytest.warns(RuntimeWarning, match="cuda:0 ran out of memory"):
         batches = list(run(range(40), function, device=CUDA, batch_size=32))
     assert_array_equal(rows_of(batches), twice(range(40)))
-
-
-@pytest.mark.gpu
-def test_auto_is_cuda_where_there_is_one():
-    """What "auto" gives can be computed on."""
-    assert torch.ones(1, device=find_device("auto")).is_cuda

@@ -154,13 +154,17 @@ def test_weights_of_torchvision_bring_their_names(entry):
 
 def test_weights_without_categories_have_no_names(images):
     """VGG16's weights that were made for their features alone have no head to speak of."""
-    with pytest.raises(ValueError, match=r"The 1000 outputs of vgg16 with .* have no names"):
+    with pytest.raises(
+        ValueError, match=r"The 1000 outputs of vgg16 with .* have no category names"
+    ):
         predict_categories(images, "vgg16", weights="IMAGENET1K_FEATURES")
 
 
 def test_random_weights_have_no_names(images):
     """What is random tells no categories apart."""
-    with pytest.raises(ValueError, match=r"The 1000 outputs of .* with weights=None have no names"):
+    with pytest.raises(
+        ValueError, match=r"The 1000 outputs of .* with weights=None have no category names"
+    ):
         classify(images, None)
 
 
@@ -169,14 +173,14 @@ def test_a_file_with_another_number_of_outputs_has_no_names(tmp_path, images):
     path = tmp_path / "scenes.pth"
     torch.save(models.get_model(NAME, weights=None, num_classes=15).state_dict(), path)
     with pytest.raises(
-        ValueError, match=r"The 15 outputs of squeezenet1_1 with .* have no names: "
+        ValueError, match=r"The 15 outputs of squeezenet1_1 with .* have no category names: "
     ):
         classify(images, path)
 
 
 def test_a_module_of_ones_own_is_refused(images):
     """Nobody knows what its outputs stand for."""
-    with pytest.raises(TypeError, match=r"^backbone must be a name; got a Linear,"):
+    with pytest.raises(TypeError, match=r"^backbone must be a name; got a Linear: "):
         predict_categories(images, nn.Linear(3, 5))
     module = models.get_model(NAME, weights=None)
     preprocessing = SqueezeNet1_1_Weights.DEFAULT.transforms()
@@ -192,7 +196,7 @@ def test_a_module_of_ones_own_is_refused(images):
         ({"top": 0}, "^top must be an int of at least 1; got 0"),
         (
             {"top": 1001},
-            "^top must be at most 1000, as squeezenet1_1 has .*; got 1001",
+            "^top must be at most 1000, the number of squeezenet1_1's categories; got 1001",
         ),
         ({"top": 2.5}, "^top must be an int of at least 1; got 2.5"),
         ({"top": True}, "^top must be an int of at least 1; got True"),

@@ -27,7 +27,7 @@ from torchvision.models import SqueezeNet
 from torchvision.transforms import functional as F
 
 from deepfeat import CacheFormatError, DeepFeatureExtractor, FeatureCache, list_layers
-from deepfeat._extraction import rows as _features
+from deepfeat._extraction import rows as rows_module
 
 SMALL = {"weights": None, "image_size": 32, "num_workers": 0}
 
@@ -238,16 +238,14 @@ class TestNothingIsMixedUp:
 
     def test_a_file_changed_while_X_is_read_is_told(self, cache, paths, pictures, monkeypatch):
         """Its new pixels are not kept under the digest of the old ones."""
-        from deepfeat._extraction import rows as _features
-
-        group = _features._group_equal
+        group = rows_module._group_equal
 
         def group_and_change(*arguments):
             groups = group(*arguments)
             Image.fromarray(pictures[5]).save(paths[0])
             return groups
 
-        monkeypatch.setattr(_features, "_group_equal", group_and_change)
+        monkeypatch.setattr(rows_module, "_group_equal", group_and_change)
         with open(paths[0], "rb") as file:
             old = file.read()
         with pytest.raises(ValueError, match=r"X\[0\].*changed while"):
@@ -297,24 +295,23 @@ class TestNothingIsMixedUp:
         """A training job saves better weights between the look-up of rows and the first pass."""
         from torchvision.models import squeezenet1_1
 
-        from deepfeat._extraction import rows as _features
-
         file, better, kept = (tmp_path / name for name in ("best.pth", "better.pth", "kept.pth"))
         for seed, path in enumerate((file, better)):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 torch.save(squeezenet1_1(weights=None).state_dict(), path)
         kept.write_bytes(file.read_bytes())
-        look_up = _features._Passes.look_up
+        look_up = rows_module._CachedExtraction.look_up
 
         def look_up_and_replace(*arguments):
-            yield from look_up(*arguments)
+            looked_up = look_up(*arguments)
             if how == "renamed":
                 os.replace(better, file)
             else:
                 file.write_bytes(better.read_bytes())
+            return looked_up
 
-        monkeypatch.setattr(_features._Passes, "look_up", look_up_and_replace)
+        monkeypatch.setattr(rows_module._CachedExtraction, "look_up", look_up_and_replace)
         with pytest.raises(OSError, match=r"best\.pth was replaced while"):
             extractor(cache, weights=file).transform(pictures[:2])
         monkeypatch.undo()
@@ -442,7 +439,7 @@ class TestModulesOfTheUser:
         prepare = Prepare()
         prepare.lock = threading.RLock()
         one = self.of(Net(), cache, preprocessing=prepare)
-        expected = "rows of Net are not cached: a RLock cannot be digested"
+        expected = "The rows of Net are not cached: a RLock cannot be digested"
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
@@ -454,7 +451,7 @@ class TestModulesOfTheUser:
         """An object that counts its calls is another one each time, so its rows are lost."""
         monkeypatch.setattr("deepfeat._extraction.rows._warned", set())
         one = self.of(Net(), cache, preprocessing=Counting())
-        with pytest.warns(UserWarning, match="preprocessing of Net changes as it is used"):
+        with pytest.warns(UserWarning, match="preprocessing of Net changes while it is used"):
             one.transform(pictures)
         one.transform(pictures)  # told once
 
@@ -462,18 +459,17 @@ class TestModulesOfTheUser:
         self, cache, pictures, monkeypatch
     ):
         """Rows of new weights are not kept under the digest of the old ones."""
-        from deepfeat._extraction import rows as _features
-
         net = Net()
         old = copy.deepcopy(net)
-        look_up = _features._Passes.look_up
+        look_up = rows_module._CachedExtraction.look_up
 
         def look_up_and_change(*arguments):
-            yield from look_up(*arguments)
+            looked_up = look_up(*arguments)
             with torch.no_grad():
                 net.conv.weight.mul_(-1)
+            return looked_up
 
-        monkeypatch.setattr(_features._Passes, "look_up", look_up_and_change)
+        monkeypatch.setattr(rows_module._CachedExtraction, "look_up", look_up_and_change)
         with pytest.raises(RuntimeError, match="changed by another thread"):
             self.of(net, cache).transform(pictures)
         monkeypatch.undo()
@@ -743,7 +739,7 @@ class TestWaiting:
                 threading.Event().wait(0.01)
 
         monkeypatch.setattr(SqueezeNet, "forward", wait_for_the_other)
-        monkeypatch.setattr(_features.time, "sleep", sleep)
+        monkeypatch.setattr(rows_module.time, "sleep", sleep)
         other = threading.Thread(target=extractor(cache).transform, args=(paths,), name="other")
         other.start()
         begun.wait(20)
@@ -751,7 +747,7 @@ class TestWaiting:
         other.join()
         (record,) = caplog.records
         assert (record.name, record.levelname) == ("deepfeat", "WARNING")
-        assert "Waiting for 24 images that thread 'other' of this process comp" in record.message
+        assert "Waiting for 24 images that thread 'other' of this process is comp" in record.message
         assert repr(cache) in record.message
 
 
@@ -759,7 +755,7 @@ class TestStamps:
     def test_files_that_took_the_place_of_others_are_read(self, cache, tmp_path, monkeypatch):
         """Also where path, size, inode and modification time are the same, as from an archive."""
         later = time.time_ns() + 10**10  # or they would be read for being new
-        monkeypatch.setattr(_features.time, "time_ns", lambda: later)
+        monkeypatch.setattr(rows_module.time, "time_ns", lambda: later)
         names = [tmp_path / f"{number}.bmp" for number in range(3)]
         rows = []
         for seed in 0, 1:
@@ -879,7 +875,9 @@ class TestPrecompute:
         folder, make_room = full_disk
         one = extractor(folder, batch_size=2)
         with (
-            pytest.raises(OSError, match=r"cannot be written .* of 24 images are kept") as error,
+            pytest.raises(
+                OSError, match=r"cannot be written .* of 24 images have been kept"
+            ) as error,
             pytest.warns(RuntimeWarning, match="nothing more is stored"),
         ):
             one.precompute(paths)
@@ -897,7 +895,7 @@ class TestPrecompute:
         """Before any image is computed; nobody, not even root, makes a folder below a file."""
         (tmp_path / "file").write_text("Dear diary", encoding="utf-8")
         with (
-            pytest.raises(OSError, match=r"cannot be written .* 0 of 24 images are kept"),
+            pytest.raises(OSError, match=r"cannot be written .* 0 of 24 images have been kept"),
             pytest.warns(RuntimeWarning, match="nothing more is stored"),
         ):
             extractor(tmp_path / "file" / "cache").precompute(paths)

@@ -1,4 +1,4 @@
-"""Tests of freezing: what is trained changes, and what is frozen stays as it is, to the bit."""
+"""Tests of freezing: the trained part changes, and the frozen part is the same to the bit."""
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from small_networks import (
     make_vit,
     seeded,
     state_of,
-    to_16_pixels,
 )
 from torch import nn
 from torchvision import models
@@ -19,27 +18,9 @@ from deepfeat._finetuning import training as _training
 from deepfeat._finetuning.cutting import find_cut
 from deepfeat._finetuning.freezing import (
     Trained,
-    find_blocks,
-    find_trained,
-    freeze,
     group_parameters,
     set_train_mode,
 )
-from deepfeat._finetuning.heads import add_head
-from deepfeat._layers.head import find_head
-from deepfeat._layers.index import LayerIndex
-
-
-def prepare(module, unfreeze, side=16):
-    """Give a network a head of 3 outputs, find what is trained, and freeze the rest."""
-    shape = (3, side, side)
-    blocks = find_blocks(LayerIndex(module, shape), module, unfreeze)
-    head = add_head(module, find_head(module, shape), "replace", 3, 0)
-    index = LayerIndex(module, shape)
-    trained = find_trained(module, index, blocks, head)
-    freeze(module, trained)
-    return module, index, trained
-
 
 # Frozen means frozen ----------------------------------------------------------------------------
 
@@ -95,7 +76,7 @@ BY_SGD = [("mobilenet_v2", "features.17"), ("resnet18", "layer4")]
 
 
 def assert_frozen(before, after, trained):
-    """Raise unless exactly the trained part has changed, and all of it."""
+    """Raise unless all of the trained part has changed, and nothing else."""
     assert after.keys() == before.keys()
     for name, value in after.items():
         if name.startswith(trained):
@@ -106,7 +87,7 @@ def assert_frozen(before, after, trained):
 
 
 def check_frozen(case, **params):
-    """Fine-tune a network of torchvision, and compare it with the same one untrained."""
+    """Fine-tune a torchvision network, and compare it with the same one before training."""
     name, unfreeze = case
     before = seeded(models.get_model, name, weights=None).state_dict()
     X, y = make_images(6, 32)
@@ -122,13 +103,13 @@ def check_frozen(case, **params):
     ids=str,
 )
 def test_frozen_means_frozen(case):
-    """Weights and statistics, with weight decay and dropout, and a prefix that is computed once."""
+    """Weights and statistics, with weight decay, dropout and cached activations."""
     check_frozen(case, augment=None, max_epochs=3)
 
 
 @pytest.mark.parametrize("case", BY_SGD, ids=str)
 def test_frozen_means_frozen_for_each_optimizer(case):
-    """And where each image runs through the whole network anew."""
+    """Also when each image runs through the whole network in every epoch."""
     check_frozen(case, augment="crop", optimizer="sgd")
 
 
@@ -147,7 +128,7 @@ def test_a_frozen_parameter_without_weight_decay_would_not_pass(monkeypatch):
             parameter.requires_grad_(True)
         module.features[3].conv[0][0].weight.data *= 1 - 1e-6
 
-    monkeypatch.setattr("deepfeat._finetuning.classifier.freeze", freeze_gradients)
+    monkeypatch.setattr("deepfeat._finetuning.fitting.freeze", freeze_gradients)
     with pytest.raises(AssertionError, match="is not frozen"):
         check_frozen(("mobilenet_v2", "features.17"), augment="crop")
 
@@ -178,7 +159,7 @@ VIT_TRAINED = {
 @pytest.mark.parametrize("augment", [None, "crop"])
 @pytest.mark.parametrize("unfreeze", VIT_TRAINED, ids=str)
 def test_frozen_means_frozen_in_a_transformer(unfreeze, augment):
-    """Positions and the class token belong to what holds them."""
+    """Positions and the class token belong to the module that holds them."""
     vit = make_vit(dropout=0.1, attention_dropout=0.1)
     before = make_vit().state_dict()
     X, y = make_images(6)
@@ -192,39 +173,12 @@ def test_frozen_means_frozen_in_a_transformer(unfreeze, augment):
 @pytest.mark.slow
 @pytest.mark.parametrize("unfreeze", [None, "encoder.layers.encoder_layer_11"])
 def test_frozen_means_frozen_in_a_large_transformer(unfreeze):
-    """As torchvision has it, too."""
+    """In those of torchvision too."""
     trained = ("heads.",) if unfreeze is None else (f"{unfreeze}.", "encoder.ln.", "heads.")
     X, y = make_images(4, 64)
     before = seeded(models.vit_b_32, weights=None, image_size=64).state_dict()
     classifier = make_classifier("vit_b_32", unfreeze=unfreeze, image_size=64, optimizer="sgd")
     assert_frozen(before, state_of(classifier.fit(X, y)), trained)
-
-
-def test_the_network_of_the_user_stays_as_it_was():
-    """Its weights, its mode, its gradients and its hooks: what is trained is a copy."""
-    net = make_plain(norm=True).train()
-    net.fc.weight.requires_grad_(False)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    classifier = make_classifier(net).fit(*make_images())
-    assert classifier.module_ is not net
-    assert_frozen(before, net.state_dict(), ("none",))
-    assert net.training
-    assert net.blocks.training
-    assert [name for name, value in net.named_parameters() if not value.requires_grad] == [
-        "fc.weight"
-    ]
-    assert all(value.grad is None for value in net.parameters())
-    assert net.fc.out_features == 7
-
-
-def test_a_named_network_is_not_shared_with_what_is_trained():
-    """The next classifier, and the extractor, get the network as it was."""
-    X, y = make_images(4, 32)
-    params = {"unfreeze": "all", "learning_rate": 0.1, "backbone_learning_rate": 0.1}
-    make_classifier("squeezenet1_1", **params).fit(X, y)
-    before = seeded(models.squeezenet1_1, weights=None).state_dict()
-    again = make_classifier("squeezenet1_1", unfreeze=None).fit(X, y)
-    assert_frozen(before, state_of(again), ("classifier.1.",))
 
 
 # Which names mean what --------------------------------------------------------------------------
@@ -251,8 +205,8 @@ def test_a_named_network_is_not_shared_with_what_is_trained():
     ],
     ids=str,
 )
-def test_a_name_means_it_and_all_that_follows_and_a_list_just_these(unfreeze, trained):
-    """Gradients are asked for there alone."""
+def test_a_name_means_it_and_all_that_follows_and_a_list_just_these(prepare, unfreeze, trained):
+    """Only their parameters require gradients."""
     module, _, _ = prepare(make_plain(norm=True), unfreeze)
     wanted = [name for name, value in module.named_parameters() if value.requires_grad]
     starts = tuple(f"{path}." if path else "" for path in trained)
@@ -260,7 +214,7 @@ def test_a_name_means_it_and_all_that_follows_and_a_list_just_these(unfreeze, tr
 
 
 class Backwards(nn.Module):
-    """Call what is defined last first."""
+    """Call modules in another order than they are defined in."""
 
     def __init__(self):
         super().__init__()
@@ -278,8 +232,8 @@ class Backwards(nn.Module):
     [("first", ["fc", "second", "first"]), ("second", ["fc", "second"]), (["first"], ["first"])],
     ids=str,
 )
-def test_what_follows_is_a_matter_of_computation_not_of_definition(unfreeze, trained):
-    """The order is that of the calls."""
+def test_what_follows_is_a_matter_of_computation_not_of_definition(prepare, unfreeze, trained):
+    """Blocks follow each other in the order of their calls."""
     module, _, _ = prepare(Backwards(), unfreeze)
     children = {name.partition(".")[0] for name, p in module.named_parameters() if p.requires_grad}
     assert children - {"unused"} == {*trained, "fc"}
@@ -297,7 +251,11 @@ def test_what_follows_is_a_matter_of_computation_not_of_definition(unfreeze, tra
         (1.5, ValueError, "a name or a whole number is expected"),
         (True, ValueError, "a name or a whole number is expected"),
         ([None], ValueError, "a name or a whole number is expected"),
-        (["blocks.0.2"], ValueError, r"unfreeze: 'blocks.0.2' has no weights that could be tr"),
+        (
+            ["blocks.0.2"],
+            ValueError,
+            r"unfreeze must name blocks with weights; 'blocks.0.2' does not have any to train",
+        ),
     ],
     ids=str,
 )
@@ -308,7 +266,7 @@ def test_a_wrong_name_says_what_there_is(unfreeze, error, words):
 
 
 def test_a_typo_in_a_named_backbone_is_found_before_weights_are_loaded(monkeypatch):
-    """Nobody waits for a download to be told."""
+    """The error does not wait for a download."""
     monkeypatch.setattr("deepfeat._backbones.torchvision.PublishedWeights.state", pytest.fail)
     with pytest.raises(LayerNotFoundError, match=r"Close matches: .*'layer4'"):
         make_classifier("resnet18", weights="DEFAULT", unfreeze="layer_4").fit(*make_images())
@@ -317,8 +275,8 @@ def test_a_typo_in_a_named_backbone_is_found_before_weights_are_loaded(monkeypat
 # Modes and groups -------------------------------------------------------------------------------
 
 
-def test_what_is_frozen_is_in_eval_mode():
-    """Between two trained blocks as well; the dropout before a trained layer acts."""
+def test_what_is_frozen_is_in_eval_mode(prepare):
+    """Between two trained blocks as well, except for the dropout before a trained layer."""
     module, _, trained = prepare(make_plain(dropout=0.5, norm=True), ["blocks.1"])
     set_train_mode(module.train(), trained)
     modes = {path: child.training for path, child in module.named_modules()}
@@ -339,7 +297,7 @@ def test_what_is_frozen_is_in_eval_mode():
     ],
     ids=str,
 )
-def test_a_dropout_acts_where_the_layer_after_it_is_trained(unfreeze, active):
+def test_a_dropout_acts_where_the_layer_after_it_is_trained(prepare, unfreeze, active):
     """Those of VGG lie between its linear layers."""
     with torch.device("meta"):
         vgg = models.vgg11(weights=None, init_weights=False)
@@ -359,8 +317,8 @@ class Masking(nn.Dropout):
     [*(nn.Dropout, nn.Dropout1d, nn.AlphaDropout, nn.FeatureAlphaDropout), Masking],
     ids=lambda kind: kind.__name__,
 )
-def test_any_dropout_before_a_new_head_acts(kind):
-    """Of whatever kind, and where it is derived from one of torch's."""
+def test_any_dropout_before_a_new_head_acts(prepare, kind):
+    """Of any kind, and of a class derived from one of torch's."""
     net = seeded(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(), kind(0.5), nn.Linear(64, 5))
     )
@@ -371,8 +329,8 @@ def test_any_dropout_before_a_new_head_acts(kind):
     assert find_cut(module, index, trained, (3, 16, 16)).boundary == "2"
 
 
-def test_the_head_has_a_group_of_its_own():
-    """Each parameter that is trained is in one group, and no other is in any."""
+def test_the_head_has_a_group_of_its_own(prepare):
+    """Each trained parameter is in one group, and no frozen one is in any."""
     module, _, trained = prepare(make_plain(), "hidden")
     head, backbone = group_parameters(module, trained)
     assert [id(value) for value in head] == [id(value) for value in module.fc.parameters()]
@@ -384,213 +342,30 @@ def test_the_head_has_a_group_of_its_own():
     [("a.b", True), ("a.b.c", True), ("a.bc", False), ("a", False), ("h", True), ("hh", False)],
 )
 def test_a_path_lies_in_a_module_not_in_one_of_a_longer_name(path, is_trained):
-    """`layer1` has nothing of `layer10`."""
+    """`layer10` does not lie in `layer1`."""
     assert (path in Trained(("h",), ("a.b",), ())) is is_trained
 
 
-# The cut ----------------------------------------------------------------------------------------
+# What cannot be trained ---------------------------------------------------------------------------
 
 
-def cut_of(module, unfreeze, side=16):
-    module, index, trained = prepare(module, unfreeze, side)
-    return module, find_cut(module, index, trained, (3, side, side))
+def test_weights_shared_with_a_frozen_module_cannot_be_trained(images):
+    """They would be both trained and frozen."""
+    net = make_plain()
+    net.blocks[2][0].bias = net.blocks[1][0].bias
+    with pytest.raises(
+        ValueError, match=r"blocks\.2\.0\.bias is shared by a trained and a frozen module"
+    ):
+        make_classifier(net, unfreeze="blocks.2").fit(*images)
 
 
-@pytest.mark.parametrize(
-    ("unfreeze", "boundary"),
-    [
-        (None, "drop"),
-        ("fc", "drop"),
-        ("hidden", "hidden"),
-        ("blocks.2", "blocks.2"),
-        ("blocks.2.1", "blocks.2"),
-        (["blocks.1"], "blocks.1"),
-        (["blocks.1.1", "hidden"], "blocks.1"),
-        ("blocks", None),
-        ("all", None),
-    ],
-    ids=str,
-)
-def test_a_network_is_cut_before_the_first_layer_that_changes(unfreeze, boundary):
-    """Dropout changes from draw to draw; where nothing before is frozen, there is no cut."""
-    _, cut = cut_of(make_plain(dropout=0.5, norm=True), unfreeze)
-    found = cut and cut.boundary
-    # Whether a boundary is named by the block or by its first layer makes no difference.
-    assert found == boundary or f"{found}.".startswith(f"{boundary}.")
-
-
-def test_the_parts_give_what_the_whole_gives():
-    """For other images, and another number of them, than those that the cut was tried with."""
-    module, cut = cut_of(make_vit(), "encoder.layers.encoder_layer_1")
-    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    module.eval()
-    with torch.no_grad():
-        activations = cut.run_prefix(images)
-        assert activations.shape == (5, 17, 16)
-        parts = cut.run_suffix(activations)
-        torch.testing.assert_close(parts, module(images), rtol=1e-5, atol=1e-6)
-
-
-def test_nothing_is_left_behind_on_the_network():
-    """Neither hooks nor the functions that took the place of layers, also after an error."""
-    module, cut = cut_of(make_plain(), "hidden")
-    images = torch.rand(2, 3, 16, 16)
-    expected = module(images)
-    activations = cut.run_prefix(images)
-    with pytest.raises(RuntimeError):
-        cut.run_suffix(activations[:, :1])
-    cut.run_suffix(activations)
-    for child in module.modules():
-        assert "forward" not in vars(child)
-        assert not child._forward_pre_hooks
-        assert not child._forward_hooks
-    torch.testing.assert_close(module(images), expected, rtol=0, atol=0)
-
-
-def test_what_is_interrupted_leaves_nothing_behind(monkeypatch):
-    """Ctrl-C may come between any two lines: the parts have modules of their own."""
-    module, cut = cut_of(make_plain(), "hidden")
-    images = torch.rand(2, 3, 16, 16)
-    expected = module(images)
-    activations = cut.run_prefix(images)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(nn.Linear, "forward", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            cut.run_suffix(activations)
-        patch.setattr(nn.Conv2d, "forward", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            cut.run_prefix(images)
-    torch.testing.assert_close(module(images), expected, rtol=0, atol=0)
-    torch.testing.assert_close(cut.run_suffix(cut.run_prefix(images)), expected)
-    assert not any(
-        child._forward_pre_hooks or "forward" in vars(child) for child in module.modules()
-    )
-
-
-def test_the_parts_follow_the_modes_of_the_network():
-    """A dropout acts in the second part while the network is trained."""
-    module, index, trained = prepare(make_plain(dropout=0.5), None)
-    cut = find_cut(module, index, trained, (3, 16, 16))
-    activations = cut.run_prefix(torch.rand(8, 3, 16, 16))
-    module.eval()
-    torch.testing.assert_close(cut.run_suffix(activations), cut.run_suffix(activations))
-    set_train_mode(module, trained)
-    assert not torch.equal(cut.run_suffix(activations), cut.run_suffix(activations))
-    module.eval()
-    torch.testing.assert_close(cut.run_suffix(activations), cut.run_suffix(activations))
-
-
-class Skipping(nn.Module):
-    """Hand what the first layer gives past the second one, in some measure."""
-
-    def __init__(self, measure=1.0):
-        super().__init__()
-        self.first = nn.Conv2d(3, 4, 3, padding=1)
-        self.second = nn.Conv2d(4, 4, 3, padding=1)
-        self.third = nn.Conv2d(4, 4, 3, padding=1)
-        self.fc = nn.Linear(4, 5)
-        self.measure = measure
-
-    def forward(self, images):
-        early = self.first(images).relu()
-        late = self.third(self.second(early).relu())
-        return self.fc((late + self.measure * early).mean((2, 3)))
-
-
-class Sequence(nn.Module):
-    """Let tokens come first and images second, as torch's transformers do by default."""
-
-    def __init__(self):
-        super().__init__()
-        self.patches = nn.Conv2d(3, 8, 8, 8)
-        self.first = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
-        self.second = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, images):
-        tokens = self.patches(images).flatten(2).permute(2, 0, 1)
-        return self.fc(self.second(self.first(tokens)).mean(0))
-
-
-def blind(net):
-    """Let all images look the same to a network."""
-    nn.init.zeros_(net.patches.weight)
-    return net
-
-
-class ByName(nn.Module):
-    """Hand on what was computed as a keyword."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 4, 3)
-        self.second = Keyword()
-        self.fc = nn.Linear(4, 5)
-
-    def forward(self, images):
-        return self.fc(self.second(maps=self.first(images)).mean((2, 3)))
-
-
-class Keyword(nn.Conv2d):
-    def __init__(self):
-        super().__init__(4, 4, 3)
-
-    def forward(self, *, maps):
-        return super().forward(maps)
-
-
-class Twice(nn.Module):
-    """Use one layer twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 4, 3)
-        self.second = nn.Conv2d(4, 4, 3, padding=1)
-        self.fc = nn.Linear(4, 5)
-
-    def forward(self, images):
-        return self.fc(self.second(self.second(self.first(images)).relu()).mean((2, 3)))
-
-
-IMPOSSIBLE = {
-    "skip": (Skipping, "third"),
-    "tokens first": (Sequence, "second"),
-    "tokens first, images alike": (lambda: blind(Sequence()), "second"),
-    "keywords": (ByName, "second"),
-    "called twice": (Twice, "second"),
-}
-
-
-@pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_a_network_that_cannot_be_cut_is_not_cut(case):
-    """And it learns as ever."""
-    make, unfreeze = IMPOSSIBLE[case]
-    assert cut_of(seeded(make), unfreeze)[1] is None
-    X, y = make_images()
-    params = {"unfreeze": unfreeze, "max_epochs": 3}
-    classifier = make_classifier(seeded(make), augment=None, **params).fit(X, y)
-    assert len(classifier.history_) == 3
-
-
-def test_the_trial_of_a_cut_does_not_hang_on_what_memory_holds(monkeypatch):
-    """Old memory may hold anything, the right values too: only NaN shows that it was used."""
-    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
-    assert cut_of(seeded(Skipping, 1e-12), "third")[1] is None
-
-
-def test_a_container_that_is_trained_begins_with_what_it_does_itself():
-    """A transformer adds its positions before its first layer: they would not be trained."""
-    _, cut = cut_of(make_vit(), "encoder")
-    assert cut.boundary == "encoder"
-    assert list(cut.skipped) == ["conv_proj"]
-
-
-def test_the_picture_of_the_input_may_be_prepared_in_any_way():
-    """The cut is tried with noise of the shape that the preprocessing gives."""
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    classifier = make_classifier(net, preprocessing=to_16_pixels, unfreeze=None, max_epochs=3)
-    assert len(classifier.fit(*make_images()).history_) == 3
+def test_auxiliary_classifiers_need_images_of_some_size(images):
+    """That of Inception does not take images of 96 pixels: it is dropped, with a warning."""
+    params = {"image_size": 96, "unfreeze": "Mixed_6e", "max_epochs": 1}
+    classifier = make_classifier("inception_v3", **params)
+    with pytest.warns(
+        UserWarning,
+        match="Images of shape .* too small for the auxiliary classifiers of Inception3",
+    ):
+        classifier.fit(*images)
+    assert classifier.module_.AuxLogits is None

@@ -1,10 +1,17 @@
-"""Tests of new heads: on every family of torchvision, and on networks without a place for one."""
+"""Tests of new heads: on every family of torchvision, and on networks that cannot have one."""
 
 import copy
 
 import pytest
 import torch
-from small_networks import assert_same_state, make_classifier, make_images, make_plain, seeded
+from small_networks import (
+    PlainNet,
+    assert_same_state,
+    make_classifier,
+    make_images,
+    make_plain,
+    seeded,
+)
 from torch import nn
 from torchvision import models
 
@@ -48,7 +55,7 @@ def family_of(name):
 
 
 def logits_of(module, shape, count=2):
-    """Run zeros through a network, on the meta device or another; return what it gives."""
+    """Run zeros through a network, on any device, also meta; return its output."""
     anywhere = next(module.parameters())
     with torch.no_grad():
         return module.eval()(torch.zeros(count, *shape, device=anywhere.device))
@@ -64,7 +71,7 @@ def skeleton_of(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_classification_layer_gives_way(name):
-    """It has n outputs instead of 1000, and nothing else is another one."""
+    """The new one has n outputs instead of 1000; all other layers stay."""
     module, shape = skeleton_of(name)
     before = {path: value.shape for path, value in module.state_dict().items()}
     place = find_head(module, shape)
@@ -92,7 +99,7 @@ def before_outputs(module):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_layer_is_appended(name):
-    """ReLU and a linear layer from all old outputs; what is there stays as it is."""
+    """ReLU and a linear layer from all old outputs; all other layers stay."""
     module, shape = skeleton_of(name)
     shapes = sorted(tuple(value.shape) for value in module.state_dict().values())
     outputs = before_outputs(module)
@@ -129,7 +136,7 @@ def test_no_family_is_missing():
 
 
 def test_an_appended_head_is_relu_and_a_matrix():
-    """On what the network put out."""
+    """On the output of the network."""
     net, images = make_plain().eval(), torch.rand(4, *SHAPE)
     expected = net(images).relu()
     path = add_head(net, find_head(net, SHAPE), "append", 3, 0)
@@ -138,7 +145,7 @@ def test_an_appended_head_is_relu_and_a_matrix():
 
 
 def test_pooling_at_the_end_comes_before_an_appended_head():
-    """SqueezeNet classifies each place, and pools then."""
+    """SqueezeNet classifies each position, and then pools."""
     net = seeded(models.squeezenet1_1, weights=None).eval()
     images = torch.rand(2, 3, 64, 64)
     expected = net(images).relu()
@@ -148,7 +155,7 @@ def test_pooling_at_the_end_comes_before_an_appended_head():
 
 
 def test_new_weights_are_drawn_as_torch_draws_them():
-    """The same bounds, from a generator of their own; the seed decides."""
+    """Within the same bounds, from a generator with the given seed."""
     heads = []
     for seed in (0, 0, 1):
         net = make_plain()
@@ -187,7 +194,7 @@ AUXILIARIES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("unfreeze", AUXILIARIES)
 def test_auxiliary_classifiers_learn_where_what_they_teach_does(unfreeze):
-    """Others would not change anything, and are dropped."""
+    """Others would have no effect, and are dropped."""
     X, y = make_images(4, 32)
     classifier = make_classifier("googlenet", unfreeze=unfreeze, max_epochs=1).fit(X, y)
     module = classifier.module_
@@ -201,7 +208,7 @@ def test_auxiliary_classifiers_learn_where_what_they_teach_does(unfreeze):
     [("googlenet", 64, ["aux1.fc2", "aux2.fc1"]), ("inception_v3", 299, ["AuxLogits.fc"])],
 )
 def test_auxiliary_classifiers_learn(name, side, layers):
-    """With the whole network: their weights change, and they do not classify."""
+    """With the whole network: their weights change, but they do not take part in predictions."""
     X, y = make_images(4, side)
     params = {"unfreeze": "all", "image_size": side, "augment": None, "batch_size": 2}
     one, two = (make_classifier(name, max_epochs=count, **params).fit(X, y) for count in (1, 2))
@@ -211,7 +218,7 @@ def test_auxiliary_classifiers_learn(name, side, layers):
     assert isinstance(two.module_(torch.rand(2, 3, side, side)), torch.Tensor)
 
 
-# Networks without a place for one ---------------------------------------------------------------
+# Networks that cannot have one -----------------------------------------------------------------
 
 
 def chain(*layers):
@@ -230,35 +237,35 @@ def chain(*layers):
         (chain(nn.BatchNorm1d(4)), r"ends in '3', a BatchNorm1d, .* Use head='append'"),
         (
             nn.Sequential(nn.Conv2d(3, 4, 16), nn.Flatten()),
-            r"ends in '0', a Conv2d, which is no classification layer with 4 outputs",
+            r"ends in '0', a Conv2d, which is not one with 4 outputs",
         ),
         (chain(nn.Linear(4, 4), nn.Unflatten(1, (2, 2)), nn.Flatten(), nn.PReLU()), "a PReLU"),
     ],
     ids=lambda value: None if isinstance(value, str) else type(value[-1]).__name__,
 )
 def test_a_network_without_a_place_for_a_head_is_refused(net, words):
-    """With what is the matter, before it learns."""
+    """With the reason, before training."""
     with pytest.raises(ValueError, match=words):
         make_classifier(net).fit(*make_images())
 
 
 @pytest.mark.parametrize("last", [nn.BatchNorm1d(4), nn.PReLU(), nn.Identity(), nn.Dropout()])
 def test_any_vector_can_have_a_head_appended(last):
-    """A network that puts out features has no classification layer to replace."""
+    """Also features, of a network without a classification layer to replace."""
     X, y = make_images()
     classifier = make_classifier(seeded(chain, nn.Linear(4, 4), last), head="append").fit(X, y)
     assert classifier.predict_proba(X).shape == (8, 2)
 
 
 class Softmax(nn.Module):
-    """A network's last block, which has nothing to do with torch's module of that name."""
+    """The last block of a network, unrelated to torch's module of that name."""
 
     def forward(self, scores):
         return 2 * scores
 
 
 def test_what_is_called_softmax_need_not_be_one():
-    """A class of torch is known by itself, and so is one derived from it."""
+    """Layers are recognised by their class, or one derived from it, not by its name."""
     net = seeded(chain, nn.Linear(4, 2), Softmax())
     assert find_head(net, SHAPE).layer == "3"
     derived = type("Scores", (nn.Softmax,), {})(1)
@@ -266,41 +273,20 @@ def test_what_is_called_softmax_need_not_be_one():
         find_head(chain(nn.Linear(4, 2), derived), SHAPE)
 
 
-class PoolingByFunction(nn.Module):
-    """Classify each place, and take the mean by a function, not a module."""
+class NetWithAux1(PlainNet):
+    """A network with a hidden layer of that name."""
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 5, 1)
+        self.aux1 = self.hidden
+        del self.hidden
 
-    def forward(self, images):
-        return self.conv(images).mean((2, 3))
-
-
-def test_a_head_replaces_a_layer_before_pooling_by_function():
-    """A 1 x 1 convolution is a classification layer too."""
-    X, y = make_images()
-    classifier = make_classifier(seeded(PoolingByFunction)).fit(X, y)
-    assert classifier.module_.conv.out_channels == 2
-    assert classifier.predict_proba(X).shape == (8, 2)
+    def forward(self, batch):
+        return self.fc(self.aux1(self.blocks(batch).flatten(1)).relu())
 
 
-def test_a_head_cannot_be_appended_before_pooling_by_function():
-    """Its place would be where maps are."""
-    with pytest.raises(ValueError, match=r"PoolingByFunction has no place for head='append': Poo"):
-        make_classifier(seeded(PoolingByFunction), head="append").fit(*make_images())
-
-
-def test_a_network_of_two_branches_has_no_layer_to_replace():
-    """One branch would have three outputs and the other five."""
-    with pytest.raises(ValueError, match=r"Branches has no place for head='replace': Branches"):
-        make_classifier(seeded(Branches)).fit(*make_images())
-
-
-class Branches(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(768, 5), nn.Linear(768, 5)
-
-    def forward(self, images):
-        return self.first(images.flatten(1)) + self.second(images.flatten(1))
+def test_a_module_called_like_an_auxiliary_classifier_is_none(images):
+    """Of a network that is neither GoogLeNet nor Inception."""
+    net = NetWithAux1()
+    classifier = make_classifier(net).fit(*images)
+    assert classifier.module_.aux1 is not None

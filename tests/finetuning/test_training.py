@@ -1,4 +1,4 @@
-"""Tests of learning: against loops written by hand, and of what happens where it goes wrong."""
+"""Tests of the training loop: against a loop by hand, schedules, lack of memory, divergence."""
 
 import math
 import warnings
@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from deepfeat._finetuning import training as _training
+from deepfeat import FineTuneClassifier
+from deepfeat._finetuning.training import make_schedule
 
 RATES = {"learning_rate": 0.02, "backbone_learning_rate": 0.005}
 OUT_OF_MEMORY = {
@@ -32,11 +33,6 @@ OUT_OF_MEMORY = {
 
 
 @pytest.fixture
-def images():
-    return make_images()
-
-
-@pytest.fixture
 def batch(images):
     """The images as a batch of tensors, and the labels as numbers."""
     pictures = [Image.fromarray(pixels) for pixels in images[0]]
@@ -44,7 +40,7 @@ def batch(images):
 
 
 def start_of(**params):
-    """Return the network as training finds it: that of no epoch, for there is none, is built."""
+    """Return the network as it is before training, up to a step at a learning rate near zero."""
     classifier = make_classifier(learning_rate=1e-30, backbone_learning_rate=1e-30, **params)
     classifier.set_params(weight_decay=0.0, max_epochs=1, batch_size=8, optimizer="sgd")
     return classifier.fit(*make_images()).module_
@@ -54,7 +50,7 @@ def start_of(**params):
 
 
 def learn_by_hand(net, batch, epochs, recipe):
-    """Train on one full batch an epoch as the manual of torch would have it."""
+    """Train on one full batch per epoch, as in the manual of torch."""
     inputs, targets = batch
     weights = recipe.get("weights", torch.ones(len(targets)))
     groups = [
@@ -148,7 +144,7 @@ def test_weights_are_those_of_a_bare_loop(images, batch, name, norm):
 
 
 def test_the_loop_by_hand_tells_recipes_apart(batch):
-    """Each recipe trains weights of its own, far beyond the tolerance of the law above."""
+    """Their weights differ by much more than the tolerance of the law above."""
     trained = {}
     for name, recipe in RECIPES.items():
         net = start_of(backbone=make_plain(), unfreeze="all")
@@ -160,55 +156,8 @@ def test_the_loop_by_hand_tells_recipes_apart(batch):
             assert (trained[name] - trained[other]).abs().max() > 4e-4, (name, other)
 
 
-def test_class_weights_count_in_the_loss_like_sample_weights(images):
-    """ "balanced" means that each class counts the same in all."""
-    X, y = images
-    X, y = X[:6] + X[6:7], np.append(y[:6], "dark")
-    params = {"max_epochs": 3, "batch_size": 7, "augment": None}
-    dark = {"dark": 7 / (2 * 4), "light": 7 / (2 * 3)}
-    by_class = make_classifier(class_weight="balanced", **params).fit(X, y)
-    by_dict = make_classifier(class_weight=dark, **params).fit(X, y)
-    by_sample = make_classifier(**params).fit(X, y, sample_weight=[dark[label] for label in y])
-    none = make_classifier(**params).fit(X, y)
-    assert_same_state(state_of(by_class), state_of(by_dict))
-    for mine, other in zip(state_of(by_class).values(), state_of(by_sample).values(), strict=True):
-        assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(state_of(none)["fc.weight"], state_of(by_class)["fc.weight"])
-
-
-def test_the_scale_of_sample_weights_does_not_matter(images):
-    """They are relative: 100 for all is 1 for all."""
-    plain = make_classifier().fit(*images)
-    scaled = make_classifier().fit(*images, sample_weight=np.full(8, 128.0))
-    assert_same_state(state_of(plain), state_of(scaled))
-
-
-@pytest.mark.parametrize("augment", [None, "flip", "crop"])
-def test_an_image_of_no_weight_is_left_out(images, augment):
-    """Nothing of it is learned, not even a statistic of BatchNorm."""
-    X, y = images
-    params = {"augment": augment, "max_epochs": 3, "backbone": make_plain(norm=True)}
-    without = make_classifier(**params).fit(X[:6], y[:6])
-    weights = [1.0] * 6 + [0.0] * 2
-    weighted = make_classifier(**params).fit(X, y, sample_weight=weights)
-    assert_same_state(state_of(without), state_of(weighted))
-
-
-def test_an_image_of_no_weight_is_not_set_aside_for_validation(images):
-    """Its score would count for nothing, and that of nothing is undefined."""
-    X, y = make_images(24)
-    weights = np.zeros(24)
-    weights[:8] = 1
-    params = {"early_stopping": True, "validation_fraction": 0.25, "unfreeze": None}
-    for seed in range(3):
-        few = make_classifier(random_state=seed, **params).fit(X[:8], y[:8])
-        many = make_classifier(random_state=seed, **params).fit(X, y, sample_weight=weights)
-        assert_same_state(state_of(few), state_of(many))
-        assert few.best_validation_score_ == many.best_validation_score_
-
-
 def test_the_last_batch_may_be_smaller(images):
-    """It counts by its images: with nothing learned the loss is that of all of them."""
+    """Losses are averaged over images: without training, the loss is that of all of them."""
     X, y = images
     params = {"learning_rate": 1e-30, "backbone_learning_rate": 1e-30, "optimizer": "sgd"}
     losses = [
@@ -226,12 +175,9 @@ def test_the_last_batch_may_be_smaller(images):
 def rates_of(schedule, warmup, batches, epochs, rate=1.0):
     """Return the learning rate of each step."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
-    recipe = _training.Recipe(
-        *("sgd", rate, rate, 0.0, schedule, warmup, 0.0, None, 1, "float32"),
-        torch.device("cpu"),
-        0,
-    )
-    scheduler = _training.make_schedule(recipe, optimizer, batches, epochs)
+    classifier = FineTuneClassifier(schedule=schedule, warmup_epochs=warmup)
+    config = classifier._make_config(epochs, torch.device("cpu"), 0)
+    scheduler = make_schedule(config, optimizer, batches)
     rates = []
     for _ in range(batches * (epochs or 3)):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -241,7 +187,7 @@ def rates_of(schedule, warmup, batches, epochs, rate=1.0):
 
 
 def test_cosine_falls_to_zero():
-    """As the paper writes it, from step to step."""
+    """As in the paper, from step to step."""
     expected = [(1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]
     assert_allclose(rates_of("cosine", 0, 4, 5), expected, atol=1e-12)
 
@@ -258,7 +204,7 @@ def test_a_warm_up_rises_in_even_steps(schedule):
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "one-cycle"])
 def test_without_an_end_rates_are_constant(schedule):
-    """As `partial_fit` has them, which does not know how often it will be called."""
+    """As in `partial_fit`, which does not know how often it will be called."""
     assert rates_of(schedule, 2, 4, None) == [1.0] * 12
 
 
@@ -277,7 +223,7 @@ def test_one_cycle_rises_and_falls():
 @pytest.mark.parametrize("batches", [1, 2, 5])
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7])
 def test_every_schedule_goes_with_every_length(schedule, warmup, batches, epochs):
-    """Rates are positive, no higher than asked for, and reach what was asked for."""
+    """Rates are positive, never above the given rate, and reach it."""
     rates = rates_of(schedule, warmup, batches, epochs)
     assert len(rates) == batches * epochs
     assert min(rates) > 0
@@ -290,7 +236,7 @@ def test_every_schedule_goes_with_every_length(schedule, warmup, batches, epochs
 
 
 class Limited(nn.Module):
-    """Run out of memory on more images than a limit; note how many came."""
+    """Run out of memory on more images than a limit; record how many came."""
 
     limit = 10**9
     error = OUT_OF_MEMORY["cuda"]
@@ -326,7 +272,7 @@ SIZES: list[int] = []
 
 @pytest.fixture(autouse=True)
 def limited(monkeypatch):
-    """Let a test set the limit of `Limited`, which is gone afterwards."""
+    """Set the limit of `Limited` until the end of a test."""
     SIZES.clear()
 
     def limit(count, error=OUT_OF_MEMORY["cuda"], *, backward=False):
@@ -341,7 +287,7 @@ def limited(monkeypatch):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
 def test_parts_learn_what_the_whole_batch_would(images, limited, kind, optimizer):
-    """The step stays the same, with weights, smoothing and clipping; a warning says what is up."""
+    """The step stays the same, with weights, smoothing and clipping; a warning explains it."""
     params = {"optimizer": optimizer, "batch_size": 8, "label_smoothing": 0.1, "augment": None}
     params |= {"max_epochs": 3, "max_grad_norm": 0.1}
     whole = make_classifier(Limited(make_plain()), **params).fit(*images, sample_weight=WEIGHTS)
@@ -350,8 +296,8 @@ def test_parts_learn_what_the_whole_batch_would(images, limited, kind, optimizer
     with pytest.warns(RuntimeWarning, match="cpu ran out of memory") as caught:
         parts.fit(*images, sample_weight=WEIGHTS)
     assert [str(warning.message) for warning in caught] == [
-        f"cpu ran out of memory; going on with parts of {size} images, whose gradients add up to "
-        "those of a batch of 8."
+        f"cpu ran out of memory; continuing with parts of {size} images, whose gradients add up "
+        "to those of a batch of 8."
         for size in (4, 2)
     ]
     assert SIZES == [8, 4] + [2] * 12
@@ -379,7 +325,10 @@ def test_a_single_image_that_does_not_fit_is_an_error(images, limited):
     limited(0)
     with (
         pytest.warns(RuntimeWarning, match="ran out of memory"),
-        pytest.raises(MemoryError, match=r"cpu has no memory to train on a single image: CUDA out"),
+        pytest.raises(
+            MemoryError,
+            match=r"cpu does not have enough memory to train on a .*: CUDA out",
+        ),
     ):
         make_classifier(Limited(make_plain()), augment=None).fit(*images)
     assert SIZES == [4, 2, 1]
@@ -401,7 +350,7 @@ def test_other_errors_pass_through(images, limited):
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 7, 8])
 @pytest.mark.parametrize("name", ["own", "squeezenet1_1", "resnet18"])
 def test_a_batch_may_have_one_image(name, batch_size):
-    """Nine images leave a last batch of one in most cases: a trained BatchNorm can do with it."""
+    """With nine images the last batch often has one: a trained BatchNorm accepts it."""
     side = 16 if name == "own" else 32
     X, y = make_images(9, side)
     if name != "own" and batch_size not in (1, 8):
@@ -412,7 +361,7 @@ def test_a_batch_may_have_one_image(name, batch_size):
 
 
 def test_a_batch_of_one_image_leaves_statistics_as_they_are():
-    """It is normalised by what was learned so far: an image has no variance."""
+    """It is normalised with running statistics: a single image may not have any variance."""
     X, y = make_images(5)
     net = make_plain(norm=True)
     classifier = make_classifier(net, batch_size=4, max_epochs=1).fit(X, y)
@@ -424,13 +373,13 @@ def test_a_batch_of_one_image_leaves_statistics_as_they_are():
 
 
 def test_one_image_a_class_is_enough():
-    """Without early stopping, which needs some to set aside."""
+    """Without early stopping, which needs some to hold out."""
     X, y = make_images(2)
     classifier = make_classifier(max_epochs=30, **RATES).fit(X, y)
     assert classifier.score(X, y) == 1
 
 
-# Chance -----------------------------------------------------------------------------------------
+# Randomness -------------------------------------------------------------------------------------
 
 
 def without_times(history):
@@ -441,7 +390,7 @@ def without_times(history):
 @pytest.mark.parametrize("augment", [None, "flip", "crop"])
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_one_seed_gives_one_network(images, augment, num_workers):
-    """To the bit, with dropout, whatever the number of threads and the state of torch's dice."""
+    """To the bit, with dropout, for any number of threads and any state of global generators."""
     params = {"augment": augment, "max_epochs": 3, "early_stopping": True}
     params |= {"validation_fraction": 0.25}
     first = make_classifier(make_plain(dropout=0.5, norm=True), **params).fit(*images)
@@ -455,7 +404,7 @@ def test_one_seed_gives_one_network(images, augment, num_workers):
 
 @pytest.mark.parametrize("seed", [1, np.int64(2), 2**31 + 5])
 def test_another_seed_gives_another_network(images, seed):
-    """The head, the order and the dropout are all drawn."""
+    """The head, the order and the dropout all depend on it."""
     first, second = (make_classifier(random_state=seed).fit(*images) for seed in (0, seed))
     assert not torch.equal(state_of(first)["fc.weight"], state_of(second)["fc.weight"])
 
@@ -467,7 +416,7 @@ def test_without_a_seed_two_fits_differ(images):
 
 
 def test_generators_of_others_are_left_alone(images, monkeypatch):
-    """Neither torch's, nor NumPy's, nor those of devices that are not used."""
+    """Those of torch, of NumPy, and of devices that are not used."""
     net = make_plain(dropout=0.5)
     for name in ("manual_seed_all", "manual_seed"):
         monkeypatch.setattr(torch.cuda, name, lambda seed: pytest.fail("CUDA was seeded"))
@@ -493,13 +442,13 @@ def test_the_order_changes_from_epoch_to_epoch(images):
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-# Losses that are no numbers ---------------------------------------------------------------------
+# Divergence -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_loss_that_is_no_number_ends_the_training(images, optimizer):
     """The error says what to lower."""
-    words = r"the (loss|weights) became .* in epoch [12]: lower learning_rate \(1e\+36\) or backb"
+    words = r"The (loss|weights) became .* in epoch [12]: lower learning_rate \(1e\+36\) or backb"
     classifier = make_classifier(
         learning_rate=1e36, optimizer=optimizer, max_epochs=5, schedule="constant"
     )
@@ -517,7 +466,7 @@ def test_a_training_that_fails_leaves_what_was_learned_before(images):
     state = {name: value.clone() for name, value in state_of(classifier).items()}
     history, logits = list(classifier.history_), classifier.decision_function(X)
     classifier.set_params(learning_rate=1e36, schedule="constant", max_epochs=5)
-    with pytest.raises(ValueError, match="the weights became"):
+    with pytest.raises(ValueError, match="The weights became"):
         classifier.fit(X, y)
     assert_same_state(state_of(classifier), state)
     assert classifier.history_ == history
@@ -530,7 +479,7 @@ def test_a_training_that_fails_leaves_what_was_learned_before(images):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_a_lower_precision_learns_as_well(images, precision, max_grad_norm):
-    """Weights stay float32; the loss is near that of float32."""
+    """Weights stay float32; the loss is close to that of float32."""
     params = {"max_epochs": 4, "max_grad_norm": max_grad_norm, "augment": None, **RATES}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a step of the schedule before one of the optimizer warns
@@ -558,14 +507,14 @@ def test_gradients_of_float16_are_clipped_without_their_scale(images):
 
 
 def test_the_error_of_float16_names_bfloat16(images):
-    """Whose range is that of float32."""
+    """Which has the range of float32."""
     classifier = make_classifier(learning_rate=1e36, precision="float16", max_epochs=20)
     with pytest.raises(ValueError, match="or precision='bfloat16'"):
         classifier.set_params(schedule="constant").fit(*images)
 
 
 def test_steps_that_float16_leaves_out_are_none_of_the_schedule(images):
-    """The scaler begins too high for these losses: learning rates wait for it."""
+    """The scale starts too high for these losses: learning rates wait for it."""
     weights = np.ones(8)
     classifier = make_classifier(precision="float16", batch_size=8, max_epochs=3)
     rates = [e["learning_rate"] for e in classifier.fit(*images, weights).history_]
@@ -578,3 +527,16 @@ def test_a_transformer_learns_too(images):
     classifier = make_classifier(vit, max_epochs=30, batch_size=8, augment=None, **RATES)
     losses = [epoch["train_loss"] for epoch in classifier.fit(*images).history_]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_what_diverges_in_the_last_step_is_an_error_too(images, optimizer):
+    """No loss comes after it; with weights of NaN, every prediction would be "dark"."""
+    X, y = images
+    rates = {"learning_rate": 1e36, "backbone_learning_rate": 1e36}
+    classifier = make_classifier(
+        max_epochs=1, batch_size=8, optimizer=optimizer, schedule="constant", **rates
+    )
+    with pytest.raises(ValueError, match=r"became .* in epoch 1: lower learning_rate"):
+        classifier.fit(X, y, X_val=X, y_val=y)
+    assert not hasattr(classifier, "module_")

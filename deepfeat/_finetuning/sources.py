@@ -1,0 +1,258 @@
+"""The two sources of training batches: images, and activations cached of them."""
+
+import functools
+import itertools
+import math
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from .._backbones.preprocessing import Preprocessing
+from .._engine.batches import run_in_batches, stack
+from .._engine.devices import Outputs, Precision, limit_part, to_device
+from .._engine.threads import Workers, attempt, map_in_threads
+from .._extraction.readers import TorchReader
+from .augmentation import Augment, crop_at_random, draw_flips
+from .cutting import Cut
+from .labels import Dataset
+
+Indices: TypeAlias = NDArray[np.intp]
+
+MEMORY_LIMIT = 2 * 2**30  # bytes of cached activations; larger ones go to a file
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs, targets and weights of some images, on the device."""
+
+    inputs: Tensor
+    targets: Tensor  # (n,) int64
+    weights: Tensor  # (n,) float32
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Yield parts of at most `size` images."""
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield Batch(self.inputs[part], self.targets[part], self.weights[part])
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """The batches of a data set, and the network that runs on them."""
+
+    dataset: Dataset
+    classes: NDArray[Any]
+    augment: Augment
+    device: torch.device
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def draw(self, indices: Indices, batch_size: int, epoch: int | None) -> Iterator[Batch]:
+        """Yield the images at `indices` in batches; without augmentation if `epoch` is None.
+
+        Augmentation depends on the seed, the epoch and the index of an image alone.
+
+        Raises
+        ------
+        ImageError
+            If an image cannot be read.
+        """
+        start = 0
+        for inputs in self._draw_inputs(indices, batch_size, epoch):
+            drawn = torch.from_numpy(indices[start : start + len(inputs)])
+            yield Batch(inputs, self._targets[drawn], self._weights[drawn])
+            start += len(inputs)
+
+    @abstractmethod
+    def forward(self, inputs: Tensor) -> Any:
+        """Return what the network gives for the inputs of a batch."""
+
+    @abstractmethod
+    def _draw_inputs(
+        self, indices: Indices, batch_size: int, epoch: int | None
+    ) -> Iterator[Tensor]:
+        """Yield the inputs of batches, on the device."""
+
+    @functools.cached_property
+    def _targets(self) -> Tensor:
+        targets = np.searchsorted(self.classes, self.dataset.labels)
+        return torch.from_numpy(targets).to(self.device)
+
+    @functools.cached_property
+    def _weights(self) -> Tensor:
+        return torch.from_numpy(self.dataset.weights.astype(np.float32)).to(self.device)
+
+
+@dataclass(frozen=True)
+class ImageSource(Source):
+    """Images that are opened, augmented and prepared each time they are drawn.
+
+    The `module` runs on them, in two parts if there is a `cut`.
+    """
+
+    preprocessing: Preprocessing
+    num_workers: Workers
+    module: nn.Module
+    cut: Cut | None
+
+    def forward(self, inputs: Tensor) -> Any:
+        # Forwards, a CPU is fastest on few images at a time; other devices gain nothing.
+        if self.cut is None or self.device.type != "cpu":
+            return self.module(inputs)
+        part = limit_part(len(inputs), self.preprocessing.input_shape, self.device)
+        return self.cut.run(inputs, part=part)
+
+    def _draw_inputs(
+        self, indices: Indices, batch_size: int, epoch: int | None
+    ) -> Iterator[Tensor]:
+        all_records = self.dataset.records
+        flips = draw_flips(self.augment, self.seed, epoch, len(self))
+        records = [all_records[index] for index in indices]
+
+        def prepare(index: int, image: Image.Image) -> Tensor:
+            image = ImageOps.mirror(image) if flips[index] else image
+            return self._augment(image, index, epoch)
+
+        def open_image(index: int) -> Image.Image:
+            return all_records[index].open()
+
+        def open_and_prepare(index: int) -> Tensor:
+            return prepare(index, open_image(index))
+
+        # The random numbers that a user's function draws have one order in a single thread only.
+        in_turn = callable(self.augment) and epoch is not None
+        work: Callable[[int], Any] = open_image if in_turn else open_and_prepare
+        results = map_in_threads(work, indices.tolist(), self.num_workers, ahead=2 * batch_size)
+        tensors: list[Tensor] = []
+        for number, (index, result) in enumerate(results, start=1):
+            if in_turn and not isinstance(result, Exception):
+                result = attempt(functools.partial(prepare, index), result)
+            if isinstance(result, Exception):
+                raise all_records[index].error(result)
+            tensors.append(result)
+            if len(tensors) == batch_size or number == len(indices):
+                batch = stack(records[number - len(tensors) : number], tensors)
+                yield self.preprocessing.normalize(to_device(batch, self.device))
+                tensors = []
+
+    def _augment(self, image: Image.Image, index: int, epoch: int | None) -> Tensor:
+        if epoch is None or self.augment in (None, "flip"):
+            return self.preprocessing.prepare(image)
+        if callable(self.augment):
+            image = self.augment(image)
+            if not isinstance(image, Image.Image):
+                raise TypeError(
+                    f"augment must return a PIL image; got a {type(image).__name__}. Leave "
+                    "normalisation and conversion to a tensor to the preprocessing."
+                )
+            return self.preprocessing.prepare(image.convert("RGB"))
+        rng = np.random.default_rng([self.seed, epoch, index])
+        return self.preprocessing.prepare_whole(crop_at_random(image, rng))
+
+
+@dataclass(frozen=True)
+class ActivationSource(Source):
+    """Activations at the cut of a network, cached for each view of each image.
+
+    The part of the network after the `cut` runs on them. `activations` has shape (views, n, d),
+    where the first view is the image as it is and the second its mirror image.
+    """
+
+    activations: NDArray[np.float32]
+    shape: tuple[int, ...]  # of the activations of one image
+    cut: Cut
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.cut.run_suffix(inputs)
+
+    def _draw_inputs(
+        self, indices: Indices, batch_size: int, epoch: int | None
+    ) -> Iterator[Tensor]:
+        views = draw_flips(self.augment, self.seed, epoch, len(self)).astype(int)
+        for start in range(0, len(indices), batch_size):
+            drawn = indices[start : start + batch_size]
+            rows = torch.from_numpy(self.activations[views[drawn], drawn])
+            yield to_device(rows.reshape(len(drawn), *self.shape), self.device)
+
+
+def cache_activations(
+    source: ImageSource,
+    cut: Cut,
+    *,
+    views: int,
+    precision: Precision,
+    batch_size: int,
+    report: Callable[[int], None],
+) -> ActivationSource | None:
+    """Run the frozen beginning of a network once over each view of each image.
+
+    Up to `MEMORY_LIMIT` the activations are cached in memory, else in a temporary file; returns
+    None if the disk does not have enough room. `report` is called with the number of images done.
+    """
+    records = source.dataset.records
+    shape: tuple[int, ...] = ()
+
+    def forward(batch: Tensor) -> Outputs:
+        nonlocal shape
+        activations = cut.run_prefix(batch)
+        shape = tuple(activations.shape[1:])
+        return {"": activations.float().flatten(1)}
+
+    def open_view(sample: tuple[int, int]) -> Image.Image:
+        view, index = sample
+        image = records[index].open()
+        return ImageOps.mirror(image) if view else image
+
+    reader = TorchReader(source.module, forward, source.preprocessing, source.device, precision)
+    cached: NDArray[np.float32] | None = None
+    for batch in run_in_batches(
+        reader,
+        itertools.product(range(views), range(len(source))),
+        open_view,
+        batch_size=batch_size,
+        num_workers=source.num_workers,
+    ):
+        for (_, index), error in batch.failures:
+            raise records[index].error(error)
+        rows = batch.rows[""]
+        if cached is None and (cached := _allocate((views, len(source), rows.shape[1]))) is None:
+            return None
+        for sample, row in zip(batch.samples, rows, strict=True):
+            cached[sample] = row
+        report(len(rows))
+    assert cached is not None  # there is at least one image
+    return ActivationSource(
+        dataset=source.dataset,
+        classes=source.classes,
+        augment=source.augment,
+        device=source.device,
+        seed=source.seed,
+        activations=cached,
+        shape=shape,
+        cut=cut,
+    )
+
+
+def _allocate(shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+    """Make room for activations; a temporary file is deleted with its array."""
+    size = 4 * math.prod(shape)
+    if size <= MEMORY_LIMIT:
+        return np.empty(shape, dtype=np.float32)
+    if size > shutil.disk_usage(tempfile.gettempdir()).free // 2:
+        return None
+    with tempfile.TemporaryFile(prefix="deepfeat-") as file:
+        return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)

@@ -75,7 +75,7 @@ def test_partial_fits_keep_the_scale_of_weights(
     ("weights", "words"),
     [
         ("auto", "^class_weight must be a dict, 'balanced' or None; got 'auto'"),
-        (3, r"^class_weight must be a dict, .*; got 3"),
+        (3, "^class_weight must be a dict, .*; got 3"),
         ([1, 2], r"^class_weight must be a dict, .*; got \[1, 2\]"),
         ({"gray": 2}, "gray|not in class_weight"),
         ({"dark": -1}, "class_weight must have finite, non-negative weights; got {'dark'"),

@@ -177,7 +177,9 @@ def test_a_wrong_parameter_of_a_classifier_is_named(name, method):
 def test_every_choice_of_a_classifier_is_checked():
     """A parameter that is new needs a line above, or below where anything goes."""
     checked_elsewhere = {"backbone", "weights", "preprocessing", "unfreeze", "image_shape"}
-    assert WRONG.keys() | checked_elsewhere | {"verbose"} == FineTuneClassifier().get_params().keys()
+    assert (
+        WRONG.keys() | checked_elsewhere | {"verbose"} == FineTuneClassifier().get_params().keys()
+    )
 
 
 def test_a_wrong_parameter_is_found_when_predicting_too():

@@ -82,7 +82,7 @@ def real(session):
     """Run the tests on the real images and weights under DEEPFEAT_DATA."""
     if "DEEPFEAT_DATA" not in os.environ:
         session.error("DEEPFEAT_DATA must be set to the folder of the real images and weights.")
-    run_python(session, "-m", "pytest", "-m", "real", *session.posargs)
+    run_pytest(session, "-m", "real")
 
 
 @on_request()

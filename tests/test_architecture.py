@@ -2,11 +2,13 @@
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import json
 import os
 import pickle
 import pickletools
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import deepfeat
+import deepfeat.plotting
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +85,32 @@ def test_a_planted_import_is_caught(file, planted, copy_of_the_package):
     run = lint_imports(copy_of_the_package)
     assert run.returncode == 1
     assert f"deepfeat.{file.removesuffix('.py').replace('/', '.')}" in run.stdout
+
+
+@pytest.fixture(scope="module")
+def draw_rooms():
+    """The script that draws the picture of the design page."""
+    spec = importlib.util.spec_from_file_location("draw_rooms", ROOT / "docs/draw_rooms.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_the_picture_of_the_design_is_that_of_the_code(draw_rooms):
+    """Where this fails, run docs/draw_rooms.py."""
+    assert draw_rooms.PICTURE.read_text(encoding="utf-8") == draw_rooms.draw()
+
+
+def test_the_design_names_every_file(draw_rooms):
+    """Its table tells what is in each of them, and in no other."""
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.M))
+    rooms = {room: files for room, files in draw_rooms.find_rooms().items() if files}
+    assert table.keys() == rooms.keys()
+    displays = {name for name in rooms.pop("plotting") if name not in ("_axes", "_checks")}
+    assert len(displays) == len([name for name in deepfeat.plotting.__all__ if "Display" in name])
+    for room, files in rooms.items():
+        assert set(re.findall(r"`(\w+)`", table[room])) == set(files)
 
 
 def test_the_door_loads_nothing_heavy(tmp_path):

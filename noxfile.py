@@ -12,7 +12,7 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
-PYTHONS = nox.project.python_versions(PYPROJECT)  # those that the classifiers name
+PYTHONS = nox.project.python_versions(PYPROJECT)  # those in the classifiers
 
 # A proxy that does not exist: a session that must not download anything fails if it tries to.
 OFFLINE = {
@@ -109,9 +109,9 @@ def bench(session):
 
 @on_request()
 def docs(session):
-    """Build the documentation without a warning and run its examples."""
+    """Build the documentation without warnings and run its examples."""
     sphinx = ("-m", "sphinx", "--nitpicky", "--fail-on-warning", "-d", "docs/_build/doctrees")
-    # A page taken from an earlier build would not repeat its warnings.
+    # Pages reused from an earlier build would not repeat their warnings.
     html = ("--fresh-env", "-b", "html", "docs", "docs/_build/html")
     run_python(session, *sphinx, *html, env=OFFLINE)
     run_python(session, *sphinx, "-b", "doctest", "docs", "docs/_build/doctest", env=OFFLINE)
@@ -119,7 +119,7 @@ def docs(session):
 
 @nox.session(python=PYTHONS, venv_backend="uv", default=False)
 def pythons(session):
-    """Run the tests on each Python that is promised, in an environment of its own."""
+    """Run the tests on each Python of the classifiers, in an environment of its own."""
     session.install("--editable", ".[datasets,plot]", *requirements("test"))
     session.run("python", *PYTEST, *session.posargs, env=ONE_THREAD)
 

@@ -55,7 +55,7 @@ def run(
     **options,
 ):
     """Run a function of a network over samples, which `prepare` turns into what it takes."""
-    preprocessing = Preprocessing(prepare, lambda batch: batch, (2,), None)
+    preprocessing = Preprocessing(prepare, prepare, lambda batch: batch, (2,), None)
     reader = TorchReader(module or nn.Identity(), function, preprocessing, device, precision)
     return run_in_batches(reader, samples, lambda sample: sample, **{"num_workers": 2} | options)
 

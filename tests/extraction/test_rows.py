@@ -511,7 +511,8 @@ if __name__ == "__main__":
         Net(), "conv", preprocessing=prepare, cache=cache, batch_size=2, num_workers=0
     )
     grid = {"deepfeatureextractor__layer": ["conv", "scale"], "linearsvc__C": [0.1, 1]}
-    search = GridSearchCV(make_pipeline(features, LinearSVC()), grid, cv=2, n_jobs=2)
+    n_jobs = int(os.environ["N_JOBS"])
+    search = GridSearchCV(make_pipeline(features, LinearSVC()), grid, cv=2, n_jobs=n_jobs)
     search.fit(paths, np.arange(len(paths)) % 2)
 """
 
@@ -521,10 +522,10 @@ def test_processes_share_the_rows_of_notebook_code(paths, tmp_path):
     script, notes = tmp_path / "notebook.py", tmp_path / "notes"
     script.write_text(NOTEBOOK)
     notes.mkdir()
-    for seed in (0, 1):
-        environment = {**os.environ, "PYTHONHASHSEED": str(seed), "NOTES": str(notes)}
+    for seed, n_jobs in enumerate("21"):
+        environment = {"PYTHONHASHSEED": str(seed), "N_JOBS": n_jobs, "NOTES": str(notes)}
         arguments = map(str, [script, tmp_path / "cache", *paths[:12]])
-        subprocess.run([sys.executable, *arguments], check=True, env=environment)
+        subprocess.run([sys.executable, *arguments], check=True, env=os.environ | environment)
         assert sum(len(file.read_text().split()) for file in notes.iterdir()) == 12
 
 

@@ -1,4 +1,4 @@
-"""Tests on real images with real weights, where DEEPFEAT_DATA names the folder that holds them."""
+"""Tests on real images with real weights, from the folder DEEPFEAT_DATA."""
 
 import os
 import time
@@ -35,7 +35,7 @@ def folder():
 
 @pytest.fixture(scope="module")
 def split(folder):
-    """The files of 15-Scene: columns split, class, file and path."""
+    """The files of 15-Scene, with columns split, class, file and path."""
     table = pd.read_csv(folder / "scene15_split.csv")
     paths = [folder / "scene15" / row["class"] / row["file"] for _, row in table.iterrows()]
     return table.assign(path=list(map(str, paths)))
@@ -44,14 +44,14 @@ def split(folder):
 @pytest.mark.parametrize(
     ("backbone", "resize", "least"),
     [
-        # Squashed, a plain torchvision loop reaches 0.8995 and 0.8740 with these two networks.
+        # Squashed, a plain torchvision loop reaches 0.8995 and 0.8740 with these networks.
         ("mobilenet_v2", "weights", 0.900),
         ("mobilenet_v2", "squash", 0.895),
         ("squeezenet1_1", "weights", 0.870),
     ],
 )
-def test_scenes_are_told_apart(folder, split, capsys, backbone, resize, least):
-    """On the fixed split of 15-Scene (100 training images a class), with a linear SVM."""
+def test_scenes_are_classified(folder, split, capsys, backbone, resize, least):
+    """A linear SVM on the fixed split of 15-Scene, with 100 training images per class."""
     train, test = (split[split["split"] == part] for part in ("train", "test"))
     assert (len(train), len(test)) == (1500, 2985)
     extractor = DeepFeatureExtractor(
@@ -64,8 +64,8 @@ def test_scenes_are_told_apart(folder, split, capsys, backbone, resize, least):
     assert accuracy >= least
 
 
-def test_scenes_are_told_apart_by_fine_tuning(folder, split, capsys):
-    """Frozen features with a linear SVM reach 0.90; the last blocks trained reach more."""
+def test_scenes_are_classified_by_fine_tuning(folder, split, capsys):
+    """Training the last blocks beats a linear SVM on frozen features, which reaches 0.90."""
     train, test = (split[split["split"] == part] for part in ("train", "test"))
     classifier = FineTuneClassifier(
         "mobilenet_v2",
@@ -86,8 +86,8 @@ def test_scenes_are_told_apart_by_fine_tuning(folder, split, capsys):
 
 
 @pytest.mark.parametrize(("image_size", "least"), [(96, 0.75), (128, 0.78)])
-def test_the_bundled_backbone_tells_scenes_apart(split, capsys, image_size, least):
-    """Its own weights, random ones and raw pixels; the training part alone decides on C."""
+def test_the_bundled_backbone_classifies_scenes(split, capsys, image_size, least):
+    """Its weights beat random ones and raw pixels; C is chosen on the training part alone."""
     train, test = (split[split["split"] == part] for part in ("train", "test"))
     steps = {
         name: DeepFeatureExtractor(
@@ -114,14 +114,14 @@ def test_the_bundled_backbone_tells_scenes_apart(split, capsys, image_size, leas
 
 
 def small_grey(paths):
-    """Read images as the rows of their 32 x 32 grey pixels."""
+    """Return the 32 x 32 grey pixels of images, one row per image."""
     images = (Image.open(path).convert("L").resize((32, 32)) for path in paths)
     return np.stack([np.asarray(image).ravel() for image in images])
 
 
 @pytest.mark.parametrize("backbone", ["mobilenet_v2", "squeezenet1_1"])
 def test_rows_of_real_images_are_those_of_a_plain_loop(folder, split, backbone):
-    """Real weights, real JPEGs: PIL, `weights.transforms()`, the network, the mean, the norm."""
+    """The loop: PIL, `weights.transforms()`, the network, the mean, the norm."""
     paths = split["path"][::500]
     weights = folder / "weights" / f"{backbone}.pth"
     net = models.get_model(backbone, weights=None).eval()
@@ -138,17 +138,19 @@ def test_rows_of_real_images_are_those_of_a_plain_loop(folder, split, backbone):
 
 @pytest.mark.parametrize("backbone", ["mobilenet_v2", "squeezenet1_1"])
 def test_categories_of_photographs_are_those_of_torchvision(folder, capsys, backbone):
-    """Real weights on scikit-learn's two photographs: names and probabilities as by hand."""
+    """Names and probabilities for scikit-learn's two photographs are those of the network."""
     weights = folder / "weights" / f"{backbone}.pth"
     photographs = load_sample_images()
     net = models.get_model(backbone, weights=None).eval()
     net.load_state_dict(torch.load(weights, weights_only=True))
     entry = models.get_model_weights(backbone)["DEFAULT"]
-    batch = torch.stack([entry.transforms()(Image.fromarray(one)) for one in photographs.images])
+    batch = torch.stack(
+        [entry.transforms()(Image.fromarray(image)) for image in photographs.images]
+    )
     with torch.inference_mode():
-        probabilities, places = net(batch).softmax(dim=1).topk(5)
+        probabilities, indices = net(batch).softmax(dim=1).topk(5)
     found = predict_categories(photographs.images, backbone, weights=weights)
-    names = [[entry.meta["categories"][place] for place in row] for row in places]
+    names = [[entry.meta["categories"][index] for index in row] for row in indices]
     assert [[name for name, _ in pairs] for pairs in found] == names
     values = [[probability for _, probability in pairs] for pairs in found]
     assert_allclose(values, probabilities, rtol=1e-3)
@@ -159,13 +161,13 @@ def test_categories_of_photographs_are_those_of_torchvision(folder, capsys, back
 
 
 def test_scenes_are_loaded_with_their_split(folder, split):
-    """All of 15-Scene is found; the file beside it decides on the fixed split."""
+    """All of 15-Scene is found, and the file beside it determines the fixed split."""
     scenes = load_scene15(folder / "scene15")
     assert len(scenes.data) == len(load_image_folder(folder / "scene15").data) == 4485
-    for part, places in {"train": scenes.train, "test": scenes.test}.items():
+    for part, indices in {"train": scenes.train, "test": scenes.test}.items():
         rows = split[split["split"] == part]
-        assert set(scenes.data[places]) == set(rows["path"])
+        assert set(scenes.data[indices]) == set(rows["path"])
         labels = dict(zip(rows["path"], rows["class"], strict=True))
-        assert [labels[path] for path in scenes.data[places]] == list(
-            scenes.target_names[scenes.target[places]]
+        assert [labels[path] for path in scenes.data[indices]] == list(
+            scenes.target_names[scenes.target[indices]]
         )

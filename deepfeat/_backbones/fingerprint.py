@@ -1,9 +1,9 @@
 """Digests of objects by value: equal digests mean equal behaviour, in every process.
 
-Code that is installed counts by its name and the version of its package. All other code, of a
-notebook as of a module of the user, counts by what it does: a function is its bytecode and what it
-reads, a class its bases and its attributes. So code that changes in place has another digest, and
-code that is moved or commented has not.
+Installed code is identified by its name and the version of its package. All other code, in a
+notebook or in a module of the user, is identified by what it does: a function by its bytecode and
+what it reads, a class by its bases and its attributes. So code that is changed in place gets
+another digest, and code that is only moved or commented does not.
 """
 
 import copyreg
@@ -46,7 +46,7 @@ _DESCRIPTORS = (
     WrapperDescriptorType,
 )
 _PYTHON = f"{sys.implementation.name} {sys.version_info[:3]}"
-# What a class holds besides what it does: its place in a file, its words, what Python adds.
+# Attributes that do not affect what a class does: its place in a file, its docs, what Python adds.
 _NO_BEHAVIOUR = {
     *("__module__", "__doc__", "__annotations__", "__annotations_cache__", "__annotate_func__"),
     *("__dict__", "__weakref__", "__slotnames__", "__abstractmethods__", "_abc_impl"),
@@ -78,12 +78,12 @@ def fingerprint(value: Any) -> bytes:
 class _Digester:
     """Digests the objects of one call, each once.
 
-    What lies inside itself, such as a function that calls itself, is digested by how far above it
-    lies.
+    An object inside itself, such as a function that calls itself, is digested by how many levels
+    up it is.
     """
 
     def __init__(self) -> None:
-        # With the objects, so that none of them is freed and its number given to another.
+        # With the objects, so that none of them is freed and its id reused.
         self._known: dict[Any, tuple[Any, bytes]] = {}
         self._path: dict[int, int] = {}
 
@@ -106,9 +106,9 @@ class _Digester:
         return digest
 
     def _of_member(self, value: Any) -> bytes:
-        """Digest what a set holds, as if nothing else of the set had been met before.
+        """Digest a member of a set as if it were the first.
 
-        Of a cycle the digest depends on where it is entered, and sets have no order.
+        The digest of a cycle depends on where it is entered, and sets have no order.
         """
         known = self._known.copy()
         try:
@@ -117,7 +117,7 @@ class _Digester:
             self._known = known
 
     def _parts(self, value: Any) -> Iterator[bytes | str]:
-        """Yield what decides on the behaviour of an object, in a fixed order."""
+        """Yield all that affects the behaviour of an object, in a fixed order."""
         kind = type(value)
         if isinstance(value, Tensor):
             yield from ("tensor", self.of(kind), str(value.dtype), str(tuple(value.shape)))
@@ -153,11 +153,11 @@ class _Digester:
         yield from ("class", value.__name__)
         yield from map(self.of, (type(value), *value.__bases__))
         attributes = sorted(vars(value).items())
-        module = value.__module__  # of a type that is written in C it may be anything
+        module = value.__module__  # anything, for a type written in C
         origin = _find_origin(module) if isinstance(module, str) else None
         if origin and _look_up(module, value.__qualname__) is value:
             yield from (module, value.__qualname__, origin)
-            # What a user has put in the place of a method there.
+            # Methods that a user has replaced.
             attributes = [item for item in attributes if _is_user_function(item[1])]
         for name, attribute in attributes:
             if name not in _NO_BEHAVIOUR:
@@ -184,7 +184,7 @@ class _Digester:
         yield from map(self.of, (*counts, *names, *code.co_consts))
 
     def _of_names(self, code: CodeType, namespace: dict[str, Any]) -> Iterator[bytes | str]:
-        """Yield what a function finds under the global names that it reads."""
+        """Yield the values of the global names that a function reads."""
         loaded, passed_on, imported, attributes = _names_in(code)
         for name in sorted(loaded):
             value = namespace.get(name, _MISSING)
@@ -199,7 +199,7 @@ class _Digester:
             yield from self._of_import(name, attributes)
 
     def _of_import(self, name: str, attributes: Iterable[str]) -> Iterator[bytes | str]:
-        """Yield what `import a.b` brings, of each of its packages."""
+        """Yield what `import a.b` imports, for each of its packages."""
         parts = name.split(".")
         for length in range(1, len(parts) + 1):
             module = ".".join(parts[:length])
@@ -321,7 +321,7 @@ def _take_apart(value: Any) -> tuple[Any, ...]:
 
 
 def _release_of(module: str, value: Any) -> str:
-    """Name the release of what is known by its name alone."""
+    """Return the release of an object that can only be identified by its name."""
     if origin := _find_origin(module):
         return origin
     raise UnknownContentError(
@@ -337,14 +337,14 @@ class _Names(NamedTuple):
     """The names that code reads."""
 
     loaded: frozenset[str]  # globals
-    passed_on: frozenset[str]  # globals of which not just an attribute is read
+    passed_on: frozenset[str]  # globals that are used as a whole, not just an attribute of them
     imported: frozenset[tuple[str, int]]  # modules, with the level of the import
     attributes: frozenset[str]
 
 
 @functools.lru_cache(maxsize=4096)
 def _names_in(code: CodeType) -> _Names:
-    """Return the names that code reads, and the functions inside it."""
+    """Return the names that code and the functions inside it read."""
     loaded: set[str] = set()
     passed_on: set[str] = set()
     imported: set[tuple[str, int]] = set()
@@ -380,7 +380,7 @@ def _names_in(code: CodeType) -> _Names:
 
 
 def _look_up(module: str, qualified_name: str) -> Any:
-    """Return what lies under a name in a module, None if nothing does."""
+    """Return what a name in a module refers to; None if there is nothing."""
     found: Any = sys.modules.get(module)
     for name in qualified_name.split("."):
         found = getattr(found, name, None)
@@ -397,7 +397,7 @@ def _is_user_function(value: Any) -> bool:
 
 
 def _find_origin(module: str) -> str | None:
-    """Name the release that a module is installed from; None of code that its user may change."""
+    """Return the release that a module is installed from; None for code that a user may change."""
     if not module or module in ("__main__", "__mp_main__"):
         return None
     loaded = sys.modules.get(module)
@@ -418,7 +418,7 @@ def _find_origin(module: str) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _find_release(package: str, file: str) -> str | None:
-    """Name the distribution that a file of a package was installed from, with its version."""
+    """Return the distribution, with version, that a file of a package was installed from."""
     sites = {os.path.realpath(path) for path in _site_folders()}
     if _lies_in(file, [sysconfig.get_path("stdlib")]) and not _lies_in(file, sites):
         return _PYTHON

@@ -620,7 +620,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
             )
         try:
-            records = find_records(self, X, self.image_shape, reset=reset, of=f"X{suffix}")
+            records = find_records(self, X, self.image_shape, reset=reset, input_name=f"X{suffix}")
             return label_images(records, y, sample_weight, name=f"y{suffix}")
         except ValueError as error:
             if not suffix:

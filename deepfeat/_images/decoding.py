@@ -1,4 +1,4 @@
-"""One image, opened: from whatever holds it to upright 8-bit RGB, its digest, and what failed."""
+"""Decoding: a path, bytes, a PIL image or an array becomes upright 8-bit RGB and has a digest."""
 
 import hashlib
 import io
@@ -24,105 +24,105 @@ from PIL.TiffImagePlugin import (
 )
 
 Pixels: TypeAlias = NDArray[Any]
-Opened: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | Pixels
+Content: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | Pixels
 
 CHANNELS = (1, 2, 3, 4)  # grey, grey + alpha, RGB, RGBA
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-_CHUNK = 2**20  # bytes of a file that are digested at a time
-_PARTS = (list, tuple, np.ndarray), (int, float, np.generic)  # of an image, given as a list
-_FLOATS_OF_NUMPY = ("torch.float16", "torch.float32", "torch.float64")
+_CHUNK = 2**20  # bytes of a file that are read at a time
+_ROWS_OR_PIXELS = (list, tuple, np.ndarray), (int, float, np.generic)  # of an image as a list
+_NUMPY_FLOATS = ("torch.float16", "torch.float32", "torch.float64")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-# An image may overshoot its scale where it was resized, by up to a fifth; what lies further below
-# was normalised, and what lies further above is on another scale. The rows of a table may hold any
-# numbers, by the rules of scikit-learn: they are refused where they are surely meant otherwise.
+# Resizing may overshoot the scale by up to a fifth. Values further below it are normalised, values
+# further above it are on another scale. The rows of a table may hold any numbers, by scikit-learn's
+# rules, and are refused only if they are clearly on another scale.
 _OVERSHOOT = -0.25, 2.0
-_OVERSHOOT_OF_ROWS = -math.inf, 127.0
+_ROW_OVERSHOOT = -math.inf, 127.0
 _loading = threading.Lock()
 
 
 @dataclass(eq=False)
-class DataSetItem:
-    """An image of a data set, which is asked for it whenever it is needed."""
+class DatasetItem:
+    """An image of a dataset, fetched each time it is needed."""
 
-    data_set: Any
+    dataset: Any
     index: int
-    lock: AbstractContextManager[Any]  # of the data set: few of them are made for threads
+    lock: AbstractContextManager[Any]  # one per dataset, since few datasets are thread-safe
     digest: bytes | None = field(default=None, init=False)
 
     def read(self) -> Any:
         with self.lock:
-            return self.data_set[self.index]
+            return self.dataset[self.index]
 
 
 def open_image(source: Any, channels_last: bool = False, is_row: bool = False) -> Image.Image:
     """Open a path, encoded bytes, a PIL image or an array as upright 8-bit RGB.
 
-    An array is (H, W), (H, W, C) or (C, H, W); with `channels_last` it is not the last. `is_row`
-    tells of an array that it is the row of a table.
+    An array has shape (H, W), (H, W, C) or, unless `channels_last`, (C, H, W). With `is_row` it is
+    the row of a table.
 
-    Alpha is composited on white, grey is copied to the three channels, the first frame of an
-    animation is taken and the EXIF orientation is applied. Floats are read on the scale [0, 1],
+    Alpha is composited on white, grey is copied to all three channels, the first frame of an
+    animation is used and the EXIF orientation is applied. Floats are read on the scale [0, 1],
     integers on [0, the maximum of their dtype].
     """
-    if isinstance(source, DataSetItem):
+    if isinstance(source, DatasetItem):
         item = source.read()
         is_known = source.digest is not None
         if is_known and source.digest != digest_image(item, channels_last, is_row):
             raise ValueError(
-                "its data set gives another image each time it is asked, so that no row of it can "
-                "be kept: switch random transforms off, or set cache=None"
+                "its dataset returns a different image each time, so that no row of it can be "
+                "cached: turn off random transforms, or set cache=None"
             )
         source = item
-    opened = _find_content(source)
-    if isinstance(opened, np.ndarray):
-        return _from_array(opened, channels_last, _OVERSHOOT_OF_ROWS if is_row else _OVERSHOOT)
-    if isinstance(opened, Image.Image):
-        if 0 in opened.size:
-            raise ValueError(f"an image of size {opened.size} has no pixels")
-        _load(opened)
-        samples = _find_samples(opened)
-        upright = ImageOps.exif_transpose(opened)
-        _mend_transparency(upright, opened.format)
+    content = _find_content(source)
+    if isinstance(content, np.ndarray):
+        return _from_array(content, channels_last, _ROW_OVERSHOOT if is_row else _OVERSHOOT)
+    if isinstance(content, Image.Image):
+        if 0 in content.size:
+            raise ValueError(f"an image of size {content.size} has no pixels")
+        _load(content)
+        samples = _find_samples(content)
+        upright = ImageOps.exif_transpose(content)
+        _rescale_transparency(upright, content.format)
         return _to_rgb(upright, samples)
-    with _open_encoded(opened) as image:
+    with _open_encoded(content) as image:
         tile = getattr(image, "tile", None)
-        raw_mode = tile[0].args if tile else None  # how its samples lie in the file
+        raw_mode = tile[0].args if tile else None  # the layout of the samples in the file
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        _mend_transparency(image, image.format, raw_mode)
+        _rescale_transparency(image, image.format, raw_mode)
         return _to_rgb(image, _find_samples(image))
 
 
 def digest_image(source: Any, channels_last: bool = False, is_row: bool = False) -> bytes:
-    """Digest what an image is opened from: equal digests, equal pixels."""
+    """Digest the content that an image is opened from: equal digests mean equal pixels."""
     digest = hashlib.blake2b(b"%d%d" % (channels_last, is_row), digest_size=32)
-    item = source.read() if isinstance(source, DataSetItem) else source
-    for part in _content(_find_content(item)):
+    item = source.read() if isinstance(source, DatasetItem) else source
+    for part in _iterate_content(_find_content(item)):
         digest.update(part)
-    if isinstance(source, DataSetItem):
+    if isinstance(source, DatasetItem):
         source.digest = digest.digest()
     return digest.digest()
 
 
 def decoding_settings() -> tuple[bool]:
-    """Return what decides on the pixels of a file besides the file."""
+    """Return the settings that affect the pixels of a file besides its content."""
     return (ImageFile.LOAD_TRUNCATED_IMAGES,)
 
 
 def unwrap_tensor(X: Any) -> Any:
-    """Return a torch tensor as an array, and anything else as it is, unless numpy has masked it."""
+    """Return a torch tensor as an array and anything else unchanged; refuse masked arrays."""
     if isinstance(X, np.ma.MaskedArray):
         raise ValueError(
-            "a masked array has no pixels below its mask: pass X.filled(value), or X.data for "
-            "what lies there"
+            "a masked array has no pixels under its mask: pass X.filled(value), or X.data for the "
+            "values under it"
         )
-    if not hasattr(X, "requires_grad"):  # `detach` would take a file object for one
+    if not hasattr(X, "requires_grad"):  # not `detach`, which file objects also have
         return X
     try:
         tensor = X.detach().cpu().resolve_conj().resolve_neg()
         if tensor.is_quantized:
             tensor = tensor.dequantize()
-        if tensor.is_floating_point() and str(tensor.dtype) not in _FLOATS_OF_NUMPY:
+        if tensor.is_floating_point() and str(tensor.dtype) not in _NUMPY_FLOATS:
             tensor = tensor.float()
         return tensor.numpy()
     except (RuntimeError, TypeError) as error:
@@ -134,22 +134,22 @@ def channels_to_end(array: Pixels, first_axis: int) -> Pixels:
     first, last = array.shape[first_axis] in CHANNELS, array.shape[-1] in CHANNELS
     if first and last:
         raise ValueError(
-            f"shape {array.shape} can be read as channels first and as channels last: "
+            f"shape {array.shape} can be read as channels first or as channels last: "
             "pass PIL images, or flattened rows with image_shape=(H, W, C)."
         )
     if not first and not last:
         raise ValueError(
-            f"shape {array.shape} has no axis of 1, 2, 3 or 4 channels, "
-            "neither first nor last in an image."
+            f"shape {array.shape} has no axis of channels: the first or the last axis of an image "
+            "must have length 1, 2, 3 or 4."
         )
     return array if last else np.moveaxis(array, first_axis, -1)
 
 
-# What holds an image ----------------------------------------------------------------------------
+# Sources ----------------------------------------------------------------------------------------
 
 
-def _find_content(source: Any) -> Opened:
-    """Return a path, encoded bytes, a PIL image or an array of whatever holds an image."""
+def _find_content(source: Any) -> Content:
+    """Reduce any source to a path, encoded bytes, a PIL image or an array."""
     if isinstance(source, (str, bytes, os.PathLike, Image.Image)):
         return source
     if isinstance(source, (bytearray, memoryview)):
@@ -162,46 +162,46 @@ def _find_content(source: Any) -> Opened:
         return _from_lists(source)
     if isinstance(source, np.generic) or not hasattr(source, "__array__"):
         raise TypeError(
-            "expected a path, a PIL image, an array, a tensor, encoded bytes or a binary file, "
-            f"got {type(source).__name__}"
+            "an image must be a path, a PIL image, an array, a tensor, encoded bytes or a binary "
+            f"file; got {type(source).__name__}"
         )
     array: Pixels = np.asarray(unwrap_tensor(source))
-    if array.dtype.kind == "f" and array.dtype.itemsize > 8:  # its padding holds anything
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:  # a long double, padded with any bytes
         with np.errstate(over="ignore"):
             array = array.astype(np.float64)
     return array
 
 
-def _from_mapping(source: Mapping[Any, Any]) -> Opened:
-    """Read the dict that an image is in Hugging Face's data sets."""
+def _from_mapping(source: Mapping[Any, Any]) -> Content:
+    """Read an image from a dict, as Hugging Face's datasets store it."""
     if {"bytes", "path"} <= set(source):
         return _find_content(source["path"] if source["bytes"] is None else source["bytes"])
     raise TypeError(
-        f"a {type(source).__name__} with the keys {', '.join(map(repr, source))} is no image: pass "
-        "the images alone, such as X['image']"
+        f"a {type(source).__name__} with the keys {', '.join(map(repr, source))} is not an image: "
+        "pass only the images, such as X['image']"
     )
 
 
 def _from_lists(source: list[Any] | tuple[Any, ...]) -> Pixels:
-    if not any(all(isinstance(part, kinds) for part in source) for kinds in _PARTS):
+    if not any(all(isinstance(part, kinds) for part in source) for kinds in _ROWS_OR_PIXELS):
         names = " and ".join(sorted({type(part).__name__ for part in source}))
         raise TypeError(
-            f"a {type(source).__name__} of {names} is no image: pass images without their "
-            "labels ([image for image, label in X]; of an ImageFolder, "
-            "[path for path, label in X.samples])"
+            f"a {type(source).__name__} of {names} is not an image: pass images without their "
+            "labels ([image for image, label in X], or [path for path, label in X.samples] for "
+            "an ImageFolder)"
         )
     try:
         return np.asarray(source)
     except ValueError as error:
-        raise ValueError("lists of different lengths are no image") from error
+        raise ValueError("lists of different lengths are not an image") from error
 
 
 def _read_whole(file: Any) -> bytes:
-    """Read an open file from its beginning to its end, and leave it at the place where it was."""
+    """Read an open file from start to end, and restore its position."""
     if getattr(file, "closed", False):
-        raise ValueError("this file is closed: pass its path, or open it again")
+        raise ValueError("the file is closed: pass its path, or open it again")
     if isinstance(file, io.TextIOBase):
-        raise TypeError("this file is open as text: open it with mode 'rb'")
+        raise TypeError("the file is open in text mode: open it with mode 'rb'")
     try:
         number = file.fileno()
     except (AttributeError, OSError):
@@ -209,21 +209,21 @@ def _read_whole(file: Any) -> bytes:
     if number is not None:
         _check_regular(os.fstat(number))
     if not (hasattr(file, "seekable") and file.seekable()):
-        raise TypeError("this file can be read only once: pass file.read()")
+        raise TypeError("the file can be read only once: pass file.read()")
     with _loading:
-        place = file.tell()
+        position = file.tell()
         try:
             file.seek(0)
             data = file.read()
         finally:
-            file.seek(place)
+            file.seek(position)
     return bytes(data)
 
 
 def _open_encoded(source: str | os.PathLike[str] | bytes) -> Image.Image:
-    """Let Pillow read the header, and no more."""
+    """Open an encoded image, of which Pillow reads only the header."""
     if not isinstance(source, bytes):
-        _check_regular(os.stat(source))  # before it is opened, which may wait for ever
+        _check_regular(os.stat(source))  # before opening it, which may block for ever
     try:
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except UnidentifiedImageError as error:
@@ -234,31 +234,31 @@ def _check_regular(status: os.stat_result) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("this is no regular file but a device, a pipe or a socket")
+        raise ValueError("not a regular file but a device, a pipe or a socket")
 
 
-def _content(opened: Opened) -> Iterator[bytes]:
-    """Yield all that decides on the pixels of an image."""
-    if isinstance(opened, np.ndarray):
-        yield f"array {opened.shape} {opened.dtype.str}".encode()
-        yield opened.tobytes()
-    elif isinstance(opened, Image.Image):
-        _load(opened)
-        orientation = opened.getexif().get(ExifTags.Base.Orientation)
-        transparency = opened.info.get("transparency")
-        palette = opened.getpalette("RGBA") if opened.palette else None
-        is_png, samples = opened.format == "PNG", _find_samples(opened)
-        told = (opened.mode, opened.size, is_png, samples, orientation, transparency, palette)
-        yield f"image {told}".encode()
-        yield opened.tobytes()
+def _iterate_content(content: Content) -> Iterator[bytes]:
+    """Yield everything that affects the pixels of an image."""
+    if isinstance(content, np.ndarray):
+        yield f"array {content.shape} {content.dtype.str}".encode()
+        yield content.tobytes()
+    elif isinstance(content, Image.Image):
+        _load(content)
+        orientation = content.getexif().get(ExifTags.Base.Orientation)
+        transparency = content.info.get("transparency")
+        palette = content.getpalette("RGBA") if content.palette else None
+        is_png, samples = content.format == "PNG", _find_samples(content)
+        header = (content.mode, content.size, is_png, samples, orientation, transparency, palette)
+        yield f"image {header}".encode()
+        yield content.tobytes()
     else:
         yield b"encoded"
-        if isinstance(opened, bytes):
-            yield opened
+        if isinstance(content, bytes):
+            yield content
             return
-        with _open_encoded(opened):
-            pass  # a video is not read to its end to be refused after that
-        with open(opened, "rb") as file:
+        with _open_encoded(content):
+            pass  # refuse a video, say, by its header instead of reading it to its end first
+        with open(content, "rb") as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
 
@@ -267,7 +267,7 @@ def _content(opened: Opened) -> Iterator[bytes]:
 
 
 class _Samples(NamedTuple):
-    """What the samples of a file are, where Pillow does not bring them to the scale of a mode."""
+    """The format of a file's samples, if Pillow does not rescale them to those of a mode."""
 
     dtype: str
     top: int
@@ -290,37 +290,38 @@ def _find_samples(image: Image.Image) -> _Samples | None:
     return _Samples(dtype, 2 ** (bits - is_signed) - 1, white_is_zero)
 
 
-def _mend_transparency(image: Image.Image, format: str | None, raw_mode: Any = None) -> None:
-    """Bring the clear colour of a PNG to the scale that Pillow has brought its pixels to."""
-    clear = image.info.get("transparency")
-    if image.mode == "1" and isinstance(clear, int):
-        image.info["transparency"] = 255 * min(clear, 1)
-    elif format != "PNG" or clear is None:
+def _rescale_transparency(image: Image.Image, format: str | None, raw_mode: Any = None) -> None:
+    """Bring the transparent colour of a PNG to the scale of the pixels that Pillow returns."""
+    transparent = image.info.get("transparency")
+    if image.mode == "1" and isinstance(transparent, int):
+        image.info["transparency"] = 255 * min(transparent, 1)
+    elif format != "PNG" or transparent is None:
         return
     elif raw_mode in ("L;2", "L;4"):
-        image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[raw_mode]
-    elif raw_mode is None and image.mode == "L" and 0 < clear < 16:
+        image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}[raw_mode]
+    elif raw_mode is None and image.mode == "L" and 0 < transparent < 16:
         raise ValueError(
-            "Pillow does not tell how many bits this grey PNG with a clear level had: pass its path"
+            "Pillow does not keep the bit depth of a grey PNG, on which its transparent level "
+            "depends: pass its path"
         )
-    elif raw_mode == "RGB;16B" or (image.mode == "RGB" and max(clear) > 255):
+    elif raw_mode == "RGB;16B" or (image.mode == "RGB" and max(transparent) > 255):
         raise ValueError(
-            "Pillow reads a 16-bit PNG as 8 bits, in which its clear colour cannot be told from "
-            "others: save it with an alpha channel"
+            "Pillow reads a 16-bit PNG as 8 bits, where its transparent colour cannot be "
+            "distinguished from others: save it with an alpha channel"
         )
 
 
 def _load(image: Image.Image) -> None:
-    """Load what Pillow has put off, in one thread at a time."""
+    """Load pixels and EXIF data, which Pillow reads lazily, in one thread at a time."""
     with _loading:
         tile = getattr(image, "tile", None)
         try:
             image.load()
         except Exception:
-            # Else Pillow takes it for loaded, and the next attempt gets what was decoded so far.
+            # Otherwise Pillow considers the image loaded, and the next attempt gets a part of it.
             image.tile = tile  # type: ignore[attr-defined]
             raise
-        image.getexif()  # put off as well, and seen half done by other threads
+        image.getexif()  # other threads would see it half read
 
 
 def _to_rgb(image: Image.Image, samples: _Samples | None = None) -> Image.Image:
@@ -341,42 +342,42 @@ def _deep_pixels(image: Image.Image, samples: _Samples | None) -> NDArray[np.uin
         pixels, top = pixels.astype(samples.dtype), samples.top
         if samples.white_is_zero:
             pixels = top - pixels
-    if image.mode == "I;16" and "transparency" in image.info:  # one grey that is transparent
+    if image.mode == "I;16" and "transparency" in image.info:  # one transparent grey level
         pixels = np.where(pixels == image.info["transparency"], 65535, pixels).astype(np.uint16)
-    return _to_uint8(pixels, top, _OVERSHOOT, _OF_FILES)
+    return _to_uint8(pixels, top, _OVERSHOOT, _FILE_REMEDIES)
 
 
 # Arrays -----------------------------------------------------------------------------------------
 
 
 class _Remedies(NamedTuple):
-    """What to do about an image whose values lie on another scale."""
+    """Advice on an image whose values are on another scale."""
 
     floats: str
     integers: str
     negative: str
 
 
-_OF_ARRAYS = _Remedies(
-    "divide by the maximum of their scale, or cast (X.astype(np.uint8) for 0 to 255)",
-    "cast to the dtype of their scale (X.astype(np.uint8) for 0 to 255)",
-    "if it is normalised, pass it as it was before, since deepfeat normalises",
+_ARRAY_REMEDIES = _Remedies(
+    "divide by the maximum of its scale, or cast it (X.astype(np.uint8) for 0 to 255)",
+    "cast it to the dtype of its scale (X.astype(np.uint8) for 0 to 255)",
+    "if it is normalised, pass the original pixels, since deepfeat normalises them",
 )
-_BRING = "pass its pixels as an array, brought to the scale of its dtype"
-_OF_FILES = _Remedies(*(f"save it with 8 bits, or {_BRING}",) * 2, _BRING)
+_RESCALE = "pass its pixels as an array on the scale of its dtype"
+_FILE_REMEDIES = _Remedies(*(f"save it with 8 bits, or {_RESCALE}",) * 2, _RESCALE)
 
 
 def _from_array(array: Pixels, channels_last: bool, overshoot: tuple[float, float]) -> Image.Image:
     if array.ndim not in (2, 3):
         raise ValueError(
-            f"an array of shape {array.shape} is no image: (H, W) or (H, W, C)"
-            + ", or a row that image_shape fits" * (array.ndim == 1)
+            f"an array of shape {array.shape} is not an image: it must be (H, W) or (H, W, C)"
+            + ", or a row that fits image_shape" * (array.ndim == 1)
         )
     if 0 in array.shape:
         raise ValueError(f"an array of shape {array.shape} has no pixels")
     if array.ndim == 3 and not channels_last:
         array = channels_to_end(array, first_axis=0)
-    pixels = np.ascontiguousarray(_to_uint8(array, None, overshoot, _OF_ARRAYS))
+    pixels = np.ascontiguousarray(_to_uint8(array, None, overshoot, _ARRAY_REMEDIES))
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     return _to_rgb(Image.fromarray(pixels))
@@ -385,7 +386,10 @@ def _from_array(array: Pixels, channels_last: bool, overshoot: tuple[float, floa
 def _to_uint8(
     array: Pixels, top: int | None, overshoot: tuple[float, float], remedies: _Remedies
 ) -> NDArray[np.uint8]:
-    """Map [0, top] to [0, 255]: up to 1 for floats, to the maximum of the dtype for integers."""
+    """Map [0, top] to [0, 255].
+
+    The top is 1 for floats, and by default the maximum of the dtype for integers.
+    """
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
@@ -397,11 +401,13 @@ def _to_uint8(
         top = top or int(np.iinfo(array.dtype).max)
         _check_integers(array, top, remedies)
     else:
-        raise TypeError(f"an array of {array.dtype} is no image: floats, integers or booleans")
+        raise TypeError(
+            f"an array of {array.dtype} is not an image: it must hold floats, integers or booleans"
+        )
     low = array.min()
     if low < overshoot[0] * top:
         raise ValueError(
-            f"an image of {array.dtype} is read on the scale [0, {top}], but holds values down to "
+            f"an image of {array.dtype} is read on the scale [0, {top}], but has values down to "
             f"{low:g}: {remedies.negative}"
         )
     return _scale(array, top)
@@ -414,7 +420,7 @@ def _check_floats(array: Pixels, overshoot: tuple[float, float], remedies: _Reme
     high = array.max()
     if high > highest or (high > 1 and (array == np.rint(array)).all()):
         raise ValueError(
-            f"a float image is read on the scale [0, 1], but holds values up to {high:g}: "
+            f"a float image is read on the scale [0, 1], but has values up to {high:g}: "
             + (remedies.negative if array.min() < lowest else remedies.floats)
         )
 
@@ -423,7 +429,7 @@ def _check_integers(array: Pixels, top: int, remedies: _Remedies) -> None:
     high = int(array.max())
     if array.dtype.itemsize >= 4 and 0 < high * 255 < top / 2:
         raise ValueError(
-            f"an image of {array.dtype} is read on the scale [0, {top}], but its values end at "
+            f"an image of {array.dtype} is read on the scale [0, {top}], but its largest value is "
             f"{high}, which is black: {remedies.integers}"
         )
 
@@ -431,9 +437,9 @@ def _check_integers(array: Pixels, top: int, remedies: _Remedies) -> None:
 def _scale(array: Pixels, top: int) -> NDArray[np.uint8]:
     scaled = array.astype("f8" if array.dtype.itemsize > 2 else "f4") * (255 / top)
     if scaled.min() < 0 or scaled.max() > 255:
-        # No figures in the text: Python shows a repeated warning once.
+        # Without numbers, so that Python shows a repeated warning once.
         warnings.warn(
-            "pixels outside the scale of their dtype ([0, 1] for floats) were clipped",
+            "Pixels outside the scale of their dtype ([0, 1] for floats) were clipped.",
             UserWarning,
             stacklevel=2,
         )
@@ -441,14 +447,14 @@ def _scale(array: Pixels, top: int) -> NDArray[np.uint8]:
     return np.asarray(np.rint(scaled), dtype=np.uint8)
 
 
-# Words for messages -----------------------------------------------------------------------------
+# Messages ---------------------------------------------------------------------------------------
 
 
 def describe(source: Any) -> str:
-    """Say what an image was given as."""
+    """Describe the source of an image."""
     try:
         return _describe(source)
-    except Exception:  # an object of the user may fail at every look
+    except Exception:  # an object of the user may raise whenever it is accessed
         return type(source).__name__
 
 
@@ -463,8 +469,8 @@ def _describe(source: Any) -> str:
         return f"{source.dtype} array of shape {source.shape}"
     if hasattr(source, "requires_grad"):
         return f"{source.dtype} tensor of shape {tuple(source.shape)}"
-    if isinstance(source, DataSetItem):
-        return f"from a {type(source.data_set).__name__}"
+    if isinstance(source, DatasetItem):
+        return f"from a {type(source.dataset).__name__}"
     return type(source).__name__
 
 
@@ -473,27 +479,27 @@ def is_url(source: Any) -> bool:
 
 
 def explain(error: Exception, source: Any) -> str:
-    """Say why an image could not be opened."""
-    is_item = isinstance(source, DataSetItem)
+    """Explain why an image could not be opened."""
+    is_item = isinstance(source, DatasetItem)
     if isinstance(error, OSError) and is_url(source):
-        return "this is a URL: download it first, and pass the path or the bytes"
+        return "this is a URL: download it first and pass the path or the bytes"
     if isinstance(error, FileNotFoundError):
-        return "there is no such file" + f" as {error.filename!r}" * is_item
+        return "there is no such file" + f": {error.filename!r}" * is_item
     if isinstance(error, IsADirectoryError):
         return "this is a folder, not a file"
     if isinstance(error, MemoryError):
-        return "there is not enough memory for it"
+        return "there is not enough memory to open it"
     if isinstance(source, Image.Image) and isinstance(error, (AssertionError, AttributeError)):
-        return "its file is closed and was not read to the end"
+        return "its file was closed before all of its pixels were read"
     return str(error) or type(error).__name__
 
 
 def _explain_unidentified(start: bytes) -> str:
     if not start:
-        return "empty"
+        return "it is empty"
     if start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS:
         return (
-            "Pillow reads HEIC with a plugin: install pillow-heif, and call "
+            "Pillow needs a plugin to read HEIC: install pillow-heif and call "
             "pillow_heif.register_heif_opener()"
         )
     return f"not an image that Pillow can read; it starts with {start[:8]!r}"

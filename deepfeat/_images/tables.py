@@ -1,4 +1,4 @@
-"""X as an estimator takes it: images, or a table that scikit-learn checks first."""
+"""The input of estimators: images, or a table, which scikit-learn validates first."""
 
 from typing import Any
 
@@ -17,20 +17,20 @@ def find_records(
     *,
     reset: bool,
     ensure_all_finite: bool = True,
-    of: str = "X",
+    input_name: str = "X",
 ) -> list[Record]:
-    """Take X apart; remember the columns of a table (`reset`), or compare them with those."""
+    """Split X into records; with `reset` store the columns of a table, else check them."""
     X = unwrap_tensor(X)
-    if reset:  # the columns of an earlier table
+    if reset:  # X may be images where it was a table before
         estimator.__dict__.pop("n_features_in_", None)
         estimator.__dict__.pop("feature_names_in_", None)
     if image_shape is not None and is_tabular(X):
         X = validate_data(estimator, X, reset=reset, ensure_all_finite=ensure_all_finite)
-    return as_records(X, image_shape, of)
+    return as_records(X, image_shape, input_name)
 
 
 def tag_images(tags: Tags, image_shape: ImageShape) -> Tags:
-    """Say that images are taken, and tables where rows have a shape."""
+    """Set the input tags: images, and also tables if `image_shape` is given."""
     tags.input_tags.two_d_array = image_shape is not None
     tags.input_tags.three_d_array = True
     tags.input_tags.string = True

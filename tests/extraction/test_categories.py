@@ -180,7 +180,7 @@ def test_a_file_with_another_number_of_outputs_has_no_names(tmp_path, images):
 
 def test_a_module_of_ones_own_is_refused(images):
     """Nobody knows what its outputs stand for."""
-    with pytest.raises(TypeError, match=r"^backbone must be a name; got a Linear: the cat"):
+    with pytest.raises(TypeError, match=r"^backbone must be a name; got a Linear: "):
         predict_categories(images, nn.Linear(3, 5))
     module = models.get_model(NAME, weights=None)
     preprocessing = SqueezeNet1_1_Weights.DEFAULT.transforms()
@@ -196,7 +196,7 @@ def test_a_module_of_ones_own_is_refused(images):
         ({"top": 0}, "^top must be an int of at least 1; got 0"),
         (
             {"top": 1001},
-            "^top must be at most 1000, the number of squeezenet1_1's cat.*; got 1001",
+            "^top must be at most 1000, the number of squeezenet1_1's categories; got 1001",
         ),
         ({"top": 2.5}, "^top must be an int of at least 1; got 2.5"),
         ({"top": True}, "^top must be an int of at least 1; got True"),

@@ -277,9 +277,9 @@ def test_X_is_not_changed(pixels):
     ("X", "message"),
     [
         ([], "X is empty"),
-        ("a.jpg", r"X is a single 'a.jpg'; .* pass \[X\]"),
-        (np.zeros((2, 8)), r"X of shape \(2, 8\) holds one row an image: give image_shape"),
-        (np.zeros((2, 3, 8, 3)), "channels first and as channels last"),
+        ("a.jpg", r"X must be a .*; got a single image \('a.jpg'\): pass \[X\]"),
+        (np.zeros((2, 8)), r"X of shape \(2, 8\) has one row per image: set image_shape"),
+        (np.zeros((2, 3, 8, 3)), "channels first or as channels last"),
     ],
     ids=["empty", "single path", "rows without image_shape", "ambiguous"],
 )
@@ -621,7 +621,7 @@ def test_a_data_set_that_draws_at_random_is_not_kept(pixels):
     draws = iter(np.random.default_rng(0).integers(0, 256, (99, 20, 24, 3), dtype=np.uint8))
     scenes = Scenes(pixels, lambda array: Image.fromarray(next(draws)))
     assert np.isfinite(extract(scenes)).all()
-    with pytest.raises(ValueError, match=r"X\[0\] .*another image each time.*set cache=None"):
+    with pytest.raises(ValueError, match=r"X\[0\] .*a different image each time.*set cache=None"):
         extract(scenes, cache="memory")
 
 

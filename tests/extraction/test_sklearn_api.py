@@ -45,7 +45,7 @@ def expected_to_fail(_estimator):
 
 
 # The checks draw from normal distributions; of pixels, what lies outside [0, 1] is clipped.
-ignores_clipping = pytest.mark.filterwarnings("ignore:pixels outside the scale:UserWarning")
+ignores_clipping = pytest.mark.filterwarnings("ignore:Pixels outside the scale:UserWarning")
 
 
 @ignores_clipping

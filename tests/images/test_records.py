@@ -1,4 +1,4 @@
-"""Records: every kind of X reads the same, and what is no sequence of images is refused."""
+"""Records: every kind of X reads the same, and anything but a sequence of images is refused."""
 
 import io
 import time
@@ -41,8 +41,12 @@ def encode(image, format="PNG", **options):
     return file.getvalue()
 
 
+def encode_all(pictures):
+    return [encode(to_pil(picture)) for picture in pictures]
+
+
 def save(pictures, folder):
-    paths = [folder / f"{number}.png" for number in range(len(pictures))]
+    paths = [folder / f"{index}.png" for index in range(len(pictures))]
     for path, picture in zip(paths, pictures, strict=True):
         to_pil(picture).save(path)
     return paths
@@ -100,33 +104,33 @@ KINDS = {
     "Series of str objects": lambda x, folder: pd.Series(save_str(x, folder), dtype=object),
     "Series of categories": lambda x, folder: pd.Series(save_str(x, folder), dtype="category"),
     "Series of any index": lambda x, folder: pd.Series(save(x, folder), index=[9, 0, 5]),
-    "Series of PIL images": lambda x, folder: pd.Series([to_pil(one) for one in x]),
+    "Series of PIL images": lambda x, folder: pd.Series([to_pil(picture) for picture in x]),
     "Series of arrays": lambda x, folder: pd.Series(list(x)),
     "Index of str": lambda x, folder: pd.Index(save_str(x, folder)),
     "DataFrame of str": lambda x, folder: pd.DataFrame({"path": save_str(x, folder)}),
     "DataFrame of arrays": lambda x, folder: pd.DataFrame({"image": list(x)}),
     "DataFrame of rows": lambda x, folder: pd.DataFrame(rows(x)),
     "polars Series of str": lambda x, folder: pl.Series(save_str(x, folder)),
-    "polars Series of bytes": lambda x, folder: pl.Series([encode(to_pil(one)) for one in x]),
+    "polars Series of bytes": lambda x, folder: pl.Series(encode_all(x)),
     "polars DataFrame of str": lambda x, folder: pl.DataFrame({"path": save_str(x, folder)}),
-    "list of bytes": lambda x, folder: [encode(to_pil(one)) for one in x],
-    "list of bytearray": lambda x, folder: [bytearray(encode(to_pil(one))) for one in x],
-    "list of memoryview": lambda x, folder: [memoryview(encode(to_pil(one))) for one in x],
-    "list of PIL images": lambda x, folder: [to_pil(one) for one in x],
+    "list of bytes": lambda x, folder: encode_all(x),
+    "list of bytearray": lambda x, folder: [bytearray(data) for data in encode_all(x)],
+    "list of memoryview": lambda x, folder: [memoryview(data) for data in encode_all(x)],
+    "list of PIL images": lambda x, folder: [to_pil(picture) for picture in x],
     "list of lazy PIL images": lambda x, folder: [
-        Image.open(io.BytesIO(encode(to_pil(one)))) for one in x
+        Image.open(io.BytesIO(data)) for data in encode_all(x)
     ],
-    "array of PIL images": lambda x, folder: in_objects([to_pil(one) for one in x]),
+    "array of PIL images": lambda x, folder: in_objects([to_pil(picture) for picture in x]),
     "list of arrays": lambda x, folder: list(x),
     "list of arrays, channels first": lambda x, folder: list(channels_first(x)),
     "list of float lists": lambda x, folder: (x / 255).tolist(),
-    "list of lazy arrays": lambda x, folder: [LazyArray(one) for one in x],
-    "list of BytesIO": lambda x, folder: [io.BytesIO(encode(to_pil(one))) for one in x],
-    "list of data set dicts": lambda x, folder: [
-        {"bytes": encode(to_pil(one)), "path": None} for one in x
+    "list of lazy arrays": lambda x, folder: [LazyArray(picture) for picture in x],
+    "list of BytesIO": lambda x, folder: [io.BytesIO(data) for data in encode_all(x)],
+    "list of dataset dicts": lambda x, folder: [
+        {"bytes": data, "path": None} for data in encode_all(x)
     ],
-    "data set": lambda x, folder: DataSet([to_pil(one) for one in x]),
-    "data set of paths": lambda x, folder: DataSet(save(x, folder)),
+    "dataset": lambda x, folder: Dataset([to_pil(picture) for picture in x]),
+    "dataset of paths": lambda x, folder: Dataset(save(x, folder)),
     "array": lambda x, folder: x,
     "array, channels first": lambda x, folder: channels_first(x),
     "array, Fortran order": lambda x, folder: np.asfortranarray(x),
@@ -153,8 +157,8 @@ KINDS = {
 }
 
 
-class DataSet:
-    """What data sets have in common: a length, and images by their index."""
+class Dataset:
+    """The interface of all datasets: a length, and images by index."""
 
     def __init__(self, images):
         self.images = images
@@ -167,7 +171,7 @@ class DataSet:
 
 
 class LazyArray:
-    """What xarray, dask and others hold: numpy can make an array of it."""
+    """An object that numpy can convert to an array, such as those of xarray and dask."""
 
     def __init__(self, array):
         self.array = array
@@ -211,7 +215,7 @@ def test_every_kind_of_input_reads_the_same(as_kind, pictures):
 
 @pytest.mark.parametrize("pictures", ["grey", "RGBA"], indirect=True)
 def test_no_kind_of_input_is_changed(as_kind, pictures):
-    """Opening leaves X as it was to the last byte, and so does painting over what was opened."""
+    """Opening X does not change a byte of it, nor does painting over the opened images."""
     X = as_kind(pictures)
     before = copy_content(X)
     for record in as_records(X, pictures.shape[1:]):
@@ -221,7 +225,7 @@ def test_no_kind_of_input_is_changed(as_kind, pictures):
 
 
 def copy_content(X):
-    """Copy what X consists of, without the library's help."""
+    """Copy the content of X, without the library's help."""
     if hasattr(X, "to_numpy"):
         X = X.to_numpy()
     if isinstance(X, torch.Tensor):
@@ -234,7 +238,7 @@ def copy_content(X):
         return dict(X)
     if isinstance(X, Image.Image):
         return X.mode, X.size, X.tobytes()
-    if isinstance(X, (DataSet, LazyArray)):
+    if isinstance(X, (Dataset, LazyArray)):
         return copy_content(*vars(X).values())
     if isinstance(X, io.BytesIO):
         return X.getvalue(), X.tell()
@@ -242,7 +246,7 @@ def copy_content(X):
 
 
 def test_only_rows_are_a_table(as_kind, colours, request):
-    """Numeric tables, one flattened image a row, are told from images of every kind."""
+    """Numeric tables, one flattened image per row, are distinguished from every kind of images."""
     assert is_tabular(as_kind(colours)) == ("rows" in request.node.callspec.params["as_kind"])
 
 
@@ -262,13 +266,13 @@ MODES = (
 
 
 def sides():
-    """Draw a height or width that cannot be taken for a number of channels."""
+    """Draw a height or width that cannot be mistaken for a number of channels."""
     return st.integers(5, 12)
 
 
 @st.composite
 def pixels(draw, channels):
-    """Draw a uint8 array (H, W, C), or (H, W) where the channels are None."""
+    """Draw a uint8 array (H, W, C), or (H, W) if the channels are None."""
     last = draw(st.sampled_from(channels))
     shape = draw(sides()), draw(sides())
     return draw(arrays(np.uint8, shape if last is None else (*shape, last)))
@@ -293,7 +297,7 @@ def pil_images(draw):
 
 
 def sources():
-    """Draw what a sequence of images may hold; none of it need open."""
+    """Draw an item of a sequence of images; it need not open."""
     return st.text() | st.binary() | st.none() | pixels([None, 3]) | pil_images()
 
 
@@ -303,7 +307,7 @@ def in_series(items):
 
 @given(st.lists(sources(), min_size=1), st.sampled_from([list, tuple, in_objects, in_series]))
 def test_records_keep_order_and_length(items, container):
-    """There is one record an item, at the place of the item, holding it."""
+    """There is one record per item, with its index, holding it."""
     records = as_records(container(items))
     assert_equal([record.index for record in records], list(range(len(items))))
     for record, item in zip(records, items, strict=True):
@@ -327,7 +331,7 @@ LOSSLESS = {
 
 @given(pixels([None, 1, 3]), st.sampled_from(list(LOSSLESS)))
 def test_lossless_kinds_give_back_every_pixel(picture, kind):
-    """Random pixels come back as they were through every lossless kind of input."""
+    """Random pixels survive every lossless kind of input."""
     (found,) = read([LOSSLESS[kind](picture)])
     expected = picture if picture.ndim == 3 else picture[..., None]
     assert_array_equal(found, np.broadcast_to(expected, found.shape))
@@ -342,11 +346,11 @@ def test_any_mode_opens_as_upright_rgb(image):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 3), (2, 1, 8, 1), (2, 4, 9, 3)], ids=str)
-def test_channels_that_cannot_be_told_raise_and_the_ways_out_work(shape):
-    """Where both axes could be channels X is refused, and each way out that is named works."""
+def test_ambiguous_channels_raise_and_the_advice_works(shape):
+    """If both axes could be the channels, X is refused, and what the error advises works."""
     X = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     for refused in (lambda: as_records(X), lambda: as_records(list(X))[1].open()):
-        with pytest.raises(ValueError, match="channels first and as channels last") as error:
+        with pytest.raises(ValueError, match="channels first or as channels last") as error:
             refused()
     assert "pass PIL images, or flattened rows with image_shape=(H, W, C)" in str(error.value)
     found = read(X.reshape(2, -1), shape[1:])
@@ -354,8 +358,8 @@ def test_channels_that_cannot_be_told_raise_and_the_ways_out_work(shape):
     assert_array_equal(found, read([to_pil(picture) for picture in X]))
 
 
-def test_one_colour_image_raises_and_the_ways_out_work(colours):
-    """(H, W, 3) may be one image, or grey ones that are 3 wide: the ways out tell them apart."""
+def test_one_colour_image_raises_and_the_advice_works(colours):
+    """(H, W, 3) may be one image, or grey images of width 3; what the error advises works."""
     with pytest.raises(ValueError, match=r"one colour image.*\[X\].*X\[..., None\]"):
         as_records(colours[0])
     assert_array_equal(read([colours[0]])[0], colours[0])
@@ -375,20 +379,20 @@ SINGLE = {
 
 @pytest.mark.parametrize("X", SINGLE.values(), ids=SINGLE)
 def test_a_single_image_raises(X):
-    """One path, image or byte string is refused, and the message says what to pass."""
-    with pytest.raises(ValueError, match=r"X is a single .*pass \[X\]\."):
+    """A single path, image or byte string is refused, and the error says what to pass."""
+    with pytest.raises(ValueError, match=r"got a single image \(.*\): pass \[X\]\."):
         as_records(X)
 
 
 REFUSED = {
-    "generator": ((path for path in ["a.png"]), r"of type generator.*pass list\(X\)"),
-    "map": (map(str, ["a.png"]), r"of type map.*pass list\(X\)"),
-    "dict": ({"a": "a.png"}, r"of type dict.*sequence of images.* the entry of \['a'\]"),
-    "dict of data": ({"data": 1, "y": 2}, r"of type dict.*, X\['data'\]\.$"),
-    "Bunch": (Bunch(data=1, target=2), r"of type Bunch.*, X\.data\.$"),
-    "DataLoader": (DataLoader([1, 2]), r"of type DataLoader.*batches.*pass X\.dataset"),
+    "generator": ((path for path in ["a.png"]), r"got generator: pass list\(X\)"),
+    "map": (map(str, ["a.png"]), r"got map: pass list\(X\)"),
+    "dict": ({"a": "a.png"}, r"sequence of images.* got dict: pass the entry of \['a'\]"),
+    "dict of data": ({"data": 1, "y": 2}, r"got dict.*, X\['data'\]\.$"),
+    "Bunch": (Bunch(data=1, target=2), r"got Bunch.*, X\.data\.$"),
+    "DataLoader": (DataLoader([1, 2]), r"got DataLoader.*batches.*pass X\.dataset"),
     "URL": ("https://example.org/a.png", "X is a URL: download 'https://example.org/a.png'"),
-    "array of bytes": (np.array([b"BM\0\0"]), r"\|S4 has lost the zero bytes.*dtype=object"),
+    "array of bytes": (np.array([b"BM\0\0"]), r"\|S4, which drops the zero bytes.*dtype=object"),
     "masked array": (np.ma.masked_less(np.zeros((2, 5, 5)), 1), r"masked array.*X\.filled"),
     "sparse tensor": (
         torch.eye(5).to_sparse()[None],
@@ -398,29 +402,29 @@ REFUSED = {
         torch.empty(2, 5, 5, device="meta"),
         "on meta cannot be read: .*no data",
     ),
-    "set": ({"a.png"}, "of type set.*sequence of images"),
-    "None": (None, "of type NoneType.*sequence of images"),
-    "int": (3, "of type int.*sequence of images"),
-    "float": (0.5, "of type float.*sequence of images"),
-    "0-d array": (np.array(0.5), r"shape \(\).*no sequence of images"),
-    "0-d str": (np.array("a.png"), r"shape \(\).*no sequence of images"),
-    "0-d tensor": (torch.tensor(0.5), r"shape \(\).*no sequence of images"),
-    "1-D numbers": (np.zeros(5), r"shape \(5,\) is no array of images: \(n, H, W\)"),
-    "1-D tensor": (torch.zeros(5), r"shape \(5,\) is no array of images"),
-    "Series of numbers": (pd.Series([0.5, 1]), r"shape \(2,\) is no array of images"),
-    "5-D array": (np.zeros((1, 2, 5, 5, 3)), r"\(1, 2, 5, 5, 3\) is no array of images"),
-    "rows without a shape": (np.zeros((2, 64)), r"\(2, 64\) holds one row an image: give image_sh"),
-    "numeric column": (pd.DataFrame({"a": [1.0]}), r"\(1, 1\) holds one row an image"),
-    "two columns of paths": (pd.DataFrame({"a": ["x"], "b": ["y"]}), r"\(1, 2\).*one column"),
-    "paths and labels": (np.array([["a.png", "1"], ["b.png", "2"]]), r"\(2, 2\).*one column"),
+    "set": ({"a.png"}, r"sequence of images.*; got set: pass list\(X\)\."),
+    "None": (None, r"sequence of images.*; got NoneType\."),
+    "int": (3, r"sequence of images.*; got int\."),
+    "float": (0.5, r"sequence of images.*; got float\."),
+    "0-d array": (np.array(0.5), r"sequence of images.*; got shape \(\) and"),
+    "0-d str": (np.array("a.png"), r"sequence of images.*; got shape \(\) and"),
+    "0-d tensor": (torch.tensor(0.5), r"sequence of images.*; got shape \(\) and"),
+    "1-D numbers": (np.zeros(5), r"X must have shape \(n, H, W\).*got \(5,\)\."),
+    "1-D tensor": (torch.zeros(5), r"X must have shape .*got \(5,\)\."),
+    "Series of numbers": (pd.Series([0.5, 1]), r"X must have shape \(n, H, W\).*got \(2,\)\."),
+    "5-D array": (np.zeros((1, 2, 5, 5, 3)), r"X must have shape .*got \(1, 2, 5, 5, 3\)\."),
+    "rows without a shape": (np.zeros((2, 64)), r"\(2, 64\) has one row per image: set image_sh"),
+    "numeric column": (pd.DataFrame({"a": [1.0]}), r"\(1, 1\) has one row per image"),
+    "two columns of paths": (pd.DataFrame({"a": ["x"], "b": ["y"]}), r"one column.*\(1, 2\)"),
+    "paths and labels": (np.array([["a.png", "1"], ["b.png", "2"]]), r"one column.*\(2, 2\)"),
     "objects in 4-D": (np.zeros((2, 5, 5, 3), dtype=object), r"\(2, 5, 5, 3\) and dtype object"),
-    "no channels": (np.zeros((2, 8, 9, 7)), r"\(2, 8, 9, 7\) has no axis of 1, 2, 3 or 4 channels"),
+    "no channels": (np.zeros((2, 8, 9, 7)), r"\(2, 8, 9, 7\) has no axis of channels.*2, 3 or 4\."),
 }
 
 
 @pytest.mark.parametrize(("X", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_sequence_of_images_raises(X, message):
-    """X of a wrong type or shape is refused by its type or shape, with what is expected."""
+def test_anything_but_a_sequence_of_images_raises(X, message):
+    """The error gives the type or shape of X, and those that are accepted."""
     with pytest.raises(ValueError, match=message):
         as_records(X)
 
@@ -445,27 +449,27 @@ EMPTY = {
 
 @pytest.mark.parametrize("X", EMPTY.values(), ids=EMPTY)
 def test_an_empty_x_raises(X):
-    """No images at all is an error that says so, whatever the empty thing is."""
+    """Without any image X is refused, whatever container it is."""
     with pytest.raises(ValueError, match=r"^X is empty: at least one image is needed"):
         as_records(X, (8, 8))
 
 
-def test_a_missing_file_of_a_data_set_is_named():
-    """X alone does not tell which it was."""
-    with pytest.raises(ImageError, match=r"^X\[0\] \(from a DataSet\): .* file as 'no/such.png'$"):
-        as_records(DataSet(["no/such.png"]))[0].open()
+def test_a_missing_file_of_a_dataset_is_named():
+    """X alone does not show which file it was."""
+    with pytest.raises(ImageError, match=r"^X\[0\] \(from a Dataset\): .* file: 'no/such.png'$"):
+        as_records(Dataset(["no/such.png"]))[0].open()
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 8), (2, 8, 0), (2, 0, 8, 3), (2, 8, 0, 3)], ids=str)
 def test_arrays_of_images_without_pixels_raise_one_by_one(shape):
-    """Images with no height or no width are refused by name, not as an X without images."""
+    """Images without height or width are refused one by one, not as an empty X."""
     records = as_records(np.zeros(shape))
     with pytest.raises(ImageError, match=r"^X\[1\] \(float64 array of shape .* has no pixels$"):
         records[1].open()
 
 
-def test_an_open_file_is_read_from_its_beginning_and_left_where_it_was(tmp_path, colours):
-    """However often, from wherever it stands, and by many threads at once."""
+def test_an_open_file_is_read_from_its_start_and_keeps_its_position(tmp_path, colours):
+    """However often it is read, from any position, and by many threads at once."""
     (path,) = save(colours[:1], tmp_path)
     with path.open("rb") as file, zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(path, "a.png")
@@ -479,16 +483,16 @@ def test_an_open_file_is_read_from_its_beginning_and_left_where_it_was(tmp_path,
 
 
 def test_a_pil_image_of_a_closed_file_says_so(tmp_path):
-    """Leaving `with Image.open(path)` before the pixels are read has a message of its own."""
+    """Leaving `with Image.open(path)` before the pixels are read raises a specific error."""
     (path,) = save([np.zeros((5, 5), dtype=np.uint8)], tmp_path)
     with Image.open(path) as image:
         pass
-    with pytest.raises(ImageError, match=r"^X\[0\] \(L PIL image\): its file is closed"):
+    with pytest.raises(ImageError, match=r"^X\[0\] \(L PIL image\): its file was closed"):
         as_records([image])[0].open()
 
 
-def test_a_digest_tells_one_image_from_another(as_kind, colours):
-    """The digest of an image is the same each time, and that of another image is another."""
+def test_a_digest_distinguishes_images(as_kind, colours):
+    """The digest of an image is the same each time, and differs from that of another image."""
     first, again = (
         [record.digest() for record in as_records(as_kind(colours), colours.shape[1:])]
         for _ in range(2)
@@ -499,7 +503,7 @@ def test_a_digest_tells_one_image_from_another(as_kind, colours):
 
 @pytest.mark.parametrize("image_shape", [None, (50, 60), (5, 200, 3)], ids=str)
 def test_a_memory_map_is_neither_copied_nor_changed(image_shape, tmp_path):
-    """Records of a memory-mapped array are views of the file, which stays as it was."""
+    """Records of a memory-mapped array are views of the file, which does not change."""
     pictures = np.random.default_rng(0).integers(0, 256, (4, 3000), dtype=np.uint8)
     path = tmp_path / "pictures.npy"
     np.save(path, pictures if image_shape else pictures.reshape(4, 50, 60))
@@ -512,16 +516,16 @@ def test_a_memory_map_is_neither_copied_nor_changed(image_shape, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(9, 10**6, 10**6), (9, 10**6, 10**6, 3), (9, 10**12)], ids=str)
-def test_an_array_larger_than_memory_is_taken_apart(shape):
-    """`as_records` neither reads nor copies: nine terabytes make nine records."""
+def test_an_array_larger_than_memory_is_split(shape):
+    """`as_records` neither reads nor copies: nine terabytes become nine records."""
     X = np.broadcast_to(np.uint8(0), shape)
     assert_equal(len(as_records(X, (10**6, 10**6))), 9)
 
 
 @pytest.mark.parametrize("container", [list, np.array, pd.Series, in_objects])
 def test_fifty_thousand_paths_take_less_than_half_a_second(container):
-    """Taking X apart costs microseconds a path."""
-    X = container([f"{number}.png" for number in range(50_000)])
+    """Splitting X takes microseconds per path."""
+    X = container([f"{index}.png" for index in range(50_000)])
     seconds = []
     for _ in range(3):
         start = time.process_time()

@@ -1,4 +1,6 @@
-"""Tables: what is one, and rows that take the shape of an image."""
+"""Tables: which inputs are tables, and rows that take the shape of an image."""
+
+import re
 
 import numpy as np
 import pandas as pd
@@ -63,13 +65,13 @@ NO_TABLES = {
 
 @pytest.mark.parametrize("X", TABLES.values(), ids=TABLES)
 def test_numbers_in_one_or_two_dimensions_are_a_table(X):
-    """What scikit-learn would check as numbers is a table, whatever holds it."""
+    """Whatever scikit-learn would validate as numbers is a table, in any container."""
     assert_equal(is_tabular(X), True)
 
 
 @pytest.mark.parametrize("X", NO_TABLES.values(), ids=NO_TABLES)
-def test_what_holds_no_numbers_is_no_table(X):
-    """Everything else is left for the input room to take apart or to refuse."""
+def test_anything_but_numbers_is_not_a_table(X):
+    """`as_records` splits it into images, or refuses it."""
     assert_equal(is_tabular(X), False)
 
 
@@ -77,32 +79,36 @@ def test_what_holds_no_numbers_is_no_table(X):
     "image_shape", [(6, 7), (-1, 7), (6, -1), [6, 7], np.array([6, 7])], ids=str
 )
 def test_grey_rows_take_the_given_shape(image_shape):
-    """A flattened row of grey becomes (H, W), with one side inferred if need be."""
+    """A flattened grey image becomes (H, W), with one side inferred if it is -1."""
     grey = np.arange(84, dtype=np.uint8).reshape(2, 6, 7)
     assert_array_equal(read(grey.reshape(2, 42), image_shape), read(grey))
 
 
 @pytest.mark.parametrize("image_shape", [(6, 7, 3), (-1, 7, 3), (6, -1, 3), (6, 7, -1)], ids=str)
 def test_colour_rows_take_the_given_shape(image_shape, colours):
-    """A flattened row of colour becomes (H, W, C), with one side or the channels inferred."""
+    """A flattened colour image becomes (H, W, C), with one side or the channels inferred."""
     assert_array_equal(read(rows(colours), image_shape), colours)
 
 
 IMAGE_SHAPES = {
-    **dict.fromkeys([(7, 7), (3, -1), (8, 8, 3)], "does not fit X of shape .2, 64.: a row has 64"),
-    (4, 2, 8): "gives 8 channels: 1, 2, 3 or 4",
-    (2, 4, -1): "gives 8 channels: 1, 2, 3 or 4",
     **dict.fromkeys(
-        [(), (64,), 64, "88", (8, 8, 1, 1), (8.0, 8), (-1, -1), (0, 8), (-2, 8)],
-        r"is no shape of an image: \(H, W\) or \(H, W, C\) is expected",
+        [(7, 7), (3, -1), (8, 8, 3)],
+        r"^image_shape=.* does not fit X of shape .2, 64.: a row has 64",
     ),
+    **dict.fromkeys(
+        [(4, 2, 8), (2, 4, -1)], "^image_shape=.* means 8 channels.* must have 1, 2, 3 or 4"
+    ),
+    **{
+        shape: rf"^image_shape must be \(H, W\) or \(H, W, C\), .*; got {re.escape(repr(shape))}\.$"
+        for shape in [(), (64,), 64, "88", (8, 8, 1, 1), (8.0, 8), (-1, -1), (0, 8), (-2, 8)]
+    },
 }
 
 
 @pytest.mark.parametrize(
     ("image_shape", "message"), IMAGE_SHAPES.items(), ids=map(str, IMAGE_SHAPES)
 )
-def test_an_image_shape_that_cannot_be_raises(image_shape, message):
-    """An image_shape that is none, or does not fit the rows, is shown with the reason."""
-    with pytest.raises(ValueError, match=f"^image_shape=.*{message}"):
+def test_an_invalid_image_shape_raises(image_shape, message):
+    """An image_shape that is malformed, or does not fit the rows, is shown with the reason."""
+    with pytest.raises(ValueError, match=message):
         as_records(np.zeros((2, 64)), image_shape)

@@ -1,14 +1,14 @@
 """
-Pictures beside other columns
-=============================
+Images next to other columns
+============================
 
-Data sets are seldom pictures alone: a product has a photograph and a weight, a patient a scan and
-an age. Here each row of a DataFrame has a picture, a number and a category, and one pipeline
-takes them all, cross-validated and searched like any other.
+Data sets rarely consist of images alone: a product has a photograph and a weight, a patient a scan
+and an age. Here each row of a DataFrame has an image, a number and a category, and a single
+pipeline handles them all. It is cross-validated and searched like any other.
 
-The post is to be sorted. Somebody has written a digit on each item, 0 for north, 1 for east, 2
-for south; letters and parcels are told apart by their weight; and what is registered goes to the
-counter. The digits are scikit-learn's, the rest is drawn at random.
+The task is to sort mail. Each item carries a handwritten digit: 0 for north, 1 for east, 2 for
+south. Letters and parcels differ in weight, and registered items go to the counter. The digits are
+those of scikit-learn; everything else is random.
 """
 
 import matplotlib.pyplot as plt
@@ -51,13 +51,13 @@ for axis, (_, item), label in zip(axes, post.iterrows(), bins, strict=False):
 plt.show()
 
 # %%
-# One transformer a column
-# ------------------------
+# One transformer per column
+# --------------------------
 #
-# The extractor takes the column of pictures as a pandas Series, whether that holds arrays, as
-# here, or paths. It scales each row to length one, so that the many features of a picture do not
-# drown one weight. The whole is one estimator, drawn below by scikit-learn: it can be cloned,
-# pickled and put behind a server.
+# The extractor takes the column of images as a pandas Series of arrays, as here, or of paths. It
+# scales each row to unit length, so that the many features of an image do not drown out a single
+# weight. The result is one estimator, drawn below by scikit-learn, that can be cloned, pickled and
+# deployed.
 
 pictures = DeepFeatureExtractor("resnet10_slim", "stage3", image_size=32)
 steps = {
@@ -68,7 +68,7 @@ steps = {
 
 
 def make_sorter(*chosen):
-    """Make a classifier that looks at some of the columns."""
+    """Make a classifier that uses only some of the columns."""
     columns = ColumnTransformer([(name, *steps[name]) for name in chosen])
     return Pipeline([("columns", columns), ("classify", LogisticRegression(C=100, max_iter=1000))])
 
@@ -78,17 +78,17 @@ train, test, y_train, y_test = train_test_split(post, bins, stratify=bins, rando
 sorter.fit(train, y_train)
 
 # %%
-# Every feature has a name that tells which column it came from.
+# The name of each feature says which column it comes from.
 
 names = sorter[0].get_feature_names_out()
 print(f"{len(names)} features:", names[0], "...", *names[-4:], sep="\n  ")
 
 # %%
-# What each column is worth
-# -------------------------
+# The value of each column
+# ------------------------
 #
-# No column can sort the post alone, and all together do. Every picture goes through the network
-# once for all that this example computes, since the features are kept.
+# No column is enough to sort the mail, but all of them together are. As features are cached, each
+# image goes through the network only once in this example.
 
 accuracies = {
     " + ".join(chosen): cross_val_score(make_sorter(*chosen), train, y_train, cv=5).mean()
@@ -103,11 +103,11 @@ for chosen, accuracy in accuracies.items():
     print(f"{chosen:<30}{accuracy:.3f}")
 
 # %%
-# Searched like any other
-# -----------------------
+# Searching over layers
+# ---------------------
 #
-# Layer and regularization are parameters of the whole, and their names are long: the path through
-# the steps. ``LayerGridDisplay`` finds them by their ends.
+# The layer and the regularisation are parameters of the pipeline. Their names are long, as they
+# contain the path through its steps; ``LayerGridDisplay`` recognises them by their endings.
 
 search = GridSearchCV(
     sorter,
@@ -122,7 +122,7 @@ LayerGridDisplay.from_search(search)
 plt.show()
 
 # %%
-# The best of them, on post that it has not seen:
+# The best candidate, on mail that it has not seen:
 
 display = ConfusionMatrixDisplay.from_estimator(
     search, test, y_test, cmap="Blues", colorbar=False, xticks_rotation=20

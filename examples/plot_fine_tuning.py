@@ -2,11 +2,11 @@
 Fine-tuning, block by block
 ===========================
 
-A pretrained network is given a new head, and trained on images of another kind. How much of it
-should be trained? This example unfreezes one block after the other, and looks at what that buys.
+A pretrained network gets a new head and is trained on images of another kind. How much of it
+should be trained? This example unfreezes one block after another and compares the results.
 
 The images are the handwritten digits that come with scikit-learn, and the network is the one that
-comes with deepfeat: nothing is downloaded.
+comes with deepfeat, so nothing is downloaded.
 """
 
 import time
@@ -28,16 +28,16 @@ list_layers("resnet10_slim", image_size=32)
 # The last block
 # --------------
 #
-# ``unfreeze="layer4"`` trains the fourth block and the new head. All before it is frozen: its
-# weights and the statistics of its BatchNorm are the same afterwards, and it sees each image once.
-# A tenth of the images is set aside to tell when to stop.
+# ``unfreeze="layer4"`` trains the fourth block and the new head. Everything before them is frozen:
+# its weights and BatchNorm statistics do not change, and it processes each image only once. A tenth
+# of the images is held out to decide when to stop.
 
 classifier = FineTuneClassifier(
     "resnet10_slim",
     unfreeze="layer4",
     max_epochs=12,
     backbone_learning_rate=1e-3,
-    augment=None,  # the mirror image of a digit is none
+    augment=None,  # mirrored digits are no digits
     early_stopping=True,
     image_size=32,
     random_state=0,
@@ -46,8 +46,8 @@ classifier.fit(images, labels)
 print(f"{classifier.n_iter_} epochs, accuracy {classifier.score(held_out, held_out_labels):.3f}")
 
 # %%
-# The learning curve shows training and validation. The accuracy on so few validation images moves
-# in steps.
+# The learning curve shows training and validation. With so few validation images, the accuracy
+# changes in steps.
 
 LearningCurveDisplay.from_estimator(classifier)
 plt.show()
@@ -56,7 +56,7 @@ plt.show()
 # How much to unfreeze
 # --------------------
 #
-# The same recipe, from the head alone to the whole network.
+# The same settings, from the head alone to the whole network.
 
 choices = [None, "layer4", "layer3", "layer2", "all"]
 accuracies, seconds = [], []
@@ -69,12 +69,12 @@ for unfreeze in choices:
     print(f"{unfreeze or 'head alone':10}  accuracy {accuracies[-1]:.3f}  {seconds[-1]:4.1f} s")
 
 # %%
-# Each block that is unfrozen makes an epoch dearer.
+# With each unfrozen block, an epoch takes longer.
 
 names = ["head\nalone", "layer4", "layer3,\nlayer4", "layer2\nto layer4", "all"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
 left.plot(names, accuracies, "o-")
-left.set(title="Accuracy on images not seen", xlabel="unfrozen", ylabel="accuracy")
+left.set(title="Accuracy on unseen images", xlabel="unfrozen", ylabel="accuracy")
 right.bar(names, seconds)
 right.set(title="Time of 12 epochs", xlabel="unfrozen", ylabel="seconds")
 plt.show()
@@ -83,7 +83,7 @@ plt.show()
 # Features of the trained network
 # -------------------------------
 #
-# A trained network can serve as an extractor, here of the vectors before its head.
+# A trained network can serve as a feature extractor, here for the vectors before its head.
 
 extractor = classifier.to_extractor("avgpool")
 print(extractor.transform(held_out[:5]).shape)

@@ -2,11 +2,12 @@
 A search over layers and C
 ==========================
 
-Which layer of a network tells digits apart best, and with how much regularisation? The search asks
-for the features of every image once a layer, a C and a fold; the network sees it once.
+Which layer of a network separates digits best, and with how much regularisation? The search needs
+the features of each image for every combination of layer, C and fold, but the network sees each
+image only once.
 
 The images are the handwritten digits that come with scikit-learn, and the network is the one that
-comes with deepfeat: nothing is downloaded.
+comes with deepfeat, so nothing is downloaded.
 """
 
 import time
@@ -27,7 +28,7 @@ images, labels = digits.images[:500] / 16, digits.target[:500]
 # The pipeline and its grid
 # -------------------------
 #
-# The cache would be there without being named. It has a name here so that its counts can be read.
+# The extractor has a cache by default. An explicit one is used here to read its counts.
 
 cache = FeatureCache()
 extractor = DeepFeatureExtractor("resnet10_slim", image_size=32, cache=cache)
@@ -45,18 +46,18 @@ print(f"best: {search.best_params_}, accuracy {search.best_score_:.3f}")
 print(cache.info())
 
 # %%
-# The grid as a picture
-# ---------------------
+# A plot of the grid
+# ------------------
 
 LayerGridDisplay.from_search(search)
 plt.show()
 
 # %%
-# What the cache saved
-# --------------------
+# The time saved by the cache
+# ---------------------------
 #
-# Without it the same search is as good, and slower. One column of the grid is timed and the time
-# multiplied, since each column asks the network for the same number of images.
+# Without the cache, the search gives the same scores but takes longer. Each column of the grid
+# sends the same number of images through the network, so one column is timed and multiplied.
 
 search.set_params(estimator__deepfeatureextractor__cache=None, refit=False)
 search.set_params(param_grid={"deepfeatureextractor__layer": layers, "linearsvc__C": cs[:1]})

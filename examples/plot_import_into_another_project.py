@@ -2,10 +2,10 @@
 deepfeat in another project
 ===========================
 
-The extractor is made to be a part: of a pipeline, and of classes that others write. Here somebody
-has a class that finds similar pictures, and wants to leave the network to deepfeat. Nothing is
-subclassed; the extractor is a parameter. What scikit-learn promises for its own then holds for the
-whole: clone, ``set_params``, searches, pickles.
+The extractor is designed as a building block for pipelines and for your own classes. This example
+has a class that finds similar images and leaves the network to deepfeat. Nothing is subclassed: the
+extractor is a parameter. Everything that works for scikit-learn's own estimators then works for the
+class: ``clone``, ``set_params``, searches and pickling.
 """
 
 import pickle
@@ -28,13 +28,13 @@ from deepfeat import DeepFeatureExtractor
 # The class of the other project
 # ------------------------------
 #
-# It keeps to the customs of scikit-learn: ``__init__`` stores its parameters and does nothing else,
-# and ``fit`` clones the extractor before it uses it, so that the caller's stays as it is. It does
-# not know what an image is. Paths, arrays and bytes go through to the extractor.
+# It follows scikit-learn's conventions: ``__init__`` only stores parameters, and ``fit`` clones the
+# extractor before using it, so that the caller's extractor does not change. The class is not
+# concerned with the type of images: paths, arrays and bytes are passed on to the extractor.
 
 
 class SimilarPictures(BaseEstimator):
-    """Find the pictures of an album that look most like a given one."""
+    """Find the images of an album that are most similar to a given one."""
 
     def __init__(self, extractor=None, n_neighbors=5):
         self.extractor = extractor
@@ -49,18 +49,18 @@ class SimilarPictures(BaseEstimator):
         return self
 
     def find(self, X):
-        """Return the places of the neighbours of each picture in the album."""
+        """Return the indices of the neighbours of each image in the album."""
         check_is_fitted(self)
         return self.index_.kneighbors(self.extractor_.transform(X), return_distance=False)
 
     def score(self, X, y):
-        """Return the share of neighbours that have the label of their picture."""
+        """Return the fraction of neighbours with the same label as their image."""
         return np.mean(self.labels_[self.find(X)] == np.asarray(y)[:, None])
 
 
 # %%
-# It has no line about networks, layers, batches, devices or preprocessing. The album is made of
-# patches of scikit-learn's two photographs; they overlap, so that the task is easy.
+# Not a line of it deals with networks, layers, batches, devices or preprocessing. The album
+# consists of patches of scikit-learn's two photographs; as they overlap, the task is easy.
 
 album = np.concatenate(
     [
@@ -70,26 +70,26 @@ album = np.concatenate(
 )
 labels = np.repeat(["palace", "dahlia"], 150)
 rng = np.random.default_rng(0)
-asked, kept = np.split(rng.permutation(len(album)), [100])
+queries, kept = np.split(rng.permutation(len(album)), [100])
 pictures = SimilarPictures().fit(album[kept], labels[kept])
-print(f"neighbours from the same photograph: {pictures.score(album[asked], labels[asked]):.1%}")
+print(f"neighbours from the same photograph: {pictures.score(album[queries], labels[queries]):.1%}")
 
 figure, axes = plt.subplots(4, 6, figsize=(7, 4.9), layout="constrained")
-for row, place in zip(axes, asked[:4], strict=True):
-    (neighbours,) = pictures.find(album[[place]])
-    for axis, picture in zip(row, [album[place], *album[kept][neighbours]], strict=True):
+for row, query in zip(axes, queries[:4], strict=True):
+    (neighbours,) = pictures.find(album[[query]])
+    for axis, picture in zip(row, [album[query], *album[kept][neighbours]], strict=True):
         axis.imshow(picture)
         axis.set_axis_off()
-axes[0, 0].set_title("asked for", fontsize="medium")
+axes[0, 0].set_title("query", fontsize="medium")
 axes[0, 1].set_title("found", fontsize="medium")
 plt.show()
 
 # %%
-# Parameters all the way down
-# ---------------------------
+# Nested parameters
+# -----------------
 #
-# ``get_params`` sees the parameters of the extractor, and ``set_params`` reaches them, with two
-# underscores for each step down. So a search can look for the layer that is best for this task.
+# ``get_params`` and ``set_params`` include the parameters of the extractor, with two underscores
+# per level. A search can therefore find the best layer for this task.
 
 ours = SimilarPictures(DeepFeatureExtractor("resnet10_slim", "stage4"))
 ours.set_params(extractor__pooling="max", n_neighbors=3)
@@ -105,29 +105,29 @@ search = GridSearchCV(
 )
 search.fit(album[kept], labels[kept])
 print(search.best_params_)
-print(f"on pictures that were not searched: {search.score(album[asked], labels[asked]):.1%}")
+print(f"on images not used in the search: {search.score(album[queries], labels[queries]):.1%}")
 
 # %%
 # Pickles without a network
 # -------------------------
 #
-# A pickle holds the name of the network, not its weights: whoever opens it loads the network when
-# it is first needed. The caller's extractor was cloned and is as new.
+# A pickle contains the name of the network, not its weights. After unpickling, the network is
+# loaded when it is first needed.
 
 saved = pickle.dumps(search.best_estimator_)
-again = pickle.loads(saved)
+restored = pickle.loads(saved)
 without = len(saved) - len(pickle.dumps(search.best_estimator_.index_))
-print(f"all but the index of features takes {without:,} bytes")
-found = search.best_estimator_.find(album[asked])
-print("the same neighbours:", np.array_equal(again.find(album[asked]), found))
+print(f"everything but the index of features takes {without:,} bytes")
+found = search.best_estimator_.find(album[queries])
+print("the same neighbours:", np.array_equal(restored.find(album[queries]), found))
 
 # %%
-# A network of the other project
-# ------------------------------
+# A network from the other project
+# --------------------------------
 #
-# The network need not be one of torchvision's. Any ``torch.nn.Module`` will do, with the function
-# that turns an RGB picture into what the module takes; its layers are called by their paths. The
-# module itself is left alone: it stays in its mode, on its device.
+# The network does not have to be one of torchvision's. Any ``torch.nn.Module`` will do, together
+# with a function that turns an RGB image into the input of the module. Its layers are named by
+# their paths. The module itself does not change: it stays in its mode and on its device.
 
 torch.manual_seed(0)
 network = nn.Sequential(
@@ -136,4 +136,4 @@ network = nn.Sequential(
 to_tensor = transforms.Compose([transforms.Resize((48, 48)), transforms.ToTensor()])
 own = DeepFeatureExtractor(network, "3", preprocessing=to_tensor)
 theirs = SimilarPictures(own, n_neighbors=3).fit(album[kept], labels[kept])
-print(f"an untrained network of two layers: {theirs.score(album[asked], labels[asked]):.1%}")
+print(f"an untrained network of two layers: {theirs.score(album[queries], labels[queries]):.1%}")

@@ -2,9 +2,9 @@
 Every kind of input
 ===================
 
-A picture is the same picture as a file, as bytes from a database, as an array or as a tensor.
-This example hands the same photograph to the extractor in many ways, looks at what the network
-gets to see of it, and shows what becomes of a file that is none.
+An image may come as a file, as bytes from a database, as an array or as a tensor. This example
+passes the same photograph to the extractor in many forms, shows what the network sees of it, and
+what happens to a file that is not an image.
 """
 
 import io
@@ -24,18 +24,18 @@ palace, dahlia = load_sample_images().images
 print(palace.shape, palace.dtype)
 
 # %%
-# One photograph, many ways
-# -------------------------
+# One photograph, many forms
+# --------------------------
 #
-# X is a sequence of images, and each of them may be any of these. PNG keeps pixels exactly, so the
-# features must be equal to the last bit, whichever way the photograph came.
+# X is a sequence of images, each of which may have any of these forms. PNG is lossless, so the
+# features must be equal to the last bit, whatever the form.
 
 folder = tempfile.TemporaryDirectory()
 path = Path(folder.name) / "palace.png"
 Image.fromarray(palace).save(path)
 scaled = palace.astype(np.float32) / 255
 
-ways = {
+forms = {
     "a path": [path],
     "a path as text": [str(path)],
     "the bytes of a file": [path.read_bytes()],
@@ -44,24 +44,23 @@ ways = {
     "an array (1, H, W, 3)": palace[np.newaxis],
     "an array (3, H, W)": [palace.transpose(2, 0, 1)],
     "floats from 0 to 1": [scaled],
-    "16 bits a channel": [palace.astype(np.uint16) * 257],
+    "16 bits per channel": [palace.astype(np.uint16) * 257],
     "a torch tensor": torch.from_numpy(scaled).permute(2, 0, 1)[None],
     "a pandas Series of paths": pd.Series([str(path)]),
     "a column of a DataFrame": pd.DataFrame({"photograph": [str(path)]}),
 }
 extractor = DeepFeatureExtractor("resnet10_slim", "stage4")
 expected = extractor.fit_transform([palace])
-for way, X in ways.items():
+for form, X in forms.items():
     same = np.array_equal(extractor.transform(X), expected)
-    print(f"{way:<26}{'the same features' if same else 'OTHER FEATURES'}")
+    print(f"{form:<26}{'the same features' if same else 'OTHER FEATURES'}")
 
 # %%
-# The type of the numbers decides their scale, never their values: floats are read from 0 to 1,
-# integers from 0 to the largest of their type. Were the scale guessed from the values, the features
-# of a dark picture would depend on the pictures that came with it.
+# The dtype determines the scale of the values: floats range from 0 to 1, and integers from 0 to the
+# maximum of their type. If the scale were guessed from the values, the features of a dark image
+# would depend on the other images of the batch.
 #
-# Tables of flattened images, as scikit-learn's own data sets have them, need to be told their
-# shape.
+# Tables of flattened images, such as scikit-learn's own data sets, need ``image_shape``.
 
 grey = np.asarray(Image.fromarray(palace).convert("L"))
 row = grey.reshape(1, -1)
@@ -72,11 +71,11 @@ print(row.shape, np.array_equal(flat.fit_transform(row), extractor.transform([gr
 # What the network sees
 # ---------------------
 #
-# The networks of torchvision want squares. By default a photograph is treated as the weights were
-# trained: its short side is resized, and the middle is cut out. That may lose what matters:
-# ``resize="squash"`` shows the whole picture out of proportion, and ``resize="pad"`` keeps its
-# proportions on a ground of the mean colour. ``preview`` tells what becomes of a picture before
-# anything is computed.
+# The networks of torchvision expect square images. By default, an image is preprocessed as the
+# weights require: its shorter side is resized, and the centre is cropped. This may cut off
+# something important. ``resize="squash"`` keeps the whole image but distorts it, and
+# ``resize="pad"`` keeps its aspect ratio on a background of the mean colour. ``preview`` shows the
+# result before anything is computed.
 
 pictures = {"the photograph": Image.fromarray(palace)}
 for resize in ("weights", "squash", "pad"):
@@ -93,20 +92,19 @@ for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
 plt.show()
 
 # %%
-# Pictures that are not three channels of 8 bits are turned into such: transparency is laid on
-# white, grey is copied to all channels, and a photograph that a camera held sideways is turned
-# upright.
+# All images are converted to three channels of 8 bits: transparent images are drawn on white, grey
+# is copied to all channels, and photographs taken sideways are rotated upright.
 
 transparent = Image.fromarray(dahlia).convert("RGBA")
 transparent.putalpha(Image.radial_gradient("L").resize(transparent.size).point(lambda a: 255 - a))
 sideways = io.BytesIO()
 exif = Image.Exif()
-exif[0x0112] = 8  # the orientation: turn by 90 degrees to look at it
+exif[0x0112] = 8  # the orientation: to be rotated by 90 degrees for viewing
 Image.fromarray(np.rot90(dahlia, -1)).save(sideways, "PNG", exif=exif)
 palette = Image.fromarray(dahlia).quantize(6)
 grey = Image.fromarray(dahlia).convert("L")
 
-titles = ["transparent", "turned by its camera", "6 colours of a palette", "grey"]
+titles = ["transparent", "taken sideways", "palette of 6 colours", "grey"]
 previews = extractor.set_params(resize="weights").preview(
     [transparent, sideways.getvalue(), palette, grey]
 )
@@ -118,12 +116,12 @@ for axis, title, picture in zip(axes, titles, previews, strict=True):
 plt.show()
 
 # %%
-# What cannot be read
-# -------------------
+# Images that cannot be read
+# --------------------------
 #
-# Among thousands of files there is one that was cut off, or is a page of HTML. By default it ends
-# the run, with an error that names it. With ``on_error="nan"`` its row is NaN, no other row moves,
-# and ``errors_`` has the reason.
+# Among thousands of files, one is truncated or turns out to be an HTML page. By default, an error
+# that names the file ends the run. With ``on_error="nan"`` its row is filled with NaN, the other
+# rows stay where they are, and ``errors_`` contains the reason.
 
 broken = Path(folder.name) / "broken.jpg"
 broken.write_text("<html>404 Not Found</html>")
@@ -133,6 +131,6 @@ except ValueError as error:
     print(error)
 
 features = extractor.set_params(on_error="nan").transform([palace, broken, dahlia])
-print("rows of NaN:", np.isnan(features).all(axis=1))
-print("their reasons:", extractor.errors_)
+print("rows with NaN:", np.isnan(features).all(axis=1))
+print("reasons:", extractor.errors_)
 folder.cleanup()

@@ -2,10 +2,9 @@
 Layers and activation maps
 ==========================
 
-A network turns a picture into numbers layer by layer. This example looks at a network from
-outside (which layers are there, what do they give, where are the parameters?), then from inside
-(what does a layer make of a photograph?), and ends with the row of features that a classifier
-gets.
+A network turns an image into numbers layer by layer. This example first looks at the structure of
+networks (their layers, output shapes and parameters), then at the activations of layers for a
+photograph, and finally at the row of features that a classifier gets.
 """
 
 # sphinx_gallery_thumbnail_number = 3
@@ -20,36 +19,36 @@ from deepfeat.plotting import ActivationMapDisplay, ArchitectureDisplay
 palace, dahlia = load_sample_images().images
 
 # %%
-# A network from outside
-# ----------------------
+# The structure of a network
+# --------------------------
 #
-# VGG16 is the network of a thousand papers. Its maps get smaller and more numerous from layer to
-# layer, and nine of ten parameters are in the three fully connected layers at its end, most of
-# them in the first of these: it alone joins 25,088 numbers with 4,096 neurons. No weights are
-# needed to see that, and none are loaded.
+# VGG16 is used in countless papers. Its maps become smaller and more numerous with depth, and nine
+# out of ten parameters are in the three fully connected layers at its end. Most of these are in the
+# first one, which connects 25,088 inputs to 4,096 neurons. The plot needs no weights, and none are
+# loaded.
 
 ArchitectureDisplay.from_backbone("vgg16")
 plt.show()
 
 # %%
-# A ResNet has blocks instead of single layers, and no fully connected layer but the classifier.
-# Blocks of one kind and shape share a row.
+# A ResNet consists of blocks instead of single layers, and its only fully connected layer is the
+# classifier. Blocks of the same kind and shape share a row.
 
 ArchitectureDisplay.from_backbone("resnet50")
 plt.show()
 
 # %%
-# The same as a table, for the small network that comes with deepfeat. Any name in it, first name or
-# alias, may be asked for, and the path of any module inside a block too.
+# The same information as a table, for the small network that comes with deepfeat. Layers are
+# requested by any name or alias in it, or by the path of a module inside a block.
 
 print(list_layers("resnet10_slim"))
 
 # %%
-# A network from inside
-# ---------------------
+# Activation maps
+# ---------------
 #
-# The first convolution slides small filters over the picture, one for each channel: some answer to
-# edges of one direction, others to a colour. The picture to the left is what the network sees: the
+# The first convolution slides small filters over the image, one per channel: some respond to edges
+# of a certain direction, others to a colour. The image on the left is the input of the network: the
 # photograph, cropped to a square.
 
 extractor = DeepFeatureExtractor("resnet10_slim", "conv1", image_size=224)
@@ -57,9 +56,9 @@ before = ActivationMapDisplay.from_extractor(extractor, palace)
 plt.show()
 
 # %%
-# The ReLU after it keeps what is positive and drops the rest: each channel now says where its
-# pattern is, and no longer where its opposite is. (Between the two lies the batch normalization
-# ``bn1``, which shifts and scales each channel.)
+# The ReLU after it sets negative values to zero: each channel now shows where its pattern is, and
+# no longer where the opposite pattern is. (Between the two layers, the batch normalisation ``bn1``
+# shifts and scales each channel.)
 
 after = ActivationMapDisplay.from_extractor(extractor, palace, layer="relu")
 plt.show()
@@ -70,8 +69,8 @@ print(f"negative before the ReLU: {negative[0]:.0%}, after it: {negative[1]:.0%}
 print("the rest is the same:", np.array_equal(after.maps, np.maximum(normalized, 0)))
 
 # %%
-# Deeper layers have coarser maps of more channels. Side by side, for the dahlia, the ends of four
-# stages: a subplot is divided as need be.
+# Deeper layers have coarser maps and more channels. The ends of four stages for the dahlia, side by
+# side; each subplot is divided as needed.
 
 figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), layout="constrained")
 for layer, axis in zip(["stage2", "stage3", "stage4", "stage5"], axes.flat, strict=True):
@@ -79,11 +78,11 @@ for layer, axis in zip(["stage2", "stage3", "stage4", "stage5"], axes.flat, stri
 plt.show()
 
 # %%
-# From maps to a row
-# ------------------
+# From maps to features
+# ---------------------
 #
-# A classifier wants one row an image. By default each map becomes its mean: whether a pattern is
-# there counts, and how much of it, but not where. The row is then scaled to length one.
+# A classifier needs one row per image. By default, each map is averaged, which keeps how strongly a
+# pattern occurs but not where. The row is then scaled to unit length.
 
 row = extractor.set_params(layer="stage3").fit_transform([dahlia])[0]
 everything = ActivationMapDisplay.from_extractor(extractor, dahlia, channels=1000)

@@ -2,11 +2,10 @@
 From images to a classifier
 ===========================
 
-The main job whole, on images that come with scikit-learn and with the network that comes with
-deepfeat: a pipeline, a search over layers and regularisation, a score on images never seen, a
-picture of the mistakes, and the same task by fine-tuning. It takes about a minute and downloads
-nothing. For photographs take a bigger network, such as ``"resnet50"``: its weights are downloaded
-once.
+A complete example with the images that come with scikit-learn and the network that comes with
+deepfeat: a pipeline, a search over layers and regularisation, the accuracy on unseen images, a
+confusion matrix, and the same task by fine-tuning. It takes about a minute and downloads nothing.
+For photographs, use a larger network such as ``"resnet50"``; its weights are downloaded once.
 """
 
 from pathlib import Path
@@ -21,7 +20,7 @@ from sklearn.svm import LinearSVC
 from deepfeat import DeepFeatureExtractor, FineTuneClassifier
 
 digits = load_digits()
-images = digits.images / 16  # floats are read on the scale from 0 to 1
+images = digits.images / 16  # floats range from 0 to 1
 train, test, y_train, y_test = train_test_split(
     images, digits.target, test_size=0.5, stratify=digits.target, random_state=0
 )
@@ -30,8 +29,8 @@ train, test, y_train, y_test = train_test_split(
 # Features and a linear classifier
 # --------------------------------
 #
-# The pipeline is searched over the layers of the network and the C of the classifier. Each image
-# goes through the network once, whatever the number of folds and candidates.
+# The search covers layers of the network and values of the classifier's C. Each image goes through
+# the network once, whatever the number of folds and candidates.
 
 extractor = DeepFeatureExtractor("resnet10_slim", "layer2", pooling="flatten", image_size=32)
 search = GridSearchCV(
@@ -45,31 +44,31 @@ search = GridSearchCV(
 search.fit(train, y_train)
 pixels = LinearSVC(random_state=0, max_iter=10_000).fit(train.reshape(len(train), -1), y_train)
 
-print(f"best of the search:           {search.best_params_}")
+print(f"best parameters:              {search.best_params_}")
 print(f"accuracy, features:           {search.score(test, y_test):.3f}")
-print(f"accuracy, pixels themselves:  {pixels.score(test.reshape(len(test), -1), y_test):.3f}")
+print(f"accuracy, raw pixels:         {pixels.score(test.reshape(len(test), -1), y_test):.3f}")
 
 # %%
-# Which digits are taken for which?
+# Which digits are confused with each other?
 
 ConfusionMatrixDisplay.from_estimator(search, test, y_test, cmap="Blues", colorbar=False)
 plt.title("Features and a linear classifier")
 plt.tight_layout()
 plt.savefig("confusion_matrix.png", dpi=150)
-print(f"the mistakes are drawn in     {Path('confusion_matrix.png').resolve()}")
+print(f"confusion matrix:             {Path('confusion_matrix.png').resolve()}")
 
 # %%
 # Fine-tuning
 # -----------
 #
-# The same task with the network itself as the classifier: a new head, and the last two blocks
-# trained.
+# The same task with the network itself as the classifier, of which a new head and the last two
+# blocks are trained.
 
 classifier = FineTuneClassifier(
     "resnet10_slim",
     unfreeze="layer3",
     backbone_learning_rate=1e-3,
-    augment=None,  # the mirror image of a digit is none
+    augment=None,  # mirrored digits are no digits
     image_size=32,
     random_state=0,
 )

@@ -83,7 +83,7 @@ def test_scenes_are_told_apart_by_fine_tuning(folder, split, record_property):
 
 @pytest.fixture
 def measure(split, record_property):
-    """Measure rows on 15-Scene; the training part alone decides on C."""
+    """Measure features on 15-Scene; C is chosen on the training part alone."""
     train, test = (split[split["split"] == part] for part in ("train", "test"))
 
     def measure(name, step):

@@ -1,4 +1,4 @@
-"""Tests of the scripts that redo the report: what they write, against pipelines by hand."""
+"""Tests of the scripts that reproduce the report: their tables against explicit pipelines."""
 
 import csv
 import os
@@ -29,7 +29,7 @@ Run = Callable[..., Rows]
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders of twelve small pictures each: more than --quick takes."""
+    """Class folders of twelve small images each, more than --quick uses."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for label, high in {"dark": 200, "bright": 256, "soft": 230}.items():
@@ -42,7 +42,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Run a script of the report and read the table that it wrote; `names` are what it defined."""
+    """Run a report script and read the table that it writes; `names` are its globals."""
     monkeypatch.syspath_prepend(SCRIPTS)
     monkeypatch.delitem(sys.modules, "_report", raising=False)
 
@@ -61,7 +61,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
 
 def few(photos: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Take what --quick promises: of ten images a class every other one, to train on."""
+    """Split as --quick does: ten images per class, every other one for training."""
     folders = sorted(path for path in photos.iterdir())
     paths = [[str(path) for path in sorted(folder.iterdir())[:10]] for folder in folders]
     labels = np.repeat([folder.name for folder in folders], 5)
@@ -70,16 +70,16 @@ def few(photos: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return train, labels, test, labels
 
 
-def pictures(out: Path) -> set[str]:
-    """Name the pictures in a folder, all of which must show something."""
+def figures(out: Path) -> set[str]:
+    """Return the names of the figures in a folder, none of which may be blank."""
     for path in out.glob("*.png"):
         with Image.open(path) as image:
             assert np.ptp(np.asarray(image.convert("L"))) > 100, path
     return {path.name for path in out.glob("*.png")}
 
 
-def test_table3_is_that_of_a_pipeline_by_hand(run: Run, photos: Path, tmp_path: Path) -> None:
-    """The SVM of the report, on the layer before the scores; its figures stand beside."""
+def test_table3_is_that_of_an_explicit_pipeline(run: Run, photos: Path, tmp_path: Path) -> None:
+    """It has the report's SVM on the layer before the scores, next to the report's results."""
     rows = run("table3", "--quick", "--data", photos)
     X, y, X_test, y_test = few(photos)
     extractor = DeepFeatureExtractor(NET, "avgpool", image_size=96)
@@ -100,11 +100,11 @@ def test_table3_is_that_of_a_pipeline_by_hand(run: Run, photos: Path, tmp_path: 
         ("resnet152", "avgpool", "92.26"),
     ]
     assert {row["accuracy %"] for row in rows[1:]} == {""}
-    assert pictures(tmp_path / "out") == {"table3.png"}
+    assert figures(tmp_path / "out") == {"table3.png"}
 
 
 def test_given_weights_are_used(run: Run, photos: Path, tmp_path: Path) -> None:
-    """A network that the report has stands once, its figure beside what was reached here."""
+    """A network of the report has a single row, with our accuracy and the report's."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         torch.save(models.alexnet().state_dict(), tmp_path / "net=1.pth")
@@ -122,10 +122,10 @@ def test_given_weights_are_used(run: Run, photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Liblinear failed to converge")
-def test_tables_1_and_2_are_those_of_pipelines_by_hand(
+def test_tables_1_and_2_are_those_of_explicit_pipelines(
     run: Run, photos: Path, tmp_path: Path
 ) -> None:
-    """A cell of each, and the best of each row beside the report's."""
+    """Cells are checked, and the best of each row next to the report's result."""
     best = run("table1_2", "--quick", "--data", photos, "--backbones", NET)
     X, y, X_test, y_test = few(photos)
     for table, norm in {"1": None, "2": "l2"}.items():
@@ -140,20 +140,22 @@ def test_tables_1_and_2_are_those_of_pipelines_by_hand(
             assert row[c] == f"{100 * pipe.score(X_test, y_test):.2f}"
         for row in rows:
             layer = row.pop("layer")
-            (found,) = [one for one in best if (one["table"], one["layer"]) == (table, layer)]
+            (found,) = [
+                entry for entry in best if (entry["table"], entry["layer"]) == (table, layer)
+            ]
             assert float(found["accuracy %"]) == max(map(float, row.values()))
             assert row[found["best C"]] == found["accuracy %"]
     assert [row["report %"] for row in best[6:]] == [
         *("90.85", "88.98", "87.34"),
         *("90.82", "88.81", "87.37"),
     ]
-    assert pictures(tmp_path / "out") == {f"table1_2_{NET}.png"}
+    assert figures(tmp_path / "out") == {f"table1_2_{NET}.png"}
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Liblinear failed to converge")
 def test_tables_1_and_2_run_with_vgg16_and_random_weights(run: Run, tmp_path: Path) -> None:
-    """As the report has them, on the patches that need no data."""
+    """They have the report's layers, on patches that need no data."""
     rows = run("table1_2", "--quick")
     assert [(row["backbone"], row["layer"], row["report %"]) for row in rows] == [
         ("vgg16", "relu6", "90.85"),
@@ -166,19 +168,19 @@ def test_tables_1_and_2_run_with_vgg16_and_random_weights(run: Run, tmp_path: Pa
     assert all(row["accuracy %"] for row in rows)
 
 
-def test_the_appended_layer_is_that_of_a_classifier_by_hand(
+def test_the_appended_layer_is_that_of_an_explicit_classifier(
     run: Run, photos: Path, tmp_path: Path
 ) -> None:
-    """With its learning curve."""
+    """Its learning curve is drawn, too."""
     rows = run("replace_svm", "--quick", "--data", photos)
     X, y, X_test, y_test = few(photos)
     classifier = FineTuneClassifier(
         NET, unfreeze=None, head="append", max_epochs=2, image_size=96, random_state=0
     ).fit(X, y)
-    # So few images are classified alike by much that is wrong.
+    # On so few images, wrong classifiers may reach the same accuracy: compare losses.
     losses, expected = (
-        [epoch["train_loss"] for epoch in one.history_]
-        for one in (run.names["classifier"], classifier)
+        [epoch["train_loss"] for epoch in fitted.history_]
+        for fitted in (run.names["classifier"], classifier)
     )
     assert_allclose(losses, expected, rtol=1e-4)
     assert rows == [
@@ -189,11 +191,11 @@ def test_the_appended_layer_is_that_of_a_classifier_by_hand(
         },
         {"backbone": "vgg16", "accuracy %": "", "report %": "85.56"},
     ]
-    assert pictures(tmp_path / "out") == {"replace_svm.png", f"replace_svm_{NET}.png"}
+    assert figures(tmp_path / "out") == {"replace_svm.png", f"replace_svm_{NET}.png"}
 
 
-def test_table4_is_that_of_classifiers_by_hand(run: Run, photos: Path, tmp_path: Path) -> None:
-    """One for each block from which on it is trained."""
+def test_table4_is_that_of_explicit_classifiers(run: Run, photos: Path, tmp_path: Path) -> None:
+    """There is one classifier per block from which it is trained."""
     rows = run("table4", "--quick", "--data", photos)
     X, y, X_test, y_test = few(photos)
     blocks = ["layer4", "layer3", "layer2", "all"]
@@ -213,14 +215,14 @@ def test_table4_is_that_of_classifiers_by_hand(run: Run, photos: Path, tmp_path:
         *("93.03", "93.20", "93.37", "91.50"),
         *("92.50", "93.60", "92.60", "92.46"),
     ]
-    assert pictures(tmp_path / "out") == {"table4.png"}
+    assert figures(tmp_path / "out") == {"table4.png"}
 
 
 def test_figures_are_drawn(run: Run, photos: Path, tmp_path: Path) -> None:
-    """The architecture, the first convolution and ReLU, and predictions."""
+    """They show the architecture, the first convolution and ReLU, and predictions."""
     rows = run("figures", "--quick", "--data", photos, "--backbones", NET)
     assert [row["backbone"] for row in rows] == [NET]
-    assert pictures(tmp_path / "out") == {
+    assert figures(tmp_path / "out") == {
         f"architecture_{NET}.png",
         f"maps_{NET}_conv1.png",
         f"maps_{NET}_relu.png",
@@ -229,23 +231,23 @@ def test_figures_are_drawn(run: Run, photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_parameters_of_vgg16_are_those_that_the_report_counts(
+def test_the_parameters_of_vgg16_are_those_of_the_report(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Counted by the script; and random weights predict nothing."""
+    """The script counts them; with random weights, it predicts nothing."""
     rows = run("figures", "--quick", "--backbones", "vgg16")
     assert rows[0]["of these fully connected"] == rows[0]["report"] == "123642856"
     assert rows[0]["parameters"] == str(sum(map(torch.numel, models.vgg16().parameters())))
     assert "random weights" in capsys.readouterr().out
-    assert pictures(tmp_path / "out") == {
+    assert figures(tmp_path / "out") == {
         *("architecture_vgg16.png", "maps_vgg16_conv1_1.png", "maps_vgg16_relu1_1.png"),
     }
 
 
-def test_all_of_15_scene_is_used_with_its_split(
+def test_without_quick_all_images_of_15_scene_are_used(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without --quick: here with a smaller data set in its place, on the fixed split."""
+    """Here a smaller data set replaces it, with its fixed split and a random one."""
     root = tmp_path / "scenes"
     counts = {"sea": 103, "sky": 104}
     monkeypatch.setattr(datasets, "_SCENES", counts)
@@ -258,26 +260,26 @@ def test_all_of_15_scene_is_used_with_its_split(
             split.append(f"{'test' if number >= 100 else 'train'},{name},{number}.png")
     (tmp_path / "scene15_split.csv").write_text("\n".join(split))
     rows = run("table3", "--data", root, "--backbones", NET)
-    assert "15-Scene, fixed split: 200 images to train on, 7 to test on" in capsys.readouterr().out
+    assert "15-Scene, fixed split: 200 training and 7 test images" in capsys.readouterr().out
     accuracy = float(rows[0]["accuracy %"]) / 100
     assert accuracy * 7 == pytest.approx(round(accuracy * 7), abs=1e-3)
     run("table3", "--data", root, "--backbones", NET, "--split", "random")
-    assert "15-Scene, random split: 200 images" in capsys.readouterr().out
+    assert "15-Scene, random split: 200 training" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights", "net.pth"], "--weights net.pth: NAME=PATH is expected"),
-        (["--weights", "net="], "--weights net=: NAME=PATH is expected"),
-        (["--weights", "vgg19=x.pth"], "--weights of vgg19, which --backbones does not name"),
+        (["--weights", "net.pth"], "--weights must have the form NAME=PATH; got net.pth."),
+        (["--weights", "net="], "--weights must have the form NAME=PATH; got net=."),
+        (["--weights", "vgg19=x.pth"], "--weights must name networks in --backbones; got vgg19."),
         (["--split", "own"], "invalid choice: 'own'"),
     ],
 )
 def test_unclear_arguments_are_refused(
     run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    """Before anything is loaded."""
+    """They are checked before anything is loaded."""
     with pytest.raises(SystemExit):
         run("table3", "--quick", "--backbones", NET, *arguments)
     assert message in capsys.readouterr().err
@@ -287,7 +289,7 @@ def test_unclear_arguments_are_refused(
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif("DEEPFEAT_DATA" not in os.environ, reason="DEEPFEAT_DATA is not set")
 def test_table3_on_real_data(run: Run, record_property: Callable[[str, object], None]) -> None:
-    """The figures that the library is measured by."""
+    """Real weights reach the accuracy that the library promises."""
     folder = Path(os.environ["DEEPFEAT_DATA"])
     least = {"mobilenet_v2": 90, "squeezenet1_1": 87}
     weights = [f"{name}={folder / 'weights' / name}.pth" for name in least]

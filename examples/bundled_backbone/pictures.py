@@ -1,4 +1,4 @@
-"""Knows the pictures that the bundled backbone learns from: formulas drawn, photographs cropped."""
+"""Training pictures of the bundled backbone: drawings from formulas, crops of photographs."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ ACROSS, DOWN = np.meshgrid(np.linspace(-1, 1, SIDE), np.linspace(-1, 1, SIDE))
 
 
 def draw(family: str, rng: Rng) -> np.ndarray:
-    """Draw a picture of a family, as 8-bit RGB of shape (SIDE, SIDE, 3)."""
+    """Draw a picture of a family as 8-bit RGB of shape (SIDE, SIDE, 3)."""
     picture = FAMILIES[family](rng)
     if picture.ndim == 2:
         picture = coloured(rng, picture)
@@ -24,7 +24,7 @@ def draw(family: str, rng: Rng) -> np.ndarray:
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """Load the photographs that lie in the wheels of scikit-image and scikit-learn."""
+    """Load the photographs that come with scikit-image and scikit-learn."""
     names = """astronaut brick camera cell chelsea clock coffee coins grass gravel
         hubble_deep_field immunohistochemistry retina rocket text"""
     loaded = {name: getattr(data, name)() for name in names.split()}
@@ -34,7 +34,7 @@ def photographs() -> dict[str, np.ndarray]:
 
 
 def crop(photograph: np.ndarray, rng: Rng) -> np.ndarray:
-    """Cut a square of a random size out of a random place, as 8-bit (SIDE, SIDE, 3)."""
+    """Crop a square of random size and position as 8-bit RGB of shape (SIDE, SIDE, 3)."""
     height, width = photograph.shape[:2]
     side = np.exp(rng.uniform(np.log(min(96, height)), np.log(min(height, width))))
     left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
@@ -53,13 +53,13 @@ def as_rgb(pixels: np.ndarray) -> np.ndarray:
 
 
 def scaled(values: np.ndarray) -> np.ndarray:
-    """Stretch to the range from 0 to 1, up to a few outliers."""
+    """Stretch to the range from 0 to 1, clipping a few outliers."""
     low, high = np.percentile(values, (0.5, 99.5))
     return np.clip((values - low) / (high - low + 1e-9), 0, 1)
 
 
 def noise(rng: Rng, slope: float, stretch: float = 1.0) -> np.ndarray:
-    """Draw noise whose amplitude falls with frequency by a power; it tiles."""
+    """Draw tileable noise whose amplitude falls as a power of the frequency."""
     rows = np.fft.fftfreq(SIDE)[:, None] * stretch
     columns = np.fft.rfftfreq(SIDE)[None] / stretch
     frequency = np.hypot(rows, columns)
@@ -69,7 +69,7 @@ def noise(rng: Rng, slope: float, stretch: float = 1.0) -> np.ndarray:
 
 
 def coloured(rng: Rng, grey: np.ndarray) -> np.ndarray:
-    """Give a grey picture two to four colours, from dark to bright or in any order."""
+    """Colour a grey picture with two to four colours, from dark to bright or in any order."""
     levels = np.linspace(0, 1, rng.integers(2, 5)) + rng.normal(0, 0.15)
     if rng.random() < 0.2:
         levels = rng.permutation(levels)
@@ -79,7 +79,7 @@ def coloured(rng: Rng, grey: np.ndarray) -> np.ndarray:
 
 
 def warped(rng: Rng) -> tuple[np.ndarray, np.ndarray]:
-    """Give the plane a random homography and some waves."""
+    """Distort the plane by a random homography and some waves."""
     angle, scale = rng.uniform(0, 2 * np.pi), np.exp(rng.uniform(-0.7, 1))
     depth = 1 + rng.uniform(-0.7, 0.7) * ACROSS * rng.random() + rng.uniform(-0.8, 0.8) * DOWN
     depth = np.maximum(depth, 0.1) if rng.random() < 0.6 else 1.0
@@ -92,7 +92,7 @@ def warped(rng: Rng) -> tuple[np.ndarray, np.ndarray]:
 
 
 def texture(rng: Rng) -> Texture:
-    """Choose a grey pattern over the whole plane."""
+    """Choose a grey pattern that covers the plane."""
     low, high = np.sort(rng.uniform(0, 1, 2))
     across, down = np.exp(rng.uniform(0.5, 3, 2))
 
@@ -118,7 +118,7 @@ def texture(rng: Rng) -> Texture:
 
 
 class Canvas:
-    """Draws shapes at twice the size, for smooth edges."""
+    """A canvas of twice the size, so that edges become smooth."""
 
     def __init__(self, colour: float | np.ndarray):
         self._image = Image.new("RGB", (2 * SIDE, 2 * SIDE), ink(colour))
@@ -134,7 +134,7 @@ def ink(colour: float | np.ndarray) -> tuple[int, ...]:
 
 
 def points(*pairs: tuple[float, float]) -> list[tuple[float, float]]:
-    """Turn coordinates from -1 to 1 into those of a canvas."""
+    """Convert coordinates from -1 to 1 to those of a canvas."""
     return [((x + 1) * SIDE, (y + 1) * SIDE) for x, y in pairs]
 
 
@@ -157,7 +157,7 @@ def outline(rng: Rng, x: float, y: float, radius: float) -> list[tuple[float, fl
 
 
 def clouds(rng: Rng) -> np.ndarray:
-    """Noise of one slope, stretched, folded or cut in steps."""
+    """Noise of one slope: stretched, folded or quantised."""
     grey = noise(rng, rng.uniform(0.4, 2.4), np.exp(rng.normal(0, 0.7)))
     change = rng.integers(4)
     if change == 0:
@@ -170,7 +170,7 @@ def clouds(rng: Rng) -> np.ndarray:
 
 
 def formulas(rng: Rng) -> np.ndarray:
-    """A random composition of functions of the coordinates, one a channel."""
+    """Random compositions of functions of the coordinates, one per channel."""
     x, y = warped(rng)
     values = [x, y, np.hypot(x, y), np.arctan2(y, x), 2 * noise(rng, rng.uniform(1, 2)) - 1]
     for _ in range(rng.integers(4, 11)):
@@ -203,13 +203,13 @@ def fractal(rng: Rng) -> np.ndarray:
     sizes = np.abs(np.linalg.svd(maps[:, :, :2], compute_uv=False))
     maps[:, :, :2] *= (rng.uniform(0.4, 0.9, (len(maps), 1)) / sizes[:, :1])[..., None]
     area = np.abs(np.linalg.det(maps[:, :, :2])) + 0.05
-    place = rng.uniform(-1, 1, (400, 2))
+    position = rng.uniform(-1, 1, (400, 2))
     path = []
     for step in range(90):
-        chosen = maps[rng.choice(len(maps), len(place), p=area / area.sum())]
-        place = np.einsum("nij,nj->ni", chosen[:, :, :2], place) + chosen[:, :, 2]
+        chosen = maps[rng.choice(len(maps), len(position), p=area / area.sum())]
+        position = np.einsum("nij,nj->ni", chosen[:, :, :2], position) + chosen[:, :, 2]
         if step > 9:
-            path.append(place)
+            path.append(position)
     cloud = np.concatenate(path)
     low, high = np.percentile(cloud, (1, 99), axis=0)
     margin = 0.1 * (high - low) + 1e-3
@@ -236,7 +236,7 @@ def gratings(rng: Rng) -> np.ndarray:
 
 
 def cells(rng: Rng) -> np.ndarray:
-    """The cells of scattered points: filled, graded or only their walls."""
+    """Voronoi cells of random points: filled, shaded or only their walls."""
     x, y = warped(rng)
     count = int(np.exp(rng.uniform(2, 5.5)))
     spread = max(np.abs(x).max(), np.abs(y).max())
@@ -256,7 +256,7 @@ def cells(rng: Rng) -> np.ndarray:
 
 
 def leaves(rng: Rng) -> np.ndarray:
-    """Dead leaves: shapes of all sizes, one over the other."""
+    """Dead leaves: overlapping shapes of all sizes."""
     canvas = Canvas(rng.random(3))
     smallest, grey = rng.uniform(0.02, 0.15), rng.random() < 0.3
     base = rng.random(3)
@@ -271,7 +271,7 @@ def leaves(rng: Rng) -> np.ndarray:
 
 
 def strokes(rng: Rng) -> np.ndarray:
-    """Pen strokes on plain paper: curves, scribbles, letters that no one reads."""
+    """Pen strokes on plain paper: curves, scribbles, illegible letters."""
     paper = rng.random(3)
     canvas = Canvas(paper)
     cursor, colour = rng.uniform(-1, 1, 2), rng.random(3)
@@ -344,7 +344,7 @@ def ground(rng: Rng, horizon: float) -> np.ndarray:
 
 
 def landscape(rng: Rng) -> np.ndarray:
-    """Ground, sky, ridges behind one another, and upright things that stand on the ground."""
+    """Ground, sky, ridges behind each other, and upright objects on the ground."""
     horizon = rng.uniform(-0.7, 0.6)
     grey = ground(rng, horizon)
     x = np.linspace(-1, 1, SIDE)
@@ -378,7 +378,7 @@ def facade(rng: Rng, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def blocks(rng: Rng) -> np.ndarray:
-    """Boxes with openings that stand on a plane and run towards a vanishing point."""
+    """Boxes with openings that stand on a plane, drawn with a vanishing point."""
     horizon, vanish = rng.uniform(-0.2, 0.8), rng.uniform(-1.5, 1.5)
     grey = ground(rng, horizon)
     for far in np.sort(rng.uniform(1, 6, rng.integers(1, 9)))[::-1]:
@@ -400,7 +400,7 @@ def blocks(rng: Rng) -> np.ndarray:
 
 
 def room(rng: Rng) -> np.ndarray:
-    """The inside of a box: floor, ceiling, three walls, with frames and furniture."""
+    """The inside of a box: floor, ceiling and three walls, with frames and furniture."""
     x0, y0 = rng.uniform(-0.5, 0.5, 2)
     half_width, up, low = rng.uniform(0.3, 1.2), rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8)
     back = rng.uniform(1.2, 4)
@@ -439,7 +439,7 @@ def room(rng: Rng) -> np.ndarray:
 
 
 def collage(rng: Rng) -> np.ndarray:
-    """Pieces of other pictures in one."""
+    """Pieces of several other pictures."""
     names = [name for name in FAMILIES if name != "collage"]
     picture = draw(rng.choice(names), rng) / 255
     for _ in range(rng.integers(1, 3)):

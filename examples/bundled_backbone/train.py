@@ -1,15 +1,15 @@
-"""Train the backbone that comes with deepfeat, from nothing: no data set, no other network.
+"""Training of the backbone that comes with deepfeat, without a data set or another network.
 
     python -m pip install . scikit-image
     python examples/bundled_backbone/train.py
 
 draws 32,800 pictures (1.6 GB of disk), trains on them, and writes `resnet10_slim.safetensors`, all
-under `--work`. The published file took 7 + 65 minutes on two CPU cores that were busy with other
-work; it needs no GPU.
+under `--work`. The published file took 7 + 65 minutes on two CPU cores that were also busy with
+other jobs; no GPU is needed.
 
-Two views of a picture, cut and lit differently, are to meet (NT-Xent: Chen et al., 2020), and the
-network is to name the formula or photograph that a view comes from. A run that was cut off goes on
-where it was when it is started again.
+The loss has two parts: two views of a picture, with different crops and lighting, should have
+similar features (NT-Xent: Chen et al., 2020), and the network should recognise the formula or
+photograph that a view comes from. An interrupted run resumes when it is started again.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=6800)
     parser.add_argument("--work", type=Path, default=Path("bundled-training"))
-    parser.add_argument("--threads", type=int, default=1, help="one more cuts the views")
+    parser.add_argument("--threads", type=int, default=1, help="besides the one that crops views")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
@@ -57,7 +57,7 @@ def source_names() -> list[str]:
 
 
 def load_bank(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Draw all pictures once, into a file; return them and the numbers of their sources."""
+    """Draw all pictures once, into a file; return them and the indices of their sources."""
     path, photos = folder / "pictures.npy", photographs()
     counts = [DRAWN] * len(FAMILIES) + [CROPPED] * len(photos)
     sources = np.repeat(np.arange(len(counts)), counts)
@@ -76,7 +76,7 @@ def load_bank(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batches(pictures: np.ndarray, start: int, stop: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Yield the numbers of some pictures and two views of each, made in a thread beside."""
+    """Yield the indices of some pictures and two views of each, made in another thread."""
     with ThreadPoolExecutor(1) as pool:
         ahead = [pool.submit(two_views, pictures, step) for step in range(start, start + 2)]
         for step in range(start, stop):
@@ -93,7 +93,7 @@ def two_views(pictures: np.ndarray, step: int) -> tuple[np.ndarray, Tensor]:
 
 
 def random_view(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Cut out a part of 15 to 100 per cent, stretched a little, perhaps mirrored."""
+    """Crop 15 to 100 per cent of a picture, slightly stretched and possibly mirrored."""
     side = SIDE * math.sqrt(rng.uniform(0.15, 1))
     stretch = math.exp(rng.uniform(-0.25, 0.25))
     width, height = min(SIDE, side * stretch), min(SIDE, side / stretch)
@@ -104,7 +104,7 @@ def random_view(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def change_light(views: Tensor, generator: torch.Generator) -> Tensor:
-    """Change colour, brightness, contrast, gamma and sharpness; add noise; cover a part."""
+    """Change colour, brightness, contrast, gamma and sharpness; add noise; cover a patch."""
     count = len(views)
 
     def uniform(low: float, high: float, count: int = count) -> Tensor:
@@ -139,8 +139,8 @@ def change_light(views: Tensor, generator: torch.Generator) -> Tensor:
 # Training ---------------------------------------------------------------------------------------
 
 
-class Learner(nn.Module):
-    """The network, and the projection in which views of one picture are to meet."""
+class ContrastiveModel(nn.Module):
+    """The network, and a projection in which views of the same picture should be similar."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -154,39 +154,39 @@ class Learner(nn.Module):
         )
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        kept = []
-        handle = self.network.avgpool.register_forward_hook(lambda *call: kept.append(call[-1]))
+        outputs = []
+        handle = self.network.avgpool.register_forward_hook(lambda *call: outputs.append(call[-1]))
         logits = self.network(views)
         handle.remove()
-        return F.normalize(self.projection(kept[0].flatten(1)).float()), logits.float()
+        return F.normalize(self.projection(outputs[0].flatten(1)).float()), logits.float()
 
 
 def contrast(points: Tensor) -> Tensor:
-    """NT-Xent (Chen et al., 2020) of views that come as first halves, then second halves."""
-    likeness = points @ points.T / TEMPERATURE
-    likeness.fill_diagonal_(-torch.inf)
+    """Compute NT-Xent (Chen et al., 2020); the second views follow all first views."""
+    similarity = points @ points.T / TEMPERATURE
+    similarity.fill_diagonal_(-torch.inf)
     partner = torch.arange(len(points)).roll(len(points) // 2)
-    return F.cross_entropy(likeness, partner)
+    return F.cross_entropy(similarity, partner)
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Rise, stay, then fall to zero: what is learned before the fall serves runs of any length."""
+    """Rise, stay, then fall to zero, so that runs of any length share the steps before the fall."""
     return RATE * min(1, (step + 1) / WARMUP, (steps - step) / (COOLDOWN * steps))
 
 
 def train(pictures: np.ndarray, sources: np.ndarray, steps: int, folder: Path) -> None:
     torch.manual_seed(0)
     classes = int(sources.max()) + 1
-    learner = Learner(classes).to(memory_format=torch.channels_last)
-    decayed = [p for p in learner.parameters() if p.ndim > 1]
-    others = [p for p in learner.parameters() if p.ndim <= 1]
+    model = ContrastiveModel(classes).to(memory_format=torch.channels_last)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0}]
     )
     first, checkpoint = 0, folder / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
-        learner.load_state_dict(saved["learner"])
+        model.load_state_dict(saved["learner"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
     began = saved_at = time.monotonic()
@@ -195,25 +195,25 @@ def train(pictures: np.ndarray, sources: np.ndarray, steps: int, folder: Path) -
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
-            points, logits = learner(views)
+            points, logits = model(views)
         labels = torch.from_numpy(np.tile(sources[numbers], 2))
-        meeting, naming = contrast(points), F.cross_entropy(logits, labels)
+        contrastive, supervised = contrast(points), F.cross_entropy(logits, labels)
         optimizer.zero_grad()
-        (meeting + 0.3 * naming).backward()
+        (contrastive + 0.3 * supervised).backward()
         optimizer.step()
-        right = (logits.argmax(1) == labels).float().mean()
-        totals += [meeting.item(), naming.item(), right.item()]
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        totals += [contrastive.item(), supervised.item(), accuracy.item()]
         if (step + 1) % 100 == 0:
             means = " ".join(f"{total / 100:.3f}" for total in totals)
             pace = (time.monotonic() - began) / (step + 1 - first)
-            print(f"{step + 1} {means} {pace:.2f} s a step {time.strftime('%H:%M')}", flush=True)
+            print(f"{step + 1} {means} {pace:.2f} s per step {time.strftime('%H:%M')}", flush=True)
             totals[:] = 0
         if time.monotonic() - saved_at > 120 or step + 1 == steps:
             saved_at = time.monotonic()
-            content = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict()}
+            content = {"learner": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(content | {"step": step + 1}, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
-    state = learner.network.state_dict()
+    state = model.network.state_dict()
     half = {
         key: value.half().contiguous() if value.is_floating_point() else value
         for key, value in state.items()

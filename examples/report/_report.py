@@ -1,4 +1,4 @@
-"""Knows what the scripts of the report share: arguments, images, layers, and tables in files."""
+"""Shared parts of the report scripts: arguments, images, networks, tables and figures."""
 
 import argparse
 import csv
@@ -21,18 +21,18 @@ QUICK_SIZE = 96
 
 
 def parse_arguments(description, *, backbones, quick_backbones=(BUNDLED,)):
-    """Read the arguments that all scripts of the report take."""
+    """Parse the arguments that all report scripts share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help="folder of 15-Scene; without it 15-Scene is downloaded. With --quick any folder of "
-        "class folders; without it, patches of the two photographs that come with scikit-learn",
+        help="folder of 15-Scene, which is downloaded by default; with --quick, any folder with "
+        "one folder per class, by default patches of scikit-learn's two photographs",
     )
     parser.add_argument(
         "--split",
         choices=["fixed", "random"],
-        help="the split that comes with the images (the default with --data), or one drawn with "
+        help="the split that comes with the images (the default with --data), or a random one with "
         "seed 0",
     )
     parser.add_argument("--backbones", nargs="+", metavar="NAME")
@@ -42,33 +42,33 @@ def parse_arguments(description, *, backbones, quick_backbones=(BUNDLED,)):
         action="extend",
         default=[],
         metavar="NAME=PATH",
-        help="files of weights; other backbones take torchvision's, which are downloaded",
+        help="files of weights; for other backbones, torchvision's weights are downloaded",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a few small images, and random weights where none are given: a try of the script, "
-        "whose figures mean nothing",
+        help="try the script on a few small images, with random weights unless some are given; the "
+        "results are meaningless",
     )
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR")
     args = parser.parse_args()
     args.backbones = args.backbones or list(quick_backbones if args.quick else backbones)
     unclear = [entry for entry in args.weights if not all(entry.partition("="))]
     if unclear:
-        parser.error(f"--weights {unclear[0]}: NAME=PATH is expected")
+        parser.error(f"--weights must have the form NAME=PATH; got {unclear[0]}.")
     args.weights = dict(entry.split("=", 1) for entry in args.weights)
     unused = sorted(set(args.weights) - set(args.backbones))
     if unused:
-        parser.error(f"--weights of {', '.join(unused)}, which --backbones does not name")
+        parser.error(f"--weights must name networks in --backbones; got {', '.join(unused)}.")
     args.out.mkdir(parents=True, exist_ok=True)
     return args
 
 
 def load_images(args):
-    """Load images with a split: 15-Scene, or a few of anything."""
+    """Load images with a split: 15-Scene, or with --quick a few images."""
     if args.quick:
         images = load_few(args.data)
-        name = "--quick, the figures mean nothing"
+        name = "--quick, meaningless results"
     elif args.data is None:
         images = fetch_scene15(split=args.split or "random", random_state=0)
         name = f"15-Scene, {args.split or 'random'} split"
@@ -76,12 +76,12 @@ def load_images(args):
         split = args.split or "fixed"
         images = load_scene15(args.data, split=split, random_state=0)
         name = f"15-Scene, {split} split"
-    print(f"{name}: {len(images.train)} images to train on, {len(images.test)} to test on")
+    print(f"{name}: {len(images.train)} training and {len(images.test)} test images")
     return images
 
 
 def load_few(data):
-    """Load a few images of each class, one half to train on."""
+    """Load a few images per class, half of them for training."""
     if data is None:
         images = Bunch(
             data=np.concatenate(
@@ -99,31 +99,30 @@ def load_few(data):
         np.flatnonzero(images.target == label)[:QUICK_PER_CLASS]
         for label in range(len(images.target_names))
     ]
-    images.train = np.concatenate([places[::2] for places in few])
-    images.test = np.concatenate([places[1::2] for places in few])
+    images.train = np.concatenate([indices[::2] for indices in few])
+    images.test = np.concatenate([indices[1::2] for indices in few])
     return images
 
 
 def choose_network(args, backbone):
-    """Choose weights and input size, as arguments of an estimator of deepfeat."""
-    known = "DEFAULT" if backbone == BUNDLED or not args.quick else None
-    weights = args.weights.get(backbone, known)
+    """Choose the network's parameters of an estimator: weights and input size."""
+    default = "DEFAULT" if backbone == BUNDLED or not args.quick else None
     return {
         "backbone": backbone,
-        "weights": weights,
+        "weights": args.weights.get(backbone, default),
         "image_size": QUICK_SIZE if args.quick else None,
     }
 
 
 def find_penultimate(backbone):
-    """Name the last layer before the scores of the classes: relu7 of VGG16, avgpool of ResNet."""
+    """Return the last layer before the class scores, such as relu7 of VGG16, avgpool of ResNet."""
     layers = list_layers(backbone)
     scores = layers[-1].output_shape[0]
     return [layer.name for layer in layers if layer.output_shape[0] != scores][-1]
 
 
 def make_row(names, accuracy, reported):
-    """Make a row of a table from its first columns, the accuracy and the report's in percent."""
+    """Make a table row of its first columns and, in percent, our accuracy and the report's."""
     return names | {
         "accuracy %": "" if accuracy is None else f"{100 * accuracy:.2f}",
         "report %": "" if reported is None else f"{reported:.2f}",
@@ -131,7 +130,7 @@ def make_row(names, accuracy, reported):
 
 
 def write_table(rows, path):
-    """Print rows (dicts of the same keys) as a table, and write them to a CSV file."""
+    """Print rows (dicts with the same keys) as a table, and write them to a CSV file."""
     columns = list(rows[0])
     cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -148,7 +147,7 @@ def save_figure(figure, path):
 
 
 def draw_rows(rows, title):
-    """Draw a bar for the accuracy of each row, and a mark at the report's; return the figure."""
+    """Draw the accuracy of each row as a bar, with the report's as a mark; return the figure."""
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.35 * len(rows)), layout="constrained")
     for column, draw in (
         (
@@ -157,12 +156,12 @@ def draw_rows(rows, title):
         ),
         ("report %", functools.partial(_mark, axes)),
     ):
-        known = [place for place, row in enumerate(rows) if row[column]]
+        known = [i for i, row in enumerate(rows) if row[column]]
         if known:
-            draw(known, [float(rows[place][column]) for place in known])
-    for place, row in enumerate(rows):
+            draw(known, [float(rows[i][column]) for i in known])
+    for i, row in enumerate(rows):
         if row["accuracy %"]:
-            axes.text(1, place, row["accuracy %"], va="center")
+            axes.text(1, i, row["accuracy %"], va="center")
     names = [
         ", ".join(str(value) for column, value in row.items() if not column.endswith("%") and value)
         for row in rows
@@ -174,5 +173,5 @@ def draw_rows(rows, title):
     return figure
 
 
-def _mark(axes, places, values):
-    axes.plot(values, places, "D", color="black", label="report")
+def _mark(axes, positions, values):
+    axes.plot(values, positions, "D", color="black", label="report")

@@ -1,4 +1,4 @@
-"""The pictures of the report: a network's architecture, what it sees in photographs, its maps."""
+"""Figures of the report: architecture, activation maps and predictions of a network."""
 
 import numpy as np
 from _report import (
@@ -13,7 +13,9 @@ from sklearn.datasets import load_sample_images
 from deepfeat import DeepFeatureExtractor, list_layers, predict_categories
 from deepfeat.plotting import ActivationMapDisplay, ArchitectureDisplay, PredictionDisplay
 
-FULLY_CONNECTED = 123_642_856  # the parameters that the report counts in VGG16's fc6, fc7 and fc8
+FULLY_CONNECTED = (
+    123_642_856  # number of parameters in VGG16's fc6, fc7 and fc8, according to the report
+)
 
 args = parse_arguments(__doc__, backbones=["vgg16"], quick_backbones=["vgg16", "resnet10_slim"])
 images = load_images(args)
@@ -44,7 +46,7 @@ for backbone in args.backbones:
         save_figure(display.figure_, args.out / f"maps_{backbone}_{layer.name}.png")
 
     if network["weights"] is None:
-        print(f"{backbone} has random weights, which know no categories")
+        print(f"{backbone} has random weights, so it predicts no categories")
         continue
     predictions = predict_categories(photographs, **network)
     display = PredictionDisplay.from_predictions(photographs, predictions)

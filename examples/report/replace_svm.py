@@ -1,4 +1,4 @@
-"""Instead of the SVM, as in the report: ReLU and a linear layer after the scores of a network."""
+"""Replacement of the SVM in the report: ReLU and a linear layer after a network's scores."""
 
 from _report import (
     choose_network,

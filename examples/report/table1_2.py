@@ -1,4 +1,4 @@
-"""Tables 1 and 2 of the report: layers of a network, C of a linear SVM, and the norm between."""
+"""Tables 1 and 2 of the report: a linear SVM for several layers, norms and values of C."""
 
 import time
 
@@ -31,7 +31,7 @@ REPORT = {  # the best accuracy of each row
 
 
 def choose_layers(backbone):
-    """Take the report's layers; of networks without them the last two stages and the scores."""
+    """Return the report's layers; of other networks, the last two stages and the scores."""
     layers = list_layers(backbone)
     names = [layer.name for layer in layers]
     if {"relu6", "relu7", "relu8"} <= set(names):

@@ -1,4 +1,4 @@
-"""Table 4 of the report: networks fine-tuned from their last block, or an earlier one, on."""
+"""Table 4 of the report: networks fine-tuned from different blocks on."""
 
 from _report import (
     choose_network,
@@ -12,7 +12,12 @@ from _report import (
 
 from deepfeat import FineTuneClassifier, list_layers
 
-BLOCKS = ["layer4", "layer3", "layer2", "all"]  # each stands for all that follows, too
+BLOCKS = [
+    "layer4",
+    "layer3",
+    "layer2",
+    "all",
+]  # the first trained block; all later ones are trained as well
 REPORT = {
     "resnet34": [92.56, 92.56, 92.70, 92.10],
     "resnet50": [93.03, 93.20, 93.37, 91.50],
@@ -21,7 +26,7 @@ REPORT = {
 
 
 def choose_blocks(backbone):
-    """Take the report's blocks; of networks without them the last three stages, and all."""
+    """Return the report's blocks; of other networks, the last three stages, and "all"."""
     aliases = [alias for layer in list_layers(backbone) for alias in layer.aliases]
     if {"layer2", "layer3", "layer4"} <= set(aliases):
         return BLOCKS
@@ -47,7 +52,9 @@ for backbone in args.backbones:
         )
         classifier.fit(X[images.train], y[images.train])
         accuracy = classifier.score(X[images.test], y[images.test])
-        print(f"{backbone}, {block}: {100 * accuracy:.2f} %")  # the next one may take long
+        print(
+            f"{backbone}, {block}: {100 * accuracy:.2f} %"
+        )  # at once, as the next one may take long
         rows.append(make_row({"backbone": backbone, "unfrozen from": block}, accuracy, figure))
 for backbone in [name for name in REPORT if name not in args.backbones]:
     for block, figure in zip(BLOCKS, REPORT[backbone], strict=True):

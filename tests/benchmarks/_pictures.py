@@ -1,4 +1,4 @@
-"""Knows how to write JPEGs that cost as much to decode as photographs do."""
+"""JPEGs that take as long to decode as photographs."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ SIZE = (300, 250)  # width and height in pixels
 
 
 def write_pictures(folder: Path, count: int) -> list[str]:
-    """Write so many JPEGs, every other one grey, and return their paths."""
+    """Write `count` JPEGs, every other one grey, and return their paths."""
     rng = np.random.default_rng(0)
     paths = []
     for number in range(count):

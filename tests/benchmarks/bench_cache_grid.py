@@ -1,10 +1,10 @@
-"""Measures a search over layers and C: with the cache, with Pipeline(memory=...), with neither.
+"""Time of a search over layers and C: with the cache, with Pipeline(memory=...), with neither.
 
-The images are 300 of the real ones under DEEPFEAT_DATA with the MobileNetV2 weights that lie there,
-or else 300 generated ones and random weights. Every figure is of one run on this machine.
+The images are 300 of those under DEEPFEAT_DATA, with the MobileNetV2 weights from there, or else
+300 generated ones, with random weights. Each result is from a single run on this machine.
 
-Arguments: the number of images, and the path of another checkout of deepfeat. With the latter only
-the warm grid is measured, with both in turns, each in a process of its own.
+Arguments: the number of images, and the path of another checkout of deepfeat. With a checkout, only
+the warm grid is measured, alternating between the two, each in a process of its own.
 """
 
 import csv
@@ -55,7 +55,7 @@ def main():
 
 
 def compare_checkouts(other):
-    """Print the time of the warm grid, and of its ratio to that of the other checkout."""
+    """Print the time of the warm grid, and its ratio to that of the other checkout."""
     command = [sys.executable, __file__, str(IMAGES), "--serve"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     servers = [
@@ -79,7 +79,7 @@ def ask(server, cache):
 
 
 def serve():
-    """Print the seconds of one grid for each line of standard input, which names a cache."""
+    """For each line of standard input, which names a cache, print the seconds of one grid."""
     with tempfile.TemporaryDirectory() as folder:
         paths, y, weights = find_images(Path(folder))
         caches = {"disk": FeatureCache(Path(folder, "cache")), "memory": FeatureCache()}
@@ -110,7 +110,7 @@ def report(words, grid, paths, y):
 
 
 def compare_with_matrices(where, extractor, paths, y):
-    """Compare a warm grid with the same fits on feature matrices that lie ready."""
+    """Compare a warm grid with the same fits on precomputed feature matrices."""
     matrices = [extractor.set_params(layer=layer).transform(paths) for layer in LAYERS]
     warm, ready = [], []
     for _ in range(REPEATS):
@@ -123,7 +123,7 @@ def compare_with_matrices(where, extractor, paths, y):
         ready.append(time.perf_counter() - start)
     ratios = np.divide(warm, ready)
     print(
-        f"  warm grid {where} {np.median(warm):.2f} s, the same fits on ready matrices "
+        f"  warm grid {where} {np.median(warm):.2f} s, the same fits on precomputed matrices "
         f"{np.median(ready):.2f} s: ratio {np.median(ratios):.2f} "
         f"({ratios.min():.2f} to {ratios.max():.2f} in {REPEATS} runs; aim 1.15)"
     )

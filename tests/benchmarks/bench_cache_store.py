@@ -1,7 +1,7 @@
-"""Measures what a cache on disk costs: time to read and write rows, and bytes per row.
+"""Cost of a cache on disk: time to read and write rows, and bytes per row.
 
-With the path of another checkout of deepfeat as its argument, both are measured in turns, each in a
-process of its own, and ratios are printed: below 1, this one is faster or smaller.
+With the path of another checkout of deepfeat as an argument, the two are measured alternately, each
+in a process of its own, and ratios are printed: below 1, this checkout is faster or smaller.
 """
 
 import functools
@@ -21,7 +21,7 @@ from deepfeat import FeatureCache
 REPEATS = 9
 ROWS = 5_000
 WIDTHS = 512, 2048, 4096
-CONTEXT = b"context"
+NAMESPACE = b"namespace"
 
 
 class Bench:
@@ -37,9 +37,9 @@ class Bench:
         self.memory = FeatureCache()
         for cache in self.cache, self.memory:
             fill(cache, self.keys, self.matrix)
-        np.testing.assert_array_equal(self.cache.get_many(CONTEXT, self.keys)[1], self.matrix)
+        np.testing.assert_array_equal(self.cache.get_many(NAMESPACE, self.keys)[1], self.matrix)
         np.save(self.folder / "matrix.npy", self.matrix)
-        get = functools.partial(self.cache.get_many, CONTEXT)
+        get = functools.partial(self.cache.get_many, NAMESPACE)
         self.tasks: dict[str, Callable[[], object]] = {
             "get_many, all": lambda: get(self.keys),
             "get_many, all, shuffled": lambda: get(self.shuffled),
@@ -50,9 +50,9 @@ class Bench:
             ],
             "get_many, all, marked as used": lambda: FeatureCache(
                 self.cache.path, max_bytes=2**40
-            ).get_many(CONTEXT, self.keys),
+            ).get_many(NAMESPACE, self.keys),
             "put_many, 1000, 32 at a time": self.put,
-            "get_many from memory, all": lambda: self.memory.get_many(CONTEXT, self.keys),
+            "get_many from memory, all": lambda: self.memory.get_many(NAMESPACE, self.keys),
             "np.load, all": lambda: np.load(self.folder / "matrix.npy"),
         }
 
@@ -73,19 +73,19 @@ class Bench:
 
 def fill(cache: FeatureCache, keys: list[bytes], matrix: np.ndarray) -> None:
     for i in range(0, len(keys), 32):
-        cache.put_many(keys[i : i + 32], {CONTEXT: matrix[i : i + 32][: len(keys) - i]})
+        cache.put_many(keys[i : i + 32], {NAMESPACE: matrix[i : i + 32][: len(keys) - i]})
 
 
 def serve() -> None:
-    """Measure what is asked for on standard input, line by line."""
+    """Measure what each line of standard input requests."""
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:
-            what, argument = line.rstrip("\n").split(": ")
-            if what == "width":
+            request, argument = line.rstrip("\n").split(": ")
+            if request == "width":
                 bench = Bench(Path(folder), int(argument))
                 print(";".join(bench.tasks), flush=True)
             else:
-                print(bench.bytes_per_row() if what == "size" else bench.measure(argument))
+                print(bench.bytes_per_row() if request == "size" else bench.measure(argument))
                 sys.stdout.flush()
 
 
@@ -99,8 +99,8 @@ class Checkout:
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def ask(self, what: str, argument: object) -> str:
-        print(f"{what}: {argument}", file=self.process.stdin, flush=True)
+    def ask(self, request: str, argument: object) -> str:
+        print(f"{request}: {argument}", file=self.process.stdin, flush=True)
         return self.process.stdout.readline().rstrip("\n")
 
 
@@ -110,16 +110,19 @@ def main() -> None:
         names = [checkout.ask("width", width) for checkout in checkouts].pop().split(";")
         print(f"{ROWS} rows of {width} floats, {4 * width} bytes each")
         for name in names:
-            times = [[float(one.ask("time", name)) for one in checkouts] for _ in range(REPEATS)]
+            times = [
+                [float(checkout.ask("time", name)) for checkout in checkouts]
+                for _ in range(REPEATS)
+            ]
             report(name, 1e3 * np.array(times), "ms")
-        sizes = [float(one.ask("size", "")) / width / 4 for one in checkouts]
-        report("bytes on disk, of those of the values", np.array([sizes]), "")
+        sizes = [float(checkout.ask("size", "")) / width / 4 for checkout in checkouts]
+        report("bytes on disk per byte of values", np.array([sizes]), "")
     for checkout in checkouts:
         checkout.process.communicate()
 
 
 def report(name: str, values: np.ndarray, unit: str) -> None:
-    """Print the median of this checkout, and of its ratios to the other one."""
+    """Print the median of this checkout, and the median ratio to the other one."""
     words = f"  {name:38} {np.median(values[:, 0]):8.3f} {unit}"
     for other in values.T[1:]:
         ratios = values[:, 0] / other

@@ -1,4 +1,4 @@
-"""Measures the peak memory of `transform(paths)` on few and on many images."""
+"""Peak memory of `transform(paths)` on few and on many images."""
 
 import argparse
 import subprocess
@@ -12,8 +12,8 @@ COUNTS = (500, 2_000)
 SMOKE = (5, 20)
 BACKBONE, LAYER = "mobilenet_v3_small", "avgpool"
 
-# In a process of its own, which has held nothing else. The images are opened by path, so the
-# peak holds what is in flight and the output.
+# Run in a new process, so that nothing else counts. The images are opened by path, so the peak
+# covers the images in flight and the output.
 CHILD = """
 import resource, sys
 from pathlib import Path
@@ -36,12 +36,12 @@ def measure_peak(folder: str, count: int) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="only show that it runs")
+    parser.add_argument("--smoke", action="store_true", help="only check that it runs")
     counts = SMOKE if parser.parse_known_args()[0].smoke else COUNTS
     print(
-        f"Peak memory of {BACKBONE}, {LAYER}, random weights, in a fresh process each, "
-        f"default parameters but for cache=None;\nJPEGs of {SIZE[0]} x {SIZE[1]} pixels by path, "
-        "half of them grey."
+        f"Peak memory of {BACKBONE}, {LAYER}, random weights, each in a new process, "
+        f"default parameters except for cache=None;\nJPEGs of {SIZE[0]} x {SIZE[1]} pixels by "
+        "path, half of them grey."
     )
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), max(counts))
@@ -53,7 +53,7 @@ def main() -> None:
     few, many = (peak - output for peak, output in peaks)
     print(
         f"  without the output, {counts[1]} images take {(many - few) / 1e6:+.1f} MB, "
-        f"{many / few:.3f} x the memory of {counts[0]}; aim 1"
+        f"{many / few:.3f} x the memory of {counts[0]}; target 1"
     )
 
 

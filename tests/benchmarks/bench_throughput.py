@@ -1,4 +1,4 @@
-"""Measures `transform(paths)` against the bare network, and against a plain torchvision loop."""
+"""Throughput of `transform(paths)` against the bare network and a plain torchvision loop."""
 
 import argparse
 import copy
@@ -24,8 +24,8 @@ from deepfeat import DeepFeatureExtractor
 REPEATS = 3
 LOOP_BATCH = 32
 LOOP_WORKERS = (0, 2)
-BARE_BATCHES = (4, 8, 16, 32)  # the best of these, and the last, are compared with
-AIM_OF_BARE, AIM_OF_LOOP = 0.95, 1.4
+BARE_BATCHES = (4, 8, 16, 32)  # compared with the best of these and the last
+TARGET_FOR_BARE, TARGET_FOR_LOOP = 0.95, 1.4
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, place: int) -> Tensor:
-        with Image.open(self.paths[place]) as image:
+    def __getitem__(self, index: int) -> Tensor:
+        with Image.open(self.paths[index]) as image:
             return self.preprocess(image.convert("RGB"))
 
 
 def run_loop(net: nn.Module, pictures: Pictures, num_workers: int) -> np.ndarray:
-    """Extract features as most people write it."""
+    """Extract features with the usual loop."""
     rows = []
     with torch.no_grad():
         for batch in DataLoader(pictures, LOOP_BATCH, num_workers=num_workers):
@@ -66,7 +66,7 @@ def run_loop(net: nn.Module, pictures: Pictures, num_workers: int) -> np.ndarray
 
 
 def run_bare(net: nn.Module, tensors: Tensor, batch_size: int) -> None:
-    """Run the whole network over what is ready in memory, and keep nothing."""
+    """Run the whole network over tensors in memory, and keep nothing."""
     with torch.inference_mode():
         for batch in tensors.split(batch_size):
             net(batch)
@@ -75,7 +75,7 @@ def run_bare(net: nn.Module, tensors: Tensor, batch_size: int) -> None:
 def measure_in_turns(
     tasks: dict[str, Callable[[], object]], repeats: int
 ) -> dict[str, list[float]]:
-    """Return the seconds of each task; the tasks take turns, so all see the same machine."""
+    """Return the seconds of each task; tasks alternate, so that conditions are equal."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(repeats):
         for name, task in tasks.items():
@@ -93,10 +93,10 @@ def compare(task: Task, paths: list[str], repeats: int) -> None:
     preprocess = models.get_model_weights(task.backbone)["DEFAULT"].transforms()
     pictures = Pictures(paths[: task.n_images], preprocess)
     tensors = torch.stack(list(pictures)).contiguous(memory_format=torch.channels_last)
-    # Without a cache: from there the second call would be served at once.
+    # Without a cache, from which the second call would take all rows.
     extractor = DeepFeatureExtractor(task.backbone, task.layer, weights=None, cache=None)
 
-    # This warms up, and shows that all do the same work.
+    # This is a warm-up, and a check that both compute the same features.
     rows = run_loop(loop_net, pictures, 0)
     np.testing.assert_allclose(extractor.transform(pictures.paths), rows, rtol=1e-2, atol=1e-4)
 
@@ -125,25 +125,25 @@ def compare(task: Task, paths: list[str], repeats: int) -> None:
         ratio = statistics.median(
             other / own for other, own in zip(seconds[name], mine, strict=True)
         )
-        aim = AIM_OF_BARE if name.startswith("bare") else AIM_OF_LOOP
+        target = TARGET_FOR_BARE if name.startswith("bare") else TARGET_FOR_LOOP
         note = " (its best)" if name == f"bare forward, batch {best}" else ""
         rate = task.n_images / statistics.median(seconds[name])
         print(
             f"  {name:28} {rate:7.1f} images/s; "
-            f"transform has {ratio:.2f} x its throughput, aim {aim}{note}"
+            f"transform has {ratio:.2f} x its throughput, target {target}{note}"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="only show that it runs")
+    parser.add_argument("--smoke", action="store_true", help="only check that it runs")
     smoke = parser.parse_known_args()[0].smoke
     tasks = SMOKE if smoke else TASKS
     print(
         f"Throughput on {torch.get_num_threads()} threads of the CPU, torch {torch.__version__}, "
-        f"random weights, default parameters but for cache=None.\n"
+        f"random weights, default parameters except for cache=None.\n"
         f"transform and loop read JPEGs of {SIZE[0]} x {SIZE[1]} pixels, half of them grey, and "
-        "resize them as the weights do;\nthe bare forward gets float tensors that are ready, "
+        "resize them as the weights require;\nthe bare forward gets float tensors in memory, "
         f"channels last; the loop has batches of {LOOP_BATCH}, channels first."
     )
     with tempfile.TemporaryDirectory() as folder:

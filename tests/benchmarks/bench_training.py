@@ -1,4 +1,4 @@
-"""Measures the training of `FineTuneClassifier` against a bare torch loop, and kept activations."""
+"""Training throughput of `FineTuneClassifier` against a bare torch loop, and cached activations."""
 
 import argparse
 import statistics
@@ -19,7 +19,7 @@ from deepfeat import FineTuneClassifier
 REPEATS = 3
 BATCH = 32
 EPOCHS = 4
-AIM_OF_BARE, AIM_OF_KEPT = 0.95, 2.5
+TARGET_FOR_BARE, TARGET_FOR_CACHED = 0.95, 2.5
 
 
 def make_classifier(backbone: str, image_size: int | None, epochs: int) -> FineTuneClassifier:
@@ -37,7 +37,7 @@ def make_classifier(backbone: str, image_size: int | None, epochs: int) -> FineT
 
 
 def make_bare(backbone: str) -> nn.Module:
-    """Freeze a network by hand, as the classifier does: all but layer4 and the head."""
+    """Freeze a network by hand as the classifier does: everything but layer4 and the head."""
     torch.manual_seed(0)
     net = models.get_model(backbone, weights=None).eval().to(memory_format=torch.channels_last)
     net.fc = nn.Linear(net.fc.in_features, 2)
@@ -48,7 +48,7 @@ def make_bare(backbone: str) -> nn.Module:
 
 
 def run_bare(net: nn.Module, tensors: Tensor, targets: Tensor) -> None:
-    """Train one epoch on what is ready in memory."""
+    """Train one epoch on tensors in memory."""
     groups = [
         {"params": list(net.fc.parameters()), "lr": 1e-3},
         {"params": list(net.layer4.parameters()), "lr": 1e-4},
@@ -73,43 +73,43 @@ def compare(backbone: str, paths: list[str], image_size: int | None, repeats: in
     targets = torch.from_numpy(labels)
     net = make_bare(backbone)
 
-    bare, ours, first, kept = [], [], [], []
+    bare, ours, first, cached = [], [], [], []
     for _ in range(repeats):
         start = time.perf_counter()
         run_bare(net, tensors, targets)
         bare.append(time.perf_counter() - start)
-        once = make_classifier(backbone, image_size, 1).fit(paths, labels)
-        ours.append(once.history_[0]["seconds"])
-        often = make_classifier(backbone, image_size, EPOCHS).fit(paths, labels)
-        first.append(often.history_[0]["seconds"])
-        kept += [epoch["seconds"] for epoch in often.history_[1:]]
+        single = make_classifier(backbone, image_size, 1).fit(paths, labels)
+        ours.append(single.history_[0]["seconds"])
+        several = make_classifier(backbone, image_size, EPOCHS).fit(paths, labels)
+        first.append(several.history_[0]["seconds"])
+        cached += [epoch["seconds"] for epoch in several.history_[1:]]
 
     count = len(paths)
     ratio = statistics.median(other / own for other, own in zip(bare, ours, strict=True))
-    gain = statistics.median(ours) / statistics.median(kept)
+    gain = statistics.median(ours) / statistics.median(cached)
     print(f"\n{backbone}, layer4 and head trained, {count} images, median of {repeats} rounds")
-    print(f"  bare torch loop, tensors ready   {count / statistics.median(bare):7.1f} images/s")
+    print(f"  bare torch loop, tensors         {count / statistics.median(bare):7.1f} images/s")
     print(
         f"  fit(paths), one epoch            {count / statistics.median(ours):7.1f} images/s: "
-        f"{ratio:.2f} x the bare loop's throughput, aim {AIM_OF_BARE}"
+        f"{ratio:.2f} x the bare loop's throughput, target {TARGET_FOR_BARE}"
     )
     rate = count / statistics.median(first)
     print(f"  first of {EPOCHS} epochs                {rate:7.1f} images/s")
     print(
-        f"  later epochs, activations kept   {count / statistics.median(kept):7.1f} images/s: "
-        f"{gain:.2f} x as fast as an epoch without, aim {AIM_OF_KEPT}"
+        f"  later epochs, cached activations {count / statistics.median(cached):7.1f} images/s: "
+        f"{gain:.2f} x as fast as an epoch without, target {TARGET_FOR_CACHED}"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="only show that it runs")
+    parser.add_argument("--smoke", action="store_true", help="only check that it runs")
     smoke = parser.parse_known_args()[0].smoke
     print(
         f"Training on {torch.get_num_threads()} threads of the CPU, torch {torch.__version__}, "
         f"float32, AdamW, batches of {BATCH}, no augmentation.\n"
-        f"fit reads JPEGs of {SIZE[0]} x {SIZE[1]} pixels; the bare loop gets float tensors that "
-        "are ready, channels last."
+        f"fit reads JPEGs of {SIZE[0]} x {SIZE[1]} pixels; the bare loop gets float tensors "
+        "in memory, channels last."
     )
     with tempfile.TemporaryDirectory() as folder:
         paths = write_pictures(Path(folder), 8 if smoke else 96)

@@ -1,4 +1,4 @@
-"""Knows every check that deepfeat promises to pass, and how to run it."""
+"""The checks that deepfeat must pass, as nox sessions."""
 
 import functools
 import os
@@ -12,27 +12,27 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
-OLDEST_PYTHON = nox.project.python_versions(PYPROJECT)[0]
+PYTHONS = nox.project.python_versions(PYPROJECT)  # those in the classifiers
 
-# A proxy that does not exist: what claims to need no download fails when it tries one.
+# A proxy that does not exist: a session that must not download anything fails if it tries to.
 OFFLINE = {
     "http_proxy": "http://127.0.0.1:9",
     "https_proxy": "http://127.0.0.1:9",
     "MPLBACKEND": "Agg",
 }
 
-# As many processes as there are cores, with a thread each: more would be in each other's way.
+# One process per core, each with one thread: more threads would compete for the cores.
 PYTEST = ("-m", "pytest", "--numprocesses=auto", "--dist=worksteal")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
-# An environment with torch takes gigabytes, so the sessions below `dev` share that of `dev`.
+# An environment with torch takes gigabytes, so most sessions share that of `dev`.
 in_dev = functools.partial(nox.session, venv_backend="none", requires=["dev"])
 on_request = functools.partial(in_dev, default=False)
 
 
 @nox.session
 def lint(session):
-    """Check the rules of ruff and its layout, and the floors that imports keep to."""
+    """Check ruff's rules and format, and that imports go down the floors."""
     session.install(*requirements("lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
@@ -41,19 +41,19 @@ def lint(session):
 
 @nox.session(default=False)
 def dev(session):
-    """Install deepfeat, editable, with everything its developers need, into .nox/dev."""
+    """Install deepfeat (editable) and all development tools into .nox/dev."""
     session.install("--editable", ".[datasets,plot]", *requirements("dev"))
 
 
 @in_dev()
 def types(session):
-    """Check the types of the package."""
+    """Check the types in the package."""
     run_python(session, "-m", "mypy", *session.posargs)
 
 
 @in_dev()
 def tests(session):
-    """Run the tests and doctests that need no network, no GPU, no real data and little time."""
+    """Run all quick tests and doctests that need no network, GPU or real data."""
     run_pytest(session)
 
 
@@ -72,7 +72,7 @@ def property_(session):
 @on_request()
 def gpu(session):
     """Run the tests that need a GPU."""
-    # Where there is none the session must fail: tests that skip would leave it green.
+    # Without a GPU the session must fail: skipped tests would leave it green.
     run_python(session, "-c", "import torch; torch.empty(0, device='cuda')")
     run_python(session, "-m", "pytest", "-m", "gpu", *session.posargs)
 
@@ -81,19 +81,19 @@ def gpu(session):
 def real(session):
     """Run the tests on the real images and weights under DEEPFEAT_DATA."""
     if "DEEPFEAT_DATA" not in os.environ:
-        session.error("DEEPFEAT_DATA is not set: name the folder of the real images and weights.")
-    run_python(session, "-m", "pytest", "-m", "real", *session.posargs)
+        session.error("DEEPFEAT_DATA must be set to the folder of the real images and weights.")
+    run_pytest(session, "-m", "real")
 
 
 @on_request()
 def quickstart(session):
-    """Run the first example of the README."""
+    """Run the quickstart."""
     run_python(session, "examples/quickstart.py", env=OFFLINE)
 
 
 @on_request()
 def examples(session):
-    """Run every example, and try every script of the report, without a download."""
+    """Run all examples and, with --quick, all scripts of the report, without downloads."""
     for script in scripts_in(session, "examples"):
         run_python(session, script, env=OFFLINE)
     for script in scripts_in(session, "examples/report"):
@@ -102,21 +102,29 @@ def examples(session):
 
 @on_request()
 def bench(session):
-    """Run the benchmarks, which print what they measure."""
+    """Run the benchmarks and print their results."""
     for script in scripts_in(session, "tests/benchmarks"):
         run_python(session, script, *session.posargs)
 
 
 @on_request()
 def docs(session):
-    """Build the documentation without a warning and run its examples."""
-    # A page taken from an earlier build would not repeat its warnings.
-    sphinx = ("-m", "sphinx", "--fresh-env", "--nitpicky", "--fail-on-warning")
-    run_python(session, *sphinx, "-b", "html", "docs", "docs/_build/html", env=OFFLINE)
+    """Build the documentation without warnings and run its examples."""
+    sphinx = ("-m", "sphinx", "--nitpicky", "--fail-on-warning", "-d", "docs/_build/doctrees")
+    # Pages reused from an earlier build would not repeat their warnings.
+    html = ("--fresh-env", "-b", "html", "docs", "docs/_build/html")
+    run_python(session, *sphinx, *html, env=OFFLINE)
     run_python(session, *sphinx, "-b", "doctest", "docs", "docs/_build/doctest", env=OFFLINE)
 
 
-@nox.session(python=OLDEST_PYTHON, venv_backend="uv", reuse_venv=False, default=False)
+@nox.session(python=PYTHONS, venv_backend="uv", default=False)
+def pythons(session):
+    """Run the tests on each Python of the classifiers, in an environment of its own."""
+    session.install("--editable", ".[datasets,plot]", *requirements("test"))
+    session.run("python", *PYTEST, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=PYTHONS[0], venv_backend="uv", reuse_venv=False, default=False)
 def minimums(session):
     """Run the tests on the oldest Python and the oldest release of each dependency."""
     session.install(
@@ -130,7 +138,7 @@ def minimums(session):
 
 @nox.session(reuse_venv=False, default=False)
 def build(session):
-    """Build both distributions, and run the quickstart on the wheel alone."""
+    """Build both distributions, and run the quickstart with the wheel alone."""
     dist = Path(session.create_tmp(), "dist").resolve()
     session.install(*requirements("build"))
     session.run("python", "-m", "build", "--outdir", dist)
@@ -138,30 +146,30 @@ def build(session):
     with zipfile.ZipFile(wheel) as archive:
         for file in ("deepfeat/py.typed", "deepfeat/_backbones/resnet10_slim.safetensors"):
             if file not in archive.namelist():
-                session.error(f"{wheel.name} holds no {file}.")
+                session.error(f"{wheel.name} does not contain {file}.")
     session.install(f"{wheel}[plot]")
     session.run("python", "examples/quickstart.py", env=OFFLINE)
 
 
 def requirements(group):
-    """Return what a dependency group of pyproject.toml lists."""
+    """Return the requirements in a dependency group of pyproject.toml."""
     return nox.project.dependency_groups(PYPROJECT, group)
 
 
 def run_python(session, *args, env=None):
-    """Run the Python of the shared environment."""
+    """Run Python in the shared environment."""
     python = "Scripts/python.exe" if os.name == "nt" else "bin/python"
     session.run(session.cache_dir.parent / "dev" / python, *args, env=env)
 
 
 def run_pytest(session, *args):
-    """Run tests in parallel; what the user adds comes last, and so has the last word."""
+    """Run tests in parallel; arguments of the user come last and so take precedence."""
     run_python(session, *PYTEST, *args, *session.posargs, env=ONE_THREAD)
 
 
 def scripts_in(session, folder):
-    """Return the scripts of a folder, which may not be without any."""
+    """Return the scripts in a folder; fail if there are none."""
     scripts = sorted(Path(folder).glob("[!_]*.py"))
     if not scripts:
-        session.error(f"{folder} holds no script.")
+        session.error(f"{folder} does not contain any scripts.")
     return scripts

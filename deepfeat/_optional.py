@@ -1,19 +1,20 @@
-"""Knows how to import a package that only some users need, or to name the extra that brings it."""
+"""Imports of optional packages, with errors that name the extra to install."""
 
 import importlib
 from typing import Any
 
 
 def import_optional(name: str, *, extra: str) -> Any:
-    """Import the module `name`; where it is missing, say which extra of deepfeat brings it."""
+    """Import the module `name`; if its package is missing, name the extra that installs it."""
     package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # A package that is there but lacks a module or a package of its own is not ours to explain.
+        # An installed package that lacks a module or a dependency has an error of its own.
         if error.name != package:
             raise
         raise ModuleNotFoundError(
-            f"{package} is needed here and is not installed: pip install 'deepfeat[{extra}]'",
+            f"The package {package} is needed here, but it is not installed. "
+            f"Install it with `pip install 'deepfeat[{extra}]'`.",
             name=error.name,
         ) from error

@@ -1,4 +1,4 @@
-"""Knows how Sphinx builds these pages: offline, from the installed package."""
+"""The configuration of Sphinx, which builds these pages offline from the installed package."""
 
 from importlib.metadata import version as installed_version
 
@@ -32,15 +32,15 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
 }
 
-# numpydoc writes the types; signatures that repeat them are hard to read.
+# The docstrings give the types; signatures that repeat them are hard to read.
 autodoc_typehints = "none"
-# The page of a class lists the members that are its own; get_params, set_output and the like are
-# scikit-learn's to document.
+# The page of a class lists its own members; get_params, set_output and the like are documented by
+# scikit-learn.
 numpydoc_show_class_members = False
 numpydoc_validation_checks = {
-    "all",  # but for these:
-    "ES01",  # a summary of one line may say it all
-    "EX01",  # the example of a class shows its methods
-    "RT02",  # what is returned has a name, as in scikit-learn
-    "SA01",  # the API fits on a page
+    "all",  # except:
+    "ES01",  # a one-line summary may be enough
+    "EX01",  # the example of a class covers its methods
+    "RT02",  # return values are named, as in scikit-learn
+    "SA01",  # the API fits on one page
 }

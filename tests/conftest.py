@@ -43,3 +43,11 @@ def scene_paths(tmp_path_factory, scene_labels):
         paths.append(str(folder / f"{number:02}.{'jpg' if number % 3 else 'png'}"))
         (image.convert("L") if number % 4 == 3 else image).save(paths[-1])
     return paths
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the figures that tests measured, in whichever process that was."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            if name == "figure":
+                terminalreporter.write_line(value)

@@ -11,7 +11,6 @@ from typing import Literal, Union, get_args, get_origin
 import numpy as np
 import pytest
 import torch
-from small_networks import make_classifier, make_images
 
 import deepfeat.datasets
 import deepfeat.plotting
@@ -170,7 +169,7 @@ WRONG = {
 def test_a_wrong_parameter_of_a_classifier_is_named(name, method):
     """Before anything else is looked at."""
     for value in WRONG[name]:
-        classifier = make_classifier("squeezenet1_1", **{name: value})
+        classifier = FineTuneClassifier("resnet18", **{name: value})
         with pytest.raises(ValueError, match=f"^{name} must be "):
             getattr(classifier, method)(["nowhere.png"], [0])
 
@@ -178,13 +177,16 @@ def test_a_wrong_parameter_of_a_classifier_is_named(name, method):
 def test_every_choice_of_a_classifier_is_checked():
     """A parameter that is new needs a line above, or below where anything goes."""
     checked_elsewhere = {"backbone", "weights", "preprocessing", "unfreeze", "image_shape"}
-    assert WRONG.keys() | checked_elsewhere | {"verbose"} == make_classifier().get_params().keys()
+    assert (
+        WRONG.keys() | checked_elsewhere | {"verbose"} == FineTuneClassifier().get_params().keys()
+    )
 
 
 def test_a_wrong_parameter_is_found_when_predicting_too():
     """Where it matters to it."""
-    X, y = make_images(4)
-    classifier = make_classifier(max_epochs=1).fit(X, y).set_params(batch_size=0)
+    X, y = np.zeros((4, 32, 32), np.uint8), ["a", "b", "a", "b"]
+    classifier = FineTuneClassifier("resnet10_slim", unfreeze=None, image_size=32, max_epochs=1)
+    classifier.fit(X, y).set_params(batch_size=0)
     with pytest.raises(ValueError, match=r"^batch_size must be an int of at least 1; got 0"):
         classifier.predict(X)
 
@@ -265,7 +267,7 @@ def test_a_docstring_tells_the_choices_and_the_default_of_the_signature(name):
 
 def test_docstrings_are_read():
     """The law above has something to look at."""
-    for estimator in (DeepFeatureExtractor(), make_classifier()):
+    for estimator in (DeepFeatureExtractor(), FineTuneClassifier()):
         assert read_parameters(type(estimator)).keys() == estimator.get_params().keys()
     norm = inspect.signature(DeepFeatureExtractor).parameters["norm"]
     assert list_choices(norm.annotation) == ["l2", "l1", "max"]

@@ -20,56 +20,58 @@ from numpy.typing import NDArray
 from .disk import DiskStore
 from .memory import MemoryStore
 
-MEMORY_BYTES = 2**30  # bound of a store in memory when none is given
-RACY_NS = 2 * 10**9  # the coarsest time stamp of a file system in use (FAT)
+MEMORY_BYTES = 2**30  # default limit of a store in memory
+RACY_NS = 2 * 10**9  # the coarsest time stamps of a file system in use (FAT)
 
 FileStat = tuple[str, int, int, int, int, int]
-"""Path, size, mtime_ns, ctime_ns, inode and device of a file, taken before its content was read."""
+"""Path, size, mtime_ns, ctime_ns, inode and device of a file, taken before reading its content."""
 
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What a cache holds, and how it served this process.
+    """Size of a cache, and its hits and misses in this process.
 
     Attributes
     ----------
     rows : int
-        Rows held, over all contexts.
+        Number of rows, over all namespaces.
     bytes : int
-        Bytes of their values; keys and file structure come on top.
-    contexts : int
-        Contexts with at least one row.
+        Size of their values, without keys and the overhead of the file.
+    namespaces : int
+        Number of namespaces with at least one row.
     hits, misses : int
-        Images found and not found by this process.
+        Number of images that this process has found and not found.
     """
 
     rows: int
     bytes: int
-    contexts: int
+    namespaces: int
     hits: int
     misses: int
 
 
 class FeatureCache:
-    """Rows of float32 features under (context, image), shared by all that name the same store.
+    """Rows of float32 features, keyed by namespace and image and shared by all users of a store.
 
-    A context says how a row is made (weights, preprocessing, layer, ...), an image what it is made
-    of; both are digests, any bytes. Copies, clones and unpickled objects are the same store; in
-    another process, a store in memory begins empty. Nothing is opened before the first use.
+    A namespace identifies how rows are computed (weights, preprocessing, layer, ...), and an image
+    what they are computed from; both are digests, given as bytes of any length. Copies, clones and
+    unpickled objects share one store, except that a store in memory starts empty in another
+    process. Nothing is opened before the first use.
 
     Parameters
     ----------
     path : str or path-like, optional
-        Directory of the store, made when first written to. It must be on a local file system.
-        By default the rows live in the memory of this process.
+        Directory of the store, created by the first write. It must be on a local file system.
+        By default, rows are kept in the memory of this process.
     max_bytes : int, optional
-        Bound on the bytes of the rows; above it, the rows used longest ago are dropped after a
-        write. By default 1 GiB in memory and no bound on disk.
+        Maximum size of all rows. After a write that exceeds it, the least recently used rows are
+        dropped. By default, 1 GiB in memory and no limit on disk.
 
     Notes
     -----
-    On disk this is an SQLite database in WAL mode, a checksum with each row. A disk that is full
-    or read-only gives one warning; the cache is then read, and written no more by this process.
+    On disk, the store is an SQLite database in WAL mode, with a checksum for each row. If the disk
+    is full or read-only, one warning is issued; this process then still reads from the cache, but
+    no longer writes to it. `retry` resumes writing.
 
     Examples
     --------
@@ -84,7 +86,7 @@ class FeatureCache:
     array([[ 1.,  1.,  1.],
            [nan, nan, nan]], dtype=float32)
     >>> cache.info()
-    CacheInfo(rows=2, bytes=24, contexts=1, hits=1, misses=1)
+    CacheInfo(rows=2, bytes=24, namespaces=1, hits=1, misses=1)
     """
 
     __module__ = "deepfeat"  # so that pickles outlive moves
@@ -93,51 +95,56 @@ class FeatureCache:
         self, path: str | os.PathLike[str] | None = None, *, max_bytes: int | None = None
     ) -> None:
         if max_bytes is not None and max_bytes < 0:
-            raise ValueError(f"max_bytes must be 0 or more, not {max_bytes}.")
-        # An absolute path: a worker may run in another directory.
+            raise ValueError(f"max_bytes must be 0 or more; got {max_bytes}.")
+        # Absolute, since a worker may run in another directory.
         self.path = None if path is None else os.path.realpath(os.path.expanduser(path))
         self.max_bytes = MEMORY_BYTES if path is None and max_bytes is None else max_bytes
         self._token = self.path or f"memory:{uuid.uuid4().hex}"
         self._store = _open_store(self.path, self._token)
 
     def get_many(
-        self, context: bytes, images: Sequence[bytes]
+        self, namespace: bytes, images: Sequence[bytes]
     ) -> tuple[NDArray[np.bool_], NDArray[np.float32] | None]:
-        """Look up the rows of `images` in one context.
+        """Look up the rows of `images` in a namespace.
 
         A row that fails its checksum is dropped with a `RuntimeWarning` and counts as not found.
 
         Parameters
         ----------
-        context : bytes
-            Digest of how the rows were made.
+        namespace : bytes
+            Digest of how the rows were computed.
         images : sequence of bytes, length n
-            Digests of the images; repeats are welcome.
+            Digests of the images, possibly repeated.
 
         Returns
         -------
         found : bool array of shape (n,)
             Which images have a row.
         rows : float32 array of shape (n, d), or None
-            Their rows in the order of `images`, NaN where not found; None if none is found.
+            One row per image, in the order of `images`, NaN if it was not found; None if no image
+            was found.
         """
-        place = {image: i for i, image in enumerate(dict.fromkeys(images))}
-        found, rows = self._store.get_many(context, list(place), touch=self.max_bytes is not None)
-        if len(place) < len(images):
-            take = [place[image] for image in images]
+        index_of = {image: i for i, image in enumerate(dict.fromkeys(images))}
+        found, rows = self._store.get_many(
+            namespace, list(index_of), touch=self.max_bytes is not None
+        )
+        if len(index_of) < len(images):
+            take = [index_of[image] for image in images]
             found, rows = found[take], None if rows is None else rows[take]
         with self._store.lock:
             self._store.hits += int(found.sum())
             self._store.misses += int((~found).sum())
         return found, rows
 
-    def has(self, context: bytes, images: Sequence[bytes]) -> NDArray[np.bool_]:
-        """Tell which of `images` have a row in one context, without reading or counting it.
+    def has(self, namespace: bytes, images: Sequence[bytes]) -> NDArray[np.bool_]:
+        """Return which of `images` have a row in a namespace.
+
+        The rows are not read, and the lookup counts neither as a use nor as a hit or miss.
 
         Parameters
         ----------
-        context : bytes
-            Digest of how the rows were made.
+        namespace : bytes
+            Digest of how the rows were computed.
         images : sequence of bytes, length n
             Digests of the images.
 
@@ -146,113 +153,120 @@ class FeatureCache:
         stored : bool array of shape (n,)
             Which images have a row.
         """
-        stored = self._store.find(context, list(images))
+        stored = self._store.find(namespace, list(images))
         return np.array([image in stored for image in images], dtype=bool)
 
     def put_many(
         self,
         images: Sequence[bytes],
         rows: Mapping[bytes, NDArray[np.float32]],
-        work: bytes | None = None,
+        job: bytes | None = None,
     ) -> None:
-        """Store the rows of `images` in one or more contexts: all of them, or after a crash none.
+        """Store the rows of `images` in one or more namespaces: all of them, or none after a crash.
 
-        A row that is there already is kept as it is.
+        A row that already exists is left unchanged.
 
         Parameters
         ----------
         images : sequence of bytes, length n
             Digests of the images.
         rows : mapping of bytes to float32 array of shape (n, d)
-            For each context, one row per image; d is the same for all rows of a context.
-        work : bytes, optional
-            The work under which this thread claimed the images. Its claims on them end in the same
+            For each namespace, one row per image; d is the same for all rows of a namespace.
+        job : bytes, optional
+            Job for which this thread claimed the images. Its claims on them end in the same
             transaction.
 
         Raises
         ------
         ValueError
-            If a matrix does not have one row per image, or a width other than its context has.
+            If a matrix does not have one row per image, or its width differs from that of the rows
+            already in its namespace.
         """
-        matrices = {context: _as_matrix(matrix, len(images)) for context, matrix in rows.items()}
-        self._store.put_many(list(images), matrices, self.max_bytes, work)
+        matrices = {
+            namespace: _as_matrix(matrix, len(images)) for namespace, matrix in rows.items()
+        }
+        self._store.put_many(list(images), matrices, self.max_bytes, job)
 
     def update(self, other: FeatureCache) -> None:
-        """Take in the rows of another cache, as one that was filled on another machine.
+        """Add the rows of another cache, for example one that was filled on another machine.
 
         Parameters
         ----------
         other : FeatureCache
-            It is read, and stays as it is.
+            Cache to copy rows from.
         """
-        for context, images in other._store.list_images().items():
+        for namespace, images in other._store.list_images().items():
             for start in range(0, len(images), 1000):
                 part = images[start : start + 1000]
-                found, rows = other._store.get_many(context, part, touch=False)
+                found, rows = other._store.get_many(namespace, part, touch=False)
                 if rows is not None:
-                    self.put_many(list(itertools.compress(part, found)), {context: rows[found]})
+                    self.put_many(list(itertools.compress(part, found)), {namespace: rows[found]})
 
-    def claim(self, work: bytes, images: Sequence[bytes]) -> NDArray[np.bool_]:
-        """Ask which images this thread may compute now, so that no other does them too.
+    def claim(self, job: bytes, images: Sequence[bytes]) -> NDArray[np.bool_]:
+        """Claim images for this thread, so that no other thread or process computes them too.
 
-        An image is granted unless another live thread, here or in any process, holds it. A claim
-        ends with `put_many`, `release`, the death of its owner, or 5 minutes in which its owner
-        makes no progress (`claim`, `put_many` and `release` are progress). Where nothing can be
-        written, or the file system has no locks, all is granted to each process.
+        An image is granted unless another live thread, in this or any other process, holds it. A
+        claim ends with `put_many`, with `release`, with the death of its owner, or after 5 minutes
+        in which its owner makes no progress (`claim`, `put_many` and `release` count as progress).
+        If nothing can be written, or the file system does not support locks, processes do not
+        exclude each other.
 
-        Look again with `get_many` after a grant: the row may have come between your look and your
-        claim. Where refused, wait and look again.
+        After a grant, look the image up again with `get_many`: its row may have been stored between
+        your lookup and your claim. After a refusal, wait and look it up again.
 
         Parameters
         ----------
-        work : bytes
-            Digest of what is done with the images; claims of different works never meet.
+        job : bytes
+            Digest of what is computed from the images; claims for different jobs do not conflict.
         images : sequence of bytes, length n
             Digests of the images.
 
         Returns
         -------
         granted : bool array of shape (n,)
-            Which images are this thread's to compute.
+            Which images this thread may compute.
         """
-        return self._store.claim(work, list(images))
+        return self._store.claim(job, list(images))
 
-    def release(self, work: bytes, images: Sequence[bytes]) -> None:
-        """Give back claims of this thread without a row, as when an image cannot be read.
+    def release(self, job: bytes, images: Sequence[bytes]) -> None:
+        """Release claims of this thread without storing rows, as for images that cannot be read.
 
         Parameters
         ----------
-        work : bytes
-            As given to `claim`.
+        job : bytes
+            Job passed to `claim`.
         images : sequence of bytes
-            Digests of images that were granted.
+            Digests of the granted images.
         """
-        self._store.release(work, list(images))
+        self._store.release(job, list(images))
 
-    def find_holders(self, work: bytes, images: Sequence[bytes]) -> list[str]:
-        """Describe who else holds claims on images.
+    def find_holders(self, job: bytes, images: Sequence[bytes]) -> list[str]:
+        """Describe the other threads and processes that hold claims on images.
 
         Parameters
         ----------
-        work : bytes
-            As given to `claim`.
+        job : bytes
+            Job passed to `claim`.
         images : sequence of bytes
             Digests of the images.
 
         Returns
         -------
         holders : list of str
-            Such as "process 4711 on node3", sorted.
+            Sorted descriptions, such as "process 4711 on node3".
         """
-        return sorted(self._store.find_holders(work, list(images)))
+        return sorted(self._store.find_holders(job, list(images)))
 
     @property
     def write_error(self) -> str | None:
-        """Why this process stores nothing more; None if it does."""
+        """Why this process no longer writes to the store; None if it does."""
         return self._store.write_error
 
     def retry(self) -> None:
-        """Write again after an error, as when room was made on the disk; try it at once."""
+        """Resume writing after an error, for example once there is free space on the disk.
+
+        This is tried at once: see `write_error`.
+        """
         self._store.retry()
 
     def known_digests(self, stats: Sequence[FileStat]) -> list[bytes | None]:
@@ -261,7 +275,7 @@ class FeatureCache:
         Parameters
         ----------
         stats : sequence of (path, size, mtime_ns, ctime_ns, inode, device)
-            The files as they are now.
+            Current state of the files.
 
         Returns
         -------
@@ -282,20 +296,20 @@ class FeatureCache:
         *,
         stat_time_ns: int | None = None,
     ) -> None:
-        """Remember the content digests of files under their path, size, times, inode and device.
+        """Remember the content digests of files by their path, size, times, inode and device.
 
-        A file changed less than 2 s before its stat is not remembered: it could change once more
-        within the same time stamp. (Git calls this racily clean.)
+        A file that was changed less than 2 s before `stats` were taken is not remembered, since it
+        could change again within the same time stamp. (Git calls such a file racily clean.)
 
         Parameters
         ----------
         stats : sequence of (path, size, mtime_ns, ctime_ns, inode, device)
-            The files as they were before their content was read.
+            State of the files before their content was read.
         digests : sequence of bytes
             Digests of their content.
         stat_time_ns : int, optional
-            When `stats` were taken (`time.time_ns`), by default now. Give it where reading the
-            content takes seconds.
+            When `stats` were taken, as returned by `time.time_ns`; by default, now. Pass it if
+            reading the content takes seconds.
         """
         newest = (time.time_ns() if stat_time_ns is None else stat_time_ns) - RACY_NS
         settled = [
@@ -307,23 +321,23 @@ class FeatureCache:
             self._store.remember_digests(settled)
 
     def info(self) -> CacheInfo:
-        """Count what the store holds, and how often this process found what it asked for.
+        """Return the size of the store, and the hits and misses of this process.
 
         Returns
         -------
         info : CacheInfo
-            Rows, bytes, contexts, hits and misses.
+            Numbers of rows, bytes, namespaces, hits and misses.
         """
-        rows, size, contexts = self._store.count()
-        return CacheInfo(rows, size, contexts, self._store.hits, self._store.misses)
+        rows, size, namespaces = self._store.count()
+        return CacheInfo(rows, size, namespaces, self._store.hits, self._store.misses)
 
     def room(self) -> int:
-        """Tell how many bytes of rows can be kept in all.
+        """Return how many bytes of rows the store has room for in all.
 
         Returns
         -------
         bytes : int
-            `max_bytes`; without it, half of what is free on the disk.
+            `max_bytes`; if it is None, half of the free space on the disk.
         """
         if self.max_bytes is not None:
             return self.max_bytes
@@ -333,24 +347,25 @@ class FeatureCache:
         return shutil.disk_usage(folder).free // 2
 
     def prune(self, max_bytes: int) -> int:
-        """Drop the rows used longest ago until at most `max_bytes` are left.
+        """Drop the least recently used rows until at most `max_bytes` are left.
 
-        On disk, a use is a write, and with `max_bytes` given to the constructor also a read.
+        On disk, reading a row counts as a use only if the cache was created with `max_bytes`;
+        writing it always does.
 
         Parameters
         ----------
         max_bytes : int
-            Bound on the bytes of the rows.
+            Maximum size of the remaining rows.
 
         Returns
         -------
         dropped : int
-            How many rows were dropped.
+            Number of rows that were dropped.
         """
         return self._store.prune(max_bytes)
 
     def clear(self) -> None:
-        """Forget all rows, claims and file digests, for everyone who shares the store."""
+        """Delete all rows, claims and file digests, for everyone who shares the store."""
         self._store.clear()
 
     def __repr__(self) -> str:
@@ -379,20 +394,20 @@ _forking: list[Store] = []
 
 
 def _open_store(path: str | None, token: str, *, adopt: bool = False) -> Store:
-    """Return this process's one store of that token."""
+    """Return the store of a token, of which this process has only one."""
     with _stores_lock:
         store = _stores.get(token)
         if store is None:
             store = _stores[token] = MemoryStore() if path is None else DiskStore(path)
             if adopt:
-                # A worker drops what it unpickled when its task is done; the next task will want
-                # the rows again.
+                # Keep it alive: a worker drops what it unpickled once its task is done, and the
+                # next task needs the rows again.
                 _adopted[:] = [store]
         return store
 
 
 def _before_fork() -> None:
-    """Let all transactions end and close all files: SQLite's locks do not survive a fork."""
+    """Wait for all transactions and close all files: SQLite's locks do not survive a fork."""
     _stores_lock.acquire()
     _forking[:] = _stores.values()
     for store in _forking:
@@ -408,7 +423,7 @@ def _after_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """Leave the parent its claims: nobody else may hold or free them."""
+    """Leave its claims to the parent: the child must neither hold nor release them."""
     for store in _forking:
         store.forget_parent()
     _after_fork()
@@ -423,13 +438,16 @@ if hasattr(os, "register_at_fork"):
 def _as_matrix(matrix: NDArray[Any], n_images: int) -> NDArray[np.float32]:
     matrix = np.ascontiguousarray(matrix, dtype=np.float32)
     if matrix.ndim != 2 or len(matrix) != n_images or not matrix.shape[1]:
-        raise ValueError(f"Expected rows of shape ({n_images}, d), got {matrix.shape}.")
+        raise ValueError(
+            f"rows must have matrices of shape ({n_images}, d), one row per image, with d > 0; "
+            f"got {matrix.shape}."
+        )
     return matrix
 
 
 def _as_stamp(stat: FileStat) -> bytes:
-    return b"%d %d %d %d %d" % stat[1:]  # not numbers: an inode can exceed SQLite's integers
+    return b"%d %d %d %d %d" % stat[1:]  # text: an inode can exceed SQLite's integers
 
 
-# Here doctest finds the examples of a class that says it is in another module.
+# Doctest skips a class whose `__module__` is another one, unless it is listed here.
 __test__ = {"FeatureCache": FeatureCache}

@@ -25,11 +25,11 @@ from .owners import ProcessLock, ThreadClaims, is_locked, is_recent, sweep
 
 FILE_NAME = "deepfeat-cache.sqlite"
 LOCK_FOLDER = "deepfeat-cache.locks"
-MOST_BYTES = 2**48  # of one context: SQLite's files end there
-BUSY_SECONDS = 60.0  # how long a writer waits for another one
-BLOCK_BYTES = 2**15  # of rows that are stored as one: SQLite leaves part of its pages empty
-CACHE_BYTES = 2**27  # of the file that a process holds in memory, at most
-STEPS = 10**9, 10**7  # of SQLite, at most in a transaction and between two looks: about 20 s
+MAX_BYTES = 2**48  # per namespace: an SQLite file cannot be larger
+BUSY_SECONDS = 60.0  # how long a writer waits for another
+BLOCK_BYTES = 2**15  # of rows stored as one blob: a blob per row would leave pages half empty
+CACHE_BYTES = 2**27  # of the file held in memory by a process, at most
+STEPS = 10**9, 10**7  # of SQLite: limit per transaction (about 20 s), interval between checks
 
 APPLICATION_ID = 0x0DEEFEA7
 FORMAT = 2
@@ -39,113 +39,118 @@ Found = tuple[NDArray[np.bool_], NDArray[np.float32] | None]
 
 
 class CacheFormatError(ValueError):
-    """The file of a cache is foreign, was tampered with, or has a format that is not read here."""
+    """The file of a cache is foreign, was tampered with or has an unsupported format."""
 
     __module__ = "deepfeat"  # so that pickles outlive moves
 
 
 class DiskStore:
-    """One file, open once in a process; an error of its disk is told once and ends the writing."""
+    """Rows in one file, which a process opens once.
+
+    A disk error is reported once, as a warning, and ends writing; the operation is skipped.
+    """
 
     def __init__(self, folder: str) -> None:
         self.lock = threading.RLock()
         self.hits = self.misses = 0
         self.file = Path(folder, FILE_NAME)
         self.write_error: str | None = None
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
         self.steps = _Steps()
-        self.opened: list[tuple[sqlite3.Connection, object]] = []  # at most one, with its file's id
+        self.opened: list[tuple[sqlite3.Connection, object]] = []  # at most one, and its file's id
         self.locks: list[ProcessLock] = []  # at most one
         self.thread_claims = ThreadClaims()
         weakref.finalize(self, _close_all, self.opened, self.locks)
 
-    def get_many(self, context: bytes, images: list[bytes], *, touch: bool) -> Found:
+    def get_many(self, namespace: bytes, images: list[bytes], *, touch: bool) -> Found:
         nothing = _Rows(np.zeros(len(images), dtype=bool), None, [], [])
-        rows = self._read(lambda db: _read_rows(db, context, images), nothing)
+        rows = self._read(lambda db: _read_rows(db, namespace, images), nothing)
         if rows.damaged:
-            self._write(lambda db: _drop(db, context, rows.damaged), None)
-            told = f"{self.file}: dropped {len(rows.damaged)} damaged rows (wrong checksum)."
-            warnings.warn(told, RuntimeWarning, stacklevel=3)
+            self._write(lambda db: _drop(db, namespace, rows.damaged), None)
+            message = (
+                f"Dropped {len(rows.damaged)} damaged row(s) (wrong checksum) from {self.file}."
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
         if touch and rows.blocks:
             self._write(lambda db: _touch(db, rows.blocks), None)
         return rows.found, rows.matrix
 
     def list_images(self) -> dict[bytes, list[bytes]]:
-        """Return the images of each context."""
+        """Return the images of each namespace."""
         query = "SELECT digest, image FROM keys JOIN contexts ON context = contexts.id"
         keys: list[tuple[bytes, bytes]] = []
         images: dict[bytes, list[bytes]] = {}
-        for context, image in self._read(lambda db: db.execute(query).fetchall(), keys):
-            if type(context) is type(image) is bytes:  # and not damaged
-                images.setdefault(context, []).append(image)
+        for namespace, image in self._read(lambda db: db.execute(query).fetchall(), keys):
+            if type(namespace) is type(image) is bytes:  # not damaged
+                images.setdefault(namespace, []).append(image)
         return images
 
-    def find(self, context: bytes, images: list[bytes]) -> set[bytes]:
-        """Return which images have a row."""
+    def find(self, namespace: bytes, images: list[bytes]) -> set[bytes]:
+        """Return the images that have a row."""
         query = (
             "SELECT image FROM keys WHERE context = (SELECT id FROM contexts WHERE digest = ?)"
             " AND image IN ({})"
         )
         stored: set[bytes] = set()
         return self._read(
-            lambda db: {row[0] for row in _select(db, query, images, context)}, stored
+            lambda db: {row[0] for row in _select(db, query, images, namespace)}, stored
         )
 
     def put_many(
         self,
         images: list[bytes],
         rows: Mapping[bytes, NDArray[np.float32]],
-        bound: int | None,
-        work: bytes | None,
+        max_bytes: int | None,
+        job: bytes | None,
     ) -> None:
         def put(db: sqlite3.Connection) -> None:
-            for context, matrix in rows.items():
-                _write_rows(db, context, images, matrix)
+            for namespace, matrix in rows.items():
+                _write_rows(db, namespace, images, matrix)
             if ended and self.locks:
-                _release(db, self.locks[0], work, ended)
-            if bound is not None:
-                _prune(db, bound)
+                _release(db, self.locks[0], job, ended)
+            if max_bytes is not None:
+                _prune(db, max_bytes)
 
         with self.lock:
-            ended = [] if work is None else self.thread_claims.find_held(work, images)
+            ended = [] if job is None else self.thread_claims.find_held(job, images)
             self._write(put, None)
-            if work is not None:
-                self.thread_claims.release(work, images)
+            if job is not None:
+                self.thread_claims.release(job, images)
 
-    def prune(self, bound: int) -> int:
+    def prune(self, max_bytes: int) -> int:
         self.write_error = None  # the caller may also have freed disk space in other ways
-        dropped = self._write(lambda db: _prune(db, bound), 0)
+        dropped = self._write(lambda db: _prune(db, max_bytes), 0)
         if dropped:
             self._shrink()
         return dropped
 
-    def claim(self, work: bytes, images: list[bytes]) -> NDArray[np.bool_]:
+    def claim(self, job: bytes, images: list[bytes]) -> NDArray[np.bool_]:
         with self.lock:
-            granted = self.thread_claims.claim(work, images)
+            granted = self.thread_claims.claim(job, images)
             ours = list(itertools.compress(images, granted))
             free = np.ones(len(ours), dtype=bool)
-            free = self._write(lambda db: _claim(db, self._lock(), work, ours), free)
-            self.thread_claims.release(work, list(itertools.compress(ours, ~free)))
+            free = self._write(lambda db: _claim(db, self._lock(), job, ours), free)
+            self.thread_claims.release(job, list(itertools.compress(ours, ~free)))
             granted[granted] = free
         return granted
 
-    def release(self, work: bytes, images: list[bytes]) -> None:
+    def release(self, job: bytes, images: list[bytes]) -> None:
         with self.lock:
-            ended = self.thread_claims.find_held(work, images)
-            self.thread_claims.release(work, images)
+            ended = self.thread_claims.find_held(job, images)
+            self.thread_claims.release(job, images)
             if ended and self.locks:
-                self._write(lambda db: _release(db, self.locks[0], work, ended), None)
+                self._write(lambda db: _release(db, self.locks[0], job, ended), None)
 
-    def find_holders(self, work: bytes, images: list[bytes]) -> set[str]:
+    def find_holders(self, job: bytes, images: list[bytes]) -> set[str]:
         """Describe the other threads and processes that hold images."""
         holders: set[str] = set()
         token = self.locks[0].token if self.locks else ""
         with self.lock:
-            holders = self._read(lambda db: _find_holders(db, work, images, token), holders)
-            return holders | self.thread_claims.find_holders(work, images)
+            holders = self._read(lambda db: _find_holders(db, job, images, token), holders)
+            return holders | self.thread_claims.find_holders(job, images)
 
     def known_digests(self, paths: list[bytes]) -> dict[bytes, tuple[bytes, bytes]]:
-        """Return what is known of each path: the stamp of its file and its digest."""
+        """Return the stamp and the digest of the file at each known path."""
         query = "SELECT path, stamp, digest FROM files WHERE path IN ({})"
         rows: list[tuple[bytes, bytes, bytes]] = []
         rows = self._read(lambda db: list(_select(db, query, paths)), rows)
@@ -156,10 +161,12 @@ class DiskStore:
         self._write(lambda db: db.executemany(query, files), None)
 
     def count(self) -> tuple[int, int, int]:
-        """Return how many rows, bytes and contexts there are."""
-        contexts: list[_Context] = []
-        contexts = self._read(_list_contexts, contexts)
-        return sum(one.held for one in contexts), sum(one.bytes for one in contexts), len(contexts)
+        """Return the numbers of rows, bytes and namespaces."""
+        namespaces: list[_Namespace] = []
+        namespaces = self._read(_list_namespaces, namespaces)
+        n_rows = sum(namespace.held for namespace in namespaces)
+        size = sum(namespace.bytes for namespace in namespaces)
+        return n_rows, size, len(namespaces)
 
     def clear(self) -> None:
         self.write_error = None
@@ -176,12 +183,12 @@ class DiskStore:
         _close_all(self.opened)
 
     def forget_parent(self) -> None:
-        """Give up, after a fork, what belongs to the parent."""
+        """Give up what belongs to the parent, after a fork."""
         self.locks.clear()
         self.thread_claims.clear()
 
     def _lock(self) -> ProcessLock | None:
-        """Return the lock by which others see that this process is alive; None if impossible."""
+        """Return the lock that shows others that this process is alive; None if impossible."""
         if self.locks and self.locks[0].path.exists():
             return self.locks[0]
         self.locks.clear()
@@ -198,7 +205,7 @@ class DiskStore:
         return otherwise if self.write_error else self._transact("IMMEDIATE", task, otherwise)
 
     def _transact(self, kind: str, task: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-        """Run `task` in one transaction; return `otherwise` if there is no file, or on failure."""
+        """Run `task` in a transaction; return `otherwise` if there is no file or the disk fails."""
         reads = kind == "DEFERRED"
         with self.lock:
             try:
@@ -210,23 +217,26 @@ class DiskStore:
                     return task(db)
             except Exception as error:
                 if self.steps.left < 0:
-                    raise _refuse(self.file, "takes too long to read") from error
-                if not _is_of_the_disk(error):
+                    raise _make_error(self.file, "takes too long to read") from error
+                if not _is_disk_error(error):
                     raise
-                trouble = f"cannot be {'read' if reads else 'written'} ({error})"
-                self.write_error = f"{self.file} {trouble}"
-        if trouble not in self.told:
-            self.told.add(trouble)
-            told = f"{self.write_error}; nothing more is stored in it."
-            warnings.warn(told, RuntimeWarning, stacklevel=5)
+                problem = f"cannot be {'read' if reads else 'written'} ({error})"
+                self.write_error = f"The cache {self.file} {problem}"
+        if problem not in self.warned:
+            self.warned.add(problem)
+            message = (
+                f"{self.write_error}; nothing more is stored in it. "
+                "Call FeatureCache.retry to resume."
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=5)
         return otherwise
 
     def _open(self, *, create: bool) -> sqlite3.Connection | None:
-        """Return the open database; None where there is no file and none is to be made."""
+        """Return the open database; None if there is no file and `create` is False."""
         file_id = _file_id(self.file)
         if self.opened and self.opened[0][1] == file_id:
             return self.opened[0][0]
-        self.close()  # if one is open, its file was deleted
+        self.close()  # if one is open, its file is gone or replaced
         if file_id is None:
             if not create:
                 return None
@@ -235,12 +245,14 @@ class DiskStore:
         return self.opened[0][0]
 
     def _make_file(self) -> None:
-        """Make the file elsewhere and put it in its place when done, unless another was faster."""
+        """Create the file elsewhere and move it into place, unless another process was faster."""
         if self.file.parent.is_file():
-            raise ValueError(f"{self.file.parent} is a file, and a cache wants a directory.")
+            raise ValueError(
+                f"The path of a cache must be a directory; {self.file.parent} is a file."
+            )
         folder = self.file.with_name(LOCK_FOLDER)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = self._lock()  # under its name others remove what is left of a killed process
+        lock = self._lock()  # if this process is killed, others remove the files named after it
         new = folder / f"{lock.token if lock else uuid.uuid4().hex}.new"
         try:
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
@@ -255,14 +267,15 @@ class DiskStore:
             new.unlink(missing_ok=True)
 
     def _shrink(self) -> None:
-        """Give the space of deleted rows back, if it can be done now."""
+        """Return the space of deleted rows to the disk, if that is possible now."""
         with self.lock, contextlib.suppress(sqlite3.DatabaseError):
             for db, _ in self.opened:
                 self.steps.left = STEPS[0]
-                # A script, because `execute` would do one page of it.
+                # A script, because `execute` would vacuum a single page.
                 db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
 
 
+# In the file, a namespace is called a context, and a job is called work.
 _SCHEMA = f"""
 PRAGMA page_size = 8192;
 PRAGMA auto_vacuum = INCREMENTAL;
@@ -300,7 +313,7 @@ PRAGMA journal_mode = WAL;
 
 
 class _Steps:
-    """How much more SQLite may do in a transaction: no honest file comes to the end of it."""
+    """The steps left to SQLite in a transaction, which no honest file uses up."""
 
     left = 0
 
@@ -314,8 +327,8 @@ def _open_file(file: Path, steps: _Steps) -> sqlite3.Connection:
     try:
         return _connect(f"{file.as_uri()}?mode=rw", file, steps)
     except sqlite3.OperationalError:
-        # A WAL database wants files beside it even to be read. Where they cannot be made, it can be
-        # read without, as far as it is not in the log of a crashed writer.
+        # Even to be read, a WAL database needs other files beside it. If these cannot be created,
+        # it can be read without them, except for what is only in the log of a crashed writer.
         return _connect(f"{file.as_uri()}?immutable=1", file, steps)
 
 
@@ -324,10 +337,10 @@ def _connect(uri: str, file: Path, steps: _Steps) -> sqlite3.Connection:
         uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
     )
     try:
-        # What is damaged may be text that cannot be decoded.
+        # A damaged file may hold text that cannot be decoded.
         db.text_factory = bytes
         db.set_progress_handler(steps, STEPS[1])
-        # Not mapped into memory: where a file is cut short, that would end the process.
+        # Not mapped into memory: a file that is cut short would then kill the process.
         db.execute("PRAGMA mmap_size = 0")
         db.execute(f"PRAGMA cache_size = -{CACHE_BYTES // 1024}")
         db.execute("PRAGMA trusted_schema = OFF")
@@ -342,31 +355,31 @@ def _connect(uri: str, file: Path, steps: _Steps) -> sqlite3.Connection:
 
 
 def _check_header(file: Path) -> None:
-    """Refuse a file that is not ours by its first bytes: SQLite might change it by opening it."""
+    """Refuse a foreign file by its first bytes: SQLite might change it by opening it."""
     with file.open("rb") as stream:
         header = stream.read(100).ljust(100, b"\0")
     version, application_id = struct.unpack_from(">I4xI", header, 60)
     if not header.startswith(b"SQLite format 3\0") or application_id != APPLICATION_ID:
         raise CacheFormatError(
-            f"{file} is not a cache of deepfeat. Move it away, or choose another directory."
+            f"The file {file} is not a deepfeat cache. Move it away or choose another directory."
         )
     if version < FORMAT:
         raise CacheFormatError(
-            f"{file} has format {version}, and this deepfeat reads format {FORMAT}."
-            " Delete it, or choose another directory."
+            f"The cache {file} has format {version}, but this release reads format {FORMAT}. "
+            "Delete it or choose another directory."
         )
     if version > FORMAT:
         raise CacheFormatError(
-            f"{file} has format {version}, and this deepfeat reads format {FORMAT}."
-            " Choose another directory, or the deepfeat that wrote it."
+            f"The cache {file} has format {version}, but this release reads format {FORMAT}. "
+            "Choose another directory or use the release of deepfeat that wrote it."
         )
 
 
 def _check_schema(db: sqlite3.Connection, file: Path) -> None:
-    """Refuse tables other than ours: a view or a trigger may run for ever, or lie."""
+    """Refuse unexpected tables: a view or a trigger might never end, or return wrong rows."""
     expected = _expected_schema()
     if set(db.execute(_LIST_SCHEMA).fetchmany(len(expected) + 1)) != expected:
-        raise _refuse(file, "has other tables than this deepfeat makes")
+        raise _make_error(file, "does not have the expected tables")
 
 
 _LIST_SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master"
@@ -380,15 +393,15 @@ def _expected_schema() -> set[tuple[object, ...]]:
         return set(db.execute(_LIST_SCHEMA))
 
 
-def _refuse(file: object, fault: str) -> CacheFormatError:
+def _make_error(file: object, fault: str) -> CacheFormatError:
     return CacheFormatError(
-        f"{file} {fault}: it is damaged or was tampered with. Delete it, or choose another"
-        " directory."
+        f"The cache {file} {fault}: it is damaged or was tampered with. Delete it or choose "
+        "another directory."
     )
 
 
 def _file_id(file: Path) -> object:
-    """Tell a file from one that took its place; None where there is none."""
+    """Identify a file, as distinct from one that replaces it; None if there is no file."""
     try:
         stat = file.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -403,20 +416,20 @@ def _transaction(db: sqlite3.Connection, kind: str) -> Iterator[None]:
         yield
         db.execute("COMMIT")
     except BaseException:
-        if db.in_transaction:  # some errors have rolled it back already
+        if db.in_transaction:  # some errors roll it back by themselves
             db.execute("ROLLBACK")
         raise
 
 
-def _is_of_the_disk(error: Exception) -> bool:
-    """Tell a disk that is full, read-only or damaged from a bug of ours."""
-    # An error of SQLite may quote a damaged file, and then cannot be decoded.
-    disk = isinstance(error, OSError | sqlite3.DatabaseError | UnicodeDecodeError)
-    return disk and not isinstance(error, sqlite3.ProgrammingError)
+def _is_disk_error(error: Exception) -> bool:
+    """Return whether the cause is a full, read-only or damaged disk rather than a bug."""
+    # SQLite's messages may quote a damaged file, and cannot be decoded then.
+    possible = isinstance(error, OSError | sqlite3.DatabaseError | UnicodeDecodeError)
+    return possible and not isinstance(error, sqlite3.ProgrammingError)
 
 
-class _Context(NamedTuple):
-    """A context as the file has it."""
+class _Namespace(NamedTuple):
+    """A namespace as recorded in the file."""
 
     id: int
     digest: bytes
@@ -428,16 +441,18 @@ class _Context(NamedTuple):
         return self.held * self.width * 4
 
 
-def _list_contexts(db: sqlite3.Connection, digest: bytes | None = None) -> list[_Context]:
-    """Return one context, or all that hold rows; refuse what no file can hold."""
-    which = "held != 0" if digest is None else "digest = ?"
-    query = f"SELECT id, digest, width, held FROM contexts WHERE {which}"
-    contexts = [_Context(*row) for row in db.execute(query, () if digest is None else (digest,))]
-    for one in contexts:
-        numbers = type(one.width) is type(one.held) is int and type(one.digest) is bytes
-        if not numbers or not (one.width > 0 <= one.held and one.bytes < MOST_BYTES):
-            raise _refuse(_name_of(db), f"counts rows that it cannot hold ({one.held!r})")
-    return contexts
+def _list_namespaces(db: sqlite3.Connection, digest: bytes | None = None) -> list[_Namespace]:
+    """Return one namespace, or all that have rows; refuse impossible numbers."""
+    condition = "held != 0" if digest is None else "digest = ?"
+    query = f"SELECT id, digest, width, held FROM contexts WHERE {condition}"
+    rows = db.execute(query, () if digest is None else (digest,))
+    namespaces = [_Namespace(*row) for row in rows]
+    for namespace in namespaces:
+        width, held = namespace.width, namespace.held
+        is_typed = type(width) is type(held) is int and type(namespace.digest) is bytes
+        if not is_typed or not (width > 0 <= held and namespace.bytes < MAX_BYTES):
+            raise _make_error(_name_of(db), f"counts {held!r} rows of {width!r} values")
+    return namespaces
 
 
 def _name_of(db: sqlite3.Connection) -> str:
@@ -445,33 +460,33 @@ def _name_of(db: sqlite3.Connection) -> str:
 
 
 class _Rows(NamedTuple):
-    """What is found of some images."""
+    """The rows found for some images."""
 
     found: NDArray[np.bool_]
     matrix: NDArray[np.float32] | None
-    blocks: list[int]  # that were read
-    damaged: list[bytes]  # images whose rows are
+    blocks: list[int]  # those that were read
+    damaged: list[bytes]  # the images of damaged rows
 
 
-def _read_rows(db: sqlite3.Connection, context: bytes, images: list[bytes]) -> _Rows:
+def _read_rows(db: sqlite3.Connection, namespace: bytes, images: list[bytes]) -> _Rows:
     found = np.zeros(len(images), dtype=bool)
-    contexts = _list_contexts(db, context)
-    if not contexts:
+    namespaces = _list_namespaces(db, namespace)
+    if not namespaces:
         return _Rows(found, None, [], [])
-    context_id, _, width, held = contexts[0]
+    namespace_id, _, width, held = namespaces[0]
     query = "SELECT image, block, place, checksum FROM keys WHERE context = ?"
     if held > 4 * len(images):
-        keys = _select(db, f"{query} AND image IN ({{}})", images, context_id)
-    else:  # to read them all is faster, and the more so the more there are
-        keys = db.execute(query, (context_id,))
+        keys = _select(db, f"{query} AND image IN ({{}})", images, namespace_id)
+    else:  # to read all keys is faster than to select a large part of them
+        keys = db.execute(query, (namespace_id,))
     index_of = {image: index for index, image in enumerate(images)}
     wanted: dict[int, list[tuple[int, bytes, int, int]]] = {}
-    for image, block, place, checksum in keys:
+    for image, block, position, checksum in keys:
         if image in index_of:
-            wanted.setdefault(block, []).append((index_of[image], image, place, checksum))
-    # What is damaged may have any type. In order, because to follow the file is twice as fast.
+            wanted.setdefault(block, []).append((index_of[image], image, position, checksum))
+    # Damaged keys may have any type. Sorted, because reading in file order is twice as fast.
     blocks = sorted(block for block in wanted if type(block) is int)
-    size, seed = 4 * width, zlib.crc32(context)
+    size, seed = 4 * width, zlib.crc32(namespace)
     query = (
         "SELECT id, data FROM matrices WHERE typeof(data) = 'blob'"
         f" AND length(data) BETWEEN {size} AND {max(size, BLOCK_BYTES)} AND id IN ({{}})"
@@ -482,8 +497,8 @@ def _read_rows(db: sqlite3.Connection, context: bytes, images: list[bytes]) -> _
             rows = np.empty((len(images), width), "<f4")
             target = rows.data.cast("B")
         source = memoryview(data)
-        for index, image, place, checksum in wanted[block]:
-            start = place * size if type(place) is int else len(data)
+        for index, image, position, checksum in wanted[block]:
+            start = position * size if type(position) is int else len(data)
             row = source[start : start + size]
             if checksum == _checksum(seed, image, row) and len(row) == size:
                 target[index * size : (index + 1) * size] = row
@@ -497,43 +512,44 @@ def _read_rows(db: sqlite3.Connection, context: bytes, images: list[bytes]) -> _
 
 
 def _write_rows(
-    db: sqlite3.Connection, context: bytes, images: list[bytes], matrix: NDArray[np.float32]
+    db: sqlite3.Connection, namespace: bytes, images: list[bytes], matrix: NDArray[np.float32]
 ) -> None:
     db.execute(
         "INSERT INTO contexts (digest, width) VALUES (?, ?)"
         " ON CONFLICT (digest) DO UPDATE SET width = excluded.width WHERE held = 0",
-        (context, matrix.shape[1]),
+        (namespace, matrix.shape[1]),
     )
-    ((context_id, _, width, _),) = _list_contexts(db, context)
-    check_width(context, width, matrix)
+    ((namespace_id, _, width, _),) = _list_namespaces(db, namespace)
+    check_width(namespace, width, matrix)
     query = "SELECT image FROM keys WHERE context = ? AND image IN ({})"
-    stored = {image for (image,) in _select(db, query, images, context_id)}
+    stored = {image for (image,) in _select(db, query, images, namespace_id)}
     new = {image: i for i, image in reversed(list(enumerate(images))) if image not in stored}
     keys = sorted(new.items(), key=lambda item: item[1])
-    seed, now = zlib.crc32(context), time.time_ns()
+    seed, now = zlib.crc32(namespace), time.time_ns()
     step = max(1, BLOCK_BYTES // (4 * width))
     for part in (keys[start : start + step] for start in range(0, len(keys), step)):
         rows = matrix[[index for _, index in part]].astype("<f4", copy=False)
         block = db.execute(
-            "INSERT INTO blocks (context, used) VALUES (?, ?)", (context_id, now)
+            "INSERT INTO blocks (context, used) VALUES (?, ?)", (namespace_id, now)
         ).lastrowid
         db.execute("INSERT INTO matrices VALUES (?, ?)", (block, rows.data))
         db.executemany(
             "INSERT INTO keys VALUES (?, ?, ?, ?, ?)",
             [
-                (context_id, image, block, place, _checksum(seed, image, rows[place].data))
-                for place, (image, _) in enumerate(part)
+                (namespace_id, image, block, position, _checksum(seed, image, rows[position].data))
+                for position, (image, _) in enumerate(part)
             ],
         )
-    db.execute("UPDATE contexts SET held = held + ? WHERE id = ?", (len(keys), context_id))
+    db.execute("UPDATE contexts SET held = held + ? WHERE id = ?", (len(keys), namespace_id))
 
 
-def check_width(context: bytes, width: int, matrix: NDArray[np.float32]) -> None:
-    """Raise if rows do not have the width of those that their context holds."""
+def check_width(namespace: bytes, width: int, matrix: NDArray[np.float32]) -> None:
+    """Raise if rows differ in width from those already in their namespace."""
     if matrix.shape[1] != width:
         raise ValueError(
-            f"Context {context.hex()[:12]} holds rows of {width} values, not of {matrix.shape[1]}."
-            " What makes rows wider or narrower belongs into the digest of the context."
+            f"Namespace {namespace.hex()[:12]} holds rows of {width} values; got rows of "
+            f"{matrix.shape[1]}. The digest of a namespace must cover everything that affects the "
+            "width of its rows."
         )
 
 
@@ -542,40 +558,42 @@ def _touch(db: sqlite3.Connection, blocks: list[int]) -> None:
     db.executemany("UPDATE blocks SET used = ? WHERE id = ?", [(now, block) for block in blocks])
 
 
-def _prune(db: sqlite3.Connection, bound: int) -> int:
-    """Drop the blocks used longest ago until at most `bound` bytes of rows are left."""
-    contexts = {one.id: one for one in _list_contexts(db)}
-    excess = sum(one.bytes for one in contexts.values()) - bound
+def _prune(db: sqlite3.Connection, max_bytes: int) -> int:
+    """Drop the least recently used blocks until at most `max_bytes` of rows are left."""
+    namespaces = {namespace.id: namespace for namespace in _list_namespaces(db)}
+    excess = sum(namespace.bytes for namespace in namespaces.values()) - max_bytes
     if excess <= 0:
         return 0
-    oldest = db.execute(
+    blocks = db.execute(
         "SELECT id, context, (SELECT count(*) FROM keys WHERE block = blocks.id) FROM blocks"
         " ORDER BY used, id"
     )
-    doomed = []
-    for block, context, count in oldest:
-        doomed.append((block, context, count))
-        excess -= count * 4 * contexts[context].width if context in contexts else 0
+    dropped = []
+    for block, namespace_id, count in blocks:
+        dropped.append((block, namespace_id, count))
+        if namespace_id in namespaces:
+            excess -= count * 4 * namespaces[namespace_id].width
         if excess <= 0:
             break
-    oldest.close()
-    for block, context, count in doomed:
+    blocks.close()
+    for block, namespace_id, count in dropped:
         db.execute("DELETE FROM keys WHERE block = ?", (block,))
         _drop_block(db, block)
-        db.execute("UPDATE contexts SET held = held - ? WHERE id = ?", (count, context))
-    return sum(count for *_, count in doomed)
+        db.execute("UPDATE contexts SET held = held - ? WHERE id = ?", (count, namespace_id))
+    return sum(count for *_, count in dropped)
 
 
-def _drop(db: sqlite3.Connection, context: bytes, images: list[bytes]) -> None:
-    """Drop the rows of some images, and blocks of which nothing is left."""
-    for one in _list_contexts(db, context):
+def _drop(db: sqlite3.Connection, namespace: bytes, images: list[bytes]) -> None:
+    """Drop the rows of some images, and the blocks that are empty then."""
+    for namespace_id, _, _, held in _list_namespaces(db, namespace):
         query = "SELECT image, block FROM keys WHERE context = ? AND image IN ({})"
-        keys = list(_select(db, query, images, one.id))
+        keys = list(_select(db, query, images, namespace_id))
         db.executemany(
-            "DELETE FROM keys WHERE context = ? AND image = ?", [(one.id, key) for key, _ in keys]
+            "DELETE FROM keys WHERE context = ? AND image = ?",
+            [(namespace_id, image) for image, _ in keys],
         )
-        held = max(0, one.held - len(keys))
-        db.execute("UPDATE contexts SET held = ? WHERE id = ?", (held, one.id))
+        left = max(0, held - len(keys))
+        db.execute("UPDATE contexts SET held = ? WHERE id = ?", (left, namespace_id))
         for block in {block for _, block in keys}:
             if not db.execute("SELECT 1 FROM keys WHERE block = ?", (block,)).fetchone():
                 _drop_block(db, block)
@@ -592,34 +610,34 @@ def _clear(db: sqlite3.Connection) -> None:
 
 
 def _claim(
-    db: sqlite3.Connection, lock: ProcessLock | None, work: bytes, images: list[bytes]
+    db: sqlite3.Connection, lock: ProcessLock | None, job: bytes, images: list[bytes]
 ) -> NDArray[np.bool_]:
     if lock is None:
         return np.ones(len(images), dtype=bool)
-    mine = _sign(db, lock)
+    mine = _record_progress(db, lock)
     query = "SELECT image, owner FROM claims WHERE work = ? AND image IN ({})"
-    held = dict(_select(db, query, images, work))
-    busy = {owner for owner in set(held.values()) - {mine} if _is_at_work(db, lock.folder, owner)}
+    held = dict(_select(db, query, images, job))
+    busy = {owner for owner in set(held.values()) - {mine} if _is_active(db, lock.folder, owner)}
     granted = [held.get(image) not in busy for image in images]
     db.executemany(
         "INSERT OR REPLACE INTO claims VALUES (?, ?, ?)",
-        [(work, image, mine) for image in itertools.compress(images, granted)],
+        [(job, image, mine) for image in itertools.compress(images, granted)],
     )
     return np.array(granted, dtype=bool)
 
 
 def _release(
-    db: sqlite3.Connection, lock: ProcessLock, work: bytes | None, images: list[bytes]
+    db: sqlite3.Connection, lock: ProcessLock, job: bytes | None, images: list[bytes]
 ) -> None:
-    mine = _sign(db, lock)
+    mine = _record_progress(db, lock)
     db.executemany(
         "DELETE FROM claims WHERE work = ? AND image = ? AND owner = ?",
-        [(work, image, mine) for image in images],
+        [(job, image, mine) for image in images],
     )
 
 
-def _sign(db: sqlite3.Connection, lock: ProcessLock) -> int:
-    """Note that this process makes progress; return its number among the owners."""
+def _record_progress(db: sqlite3.Connection, lock: ProcessLock) -> int:
+    """Record that this process makes progress; return its id among the owners."""
     select = "SELECT id FROM owners WHERE token = ?", (lock.token,)
     mine = db.execute(*select).fetchone()
     if mine is None:
@@ -631,11 +649,11 @@ def _sign(db: sqlite3.Connection, lock: ProcessLock) -> int:
     return int(mine[0])
 
 
-def _is_at_work(db: sqlite3.Connection, folder: Path, owner: object) -> bool:
-    """Tell whether the owner of claims lives, and has made progress in the last minutes."""
+def _is_active(db: sqlite3.Connection, folder: Path, owner: object) -> bool:
+    """Return whether the owner of claims is alive and has recently made progress."""
     query = "SELECT CAST(token AS TEXT), CAST(ifnull(signed, 0) AS REAL) FROM owners WHERE id = ?"
-    token, signed = db.execute(query, (owner,)).fetchone() or (None, 0.0)
-    return token is not None and is_recent(signed) and _is_alive(db, folder, token)
+    token, last_progress = db.execute(query, (owner,)).fetchone() or (None, 0.0)
+    return token is not None and is_recent(last_progress) and _is_alive(db, folder, token)
 
 
 def _forget_dead_owners(db: sqlite3.Connection, folder: Path) -> None:
@@ -650,29 +668,29 @@ def _is_alive(db: sqlite3.Connection, folder: Path, token: bytes) -> bool:
     try:
         return is_locked(folder, token.decode("latin-1"))
     except ValueError as error:
-        raise _refuse(_name_of(db), "names a process that cannot be") from error
+        raise _make_error(_name_of(db), "names an impossible process") from error
 
 
-def _find_holders(db: sqlite3.Connection, work: bytes, images: list[bytes], token: str) -> set[str]:
+def _find_holders(db: sqlite3.Connection, job: bytes, images: list[bytes], token: str) -> set[str]:
     query = (
         "SELECT CAST(ifnull(host, '') AS TEXT), CAST(pid AS INTEGER) FROM claims JOIN owners"
         " ON owner = owners.id WHERE token != ? AND work = ? AND image IN ({})"
     )
-    owners = _select(db, query, images, token, work)
+    owners = _select(db, query, images, token, job)
     return {f"process {pid} on {host.decode(errors='replace')}" for host, pid in owners}
 
 
 def _select(
     db: sqlite3.Connection, query: str, values: Sequence[Any], *first: Any
 ) -> Iterator[Any]:
-    """Run a query that ends in `IN ({})`, some hundred values at a time: SQLite has a limit."""
+    """Run a query with `IN ({})` on 500 values at a time: SQLite limits their number."""
     for start in range(0, len(values), 500):
         part = values[start : start + 500]
         yield from db.execute(query.format(",".join("?" * len(part))), (*first, *part))
 
 
 def _checksum(seed: int, image: bytes, data: bytes | memoryview) -> int:
-    # Over context (the seed) and image too: a damaged index must not show a row under other keys.
+    # Covers namespace (the seed) and image: a damaged index must not show a row under other keys.
     return zlib.crc32(data, zlib.crc32(image, seed))
 
 

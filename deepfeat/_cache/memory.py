@@ -14,90 +14,90 @@ from .owners import ThreadClaims
 
 
 class MemoryStore:
-    """Rows in this process, the one used longest ago first."""
+    """Rows in memory, the least recently used first."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.hits = self.misses = self.bytes = 0
         self.rows: OrderedDict[tuple[bytes, bytes], NDArray[np.float32]] = OrderedDict()
         self.widths: dict[bytes, int] = {}
-        self.held: Counter[bytes] = Counter()  # rows per context
+        self.held: Counter[bytes] = Counter()  # number of rows per namespace
         self.claims = ThreadClaims()
         self.files: dict[bytes, tuple[bytes, bytes]] = {}
         self.write_error: str | None = None
 
-    def get_many(self, context: bytes, images: list[bytes], *, touch: bool) -> Found:
+    def get_many(self, namespace: bytes, images: list[bytes], *, touch: bool) -> Found:
         with self.lock:
-            stored = [self.rows.get((context, image)) for image in images]
+            stored = [self.rows.get((namespace, image)) for image in images]
             found = np.array([row is not None for row in stored], dtype=bool)
             if not found.any():
                 return found, None
-            rows = np.full((len(images), self.widths[context]), np.nan, np.float32)
+            rows = np.full((len(images), self.widths[namespace]), np.nan, np.float32)
             for i, (image, row) in enumerate(zip(images, stored, strict=True)):
                 if row is not None:
                     rows[i] = row
-                    self.rows.move_to_end((context, image))
+                    self.rows.move_to_end((namespace, image))
             return found, rows
 
     def list_images(self) -> dict[bytes, list[bytes]]:
         images: dict[bytes, list[bytes]] = {}
         with self.lock:
-            for context, image in self.rows:
-                images.setdefault(context, []).append(image)
+            for namespace, image in self.rows:
+                images.setdefault(namespace, []).append(image)
         return images
 
-    def find(self, context: bytes, images: list[bytes]) -> set[bytes]:
+    def find(self, namespace: bytes, images: list[bytes]) -> set[bytes]:
         with self.lock:
-            return {image for image in images if (context, image) in self.rows}
+            return {image for image in images if (namespace, image) in self.rows}
 
     def put_many(
         self,
         images: list[bytes],
         rows: Mapping[bytes, NDArray[np.float32]],
-        bound: int | None,
-        work: bytes | None,
+        max_bytes: int | None,
+        job: bytes | None,
     ) -> None:
         with self.lock:
-            for context, matrix in rows.items():
-                check_width(context, self.widths.get(context) or matrix.shape[1], matrix)
-            for context, matrix in rows.items():
+            for namespace, matrix in rows.items():
+                check_width(namespace, self.widths.get(namespace) or matrix.shape[1], matrix)
+            for namespace, matrix in rows.items():
                 for image, row in zip(images, matrix, strict=True):
-                    self._put(context, image, row)
-            if work is not None:
-                self.claims.release(work, images)
-            if bound is not None:
-                self.prune(bound)
+                    self._put(namespace, image, row)
+            if job is not None:
+                self.claims.release(job, images)
+            if max_bytes is not None:
+                self.prune(max_bytes)
 
-    def _put(self, context: bytes, image: bytes, row: NDArray[np.float32]) -> None:
-        if (context, image) not in self.rows:
-            # A copy: a view would keep the whole matrix, and show what its owner writes to it.
-            self.rows[context, image] = row.copy()
-            self.widths[context] = len(row)
-            self.held[context] += 1
+    def _put(self, namespace: bytes, image: bytes, row: NDArray[np.float32]) -> None:
+        if (namespace, image) not in self.rows:
+            # A copy: a view would keep the whole matrix alive, and change with it.
+            self.rows[namespace, image] = row.copy()
+            self.widths[namespace] = len(row)
+            self.held[namespace] += 1
             self.bytes += row.nbytes
 
-    def prune(self, bound: int) -> int:
+    def prune(self, max_bytes: int) -> int:
         with self.lock:
             before = len(self.rows)
-            while self.bytes > bound:
-                (context, _), row = self.rows.popitem(last=False)
+            while self.bytes > max_bytes:
+                (namespace, _), row = self.rows.popitem(last=False)
                 self.bytes -= row.nbytes
-                self.held[context] -= 1
-                if not self.held[context]:
-                    del self.held[context], self.widths[context]
+                self.held[namespace] -= 1
+                if not self.held[namespace]:
+                    del self.held[namespace], self.widths[namespace]
             return before - len(self.rows)
 
-    def claim(self, work: bytes, images: list[bytes]) -> NDArray[np.bool_]:
+    def claim(self, job: bytes, images: list[bytes]) -> NDArray[np.bool_]:
         with self.lock:
-            return self.claims.claim(work, images)
+            return self.claims.claim(job, images)
 
-    def release(self, work: bytes, images: list[bytes]) -> None:
+    def release(self, job: bytes, images: list[bytes]) -> None:
         with self.lock:
-            self.claims.release(work, images)
+            self.claims.release(job, images)
 
-    def find_holders(self, work: bytes, images: list[bytes]) -> set[str]:
+    def find_holders(self, job: bytes, images: list[bytes]) -> set[str]:
         with self.lock:
-            return self.claims.find_holders(work, images)
+            return self.claims.find_holders(job, images)
 
     def known_digests(self, paths: list[bytes]) -> dict[bytes, tuple[bytes, bytes]]:
         with self.lock:
@@ -115,8 +115,8 @@ class MemoryStore:
         with self.lock:
             self.bytes = 0
             self.claims.clear()
-            for kept in self.rows, self.widths, self.held, self.files:
-                kept.clear()
+            for table in self.rows, self.widths, self.held, self.files:
+                table.clear()
 
     def retry(self) -> None:
         """Do nothing: there is no disk."""

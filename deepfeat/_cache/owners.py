@@ -1,4 +1,4 @@
-"""Claims on images: which thread of this process computes which, and which process is alive."""
+"""Claims of threads on images, and locks that show which processes are alive."""
 
 from __future__ import annotations
 
@@ -17,67 +17,75 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-PATIENCE_SECONDS = 300.0  # a live owner without a sign of progress for so long loses its claims
-_LOCK_SECONDS = 10.0  # a sweep of another process may hold a new lock for a moment
+PATIENCE_SECONDS = 300.0  # without progress for this long, a live owner loses its claims
+_LOCK_SECONDS = 10.0  # another process that sweeps may hold a new lock for a moment
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 
 
 class ThreadClaims:
-    """The claims of the threads of this process on images; the caller sees to locking."""
+    """Claims of this process's threads on images; locking is up to the caller."""
 
     def __init__(self) -> None:
-        self._signs: dict[threading.Thread, float] = {}
+        self._progress: dict[threading.Thread, float] = {}
         self._owners: dict[tuple[bytes, bytes], threading.Thread] = {}
 
-    def claim(self, work: bytes, images: Sequence[bytes]) -> NDArray[np.bool_]:
-        """Tell which images no other live thread holds, and claim these for this one."""
-        self._sign()
+    def claim(self, job: bytes, images: Sequence[bytes]) -> NDArray[np.bool_]:
+        """Claim the images that no other live thread holds; return which these are."""
+        self._record_progress()
         this = threading.current_thread()
         busy = {
-            thread for thread, sign in self._signs.items() if thread is not this and is_recent(sign)
+            thread
+            for thread, timestamp in self._progress.items()
+            if thread is not this and is_recent(timestamp)
         }
-        granted = [self._owners.get((work, image)) not in busy for image in images]
-        self._owners |= {(work, image): this for image in itertools.compress(images, granted)}
+        granted = [self._owners.get((job, image)) not in busy for image in images]
+        self._owners |= {(job, image): this for image in itertools.compress(images, granted)}
         return np.array(granted, dtype=bool)
 
-    def find_held(self, work: bytes, images: Sequence[bytes]) -> list[bytes]:
-        """Return those of the images that this thread holds."""
+    def find_held(self, job: bytes, images: Sequence[bytes]) -> list[bytes]:
+        """Return the images that this thread holds."""
         this = threading.current_thread()
-        return [image for image in images if self._owners.get((work, image)) is this]
+        return [image for image in images if self._owners.get((job, image)) is this]
 
-    def release(self, work: bytes, images: Sequence[bytes]) -> None:
-        """End the claims of this thread on images."""
-        self._sign()
-        for image in set(self.find_held(work, images)):
-            del self._owners[work, image]
+    def release(self, job: bytes, images: Sequence[bytes]) -> None:
+        """Release this thread's claims on images."""
+        self._record_progress()
+        for image in set(self.find_held(job, images)):
+            del self._owners[job, image]
 
-    def find_holders(self, work: bytes, images: Sequence[bytes]) -> set[str]:
+    def find_holders(self, job: bytes, images: Sequence[bytes]) -> set[str]:
         """Describe the other threads that hold images."""
-        owners = {self._owners.get((work, image)) for image in images}
+        owners = {self._owners.get((job, image)) for image in images}
         others = owners - {None, threading.current_thread()}
         return {f"thread {thread.name!r} of this process" for thread in others if thread}
 
     def clear(self) -> None:
-        """Forget all claims, as after a fork: they are the parent's."""
-        self._signs.clear()
+        """Forget all claims, for example after a fork, when they are the parent's."""
+        self._progress.clear()
         self._owners.clear()
 
-    def _sign(self) -> None:
-        """Note that this thread makes progress, and forget the claims of threads that ended."""
-        self._signs[threading.current_thread()] = time.time()
-        dead = {thread for thread in self._signs if not thread.is_alive()}
+    def _record_progress(self) -> None:
+        """Record that this thread makes progress; drop the claims of threads that have ended."""
+        self._progress[threading.current_thread()] = time.time()
+        dead = {thread for thread in self._progress if not thread.is_alive()}
         if dead:
-            self._signs = {one: sign for one, sign in self._signs.items() if one not in dead}
-            self._owners = {key: one for key, one in self._owners.items() if one not in dead}
+            self._progress = {
+                thread: timestamp
+                for thread, timestamp in self._progress.items()
+                if thread not in dead
+            }
+            self._owners = {
+                key: thread for key, thread in self._owners.items() if thread not in dead
+            }
 
 
 class ProcessLock:
-    """A file in a folder that this process keeps locked: the lock ends with it, however it dies.
+    """A file that this process keeps locked: the lock ends with the process, however it dies.
 
     Raises
     ------
     OSError
-        If the file system has no locks, or nothing can be written there.
+        If the file system does not support locks, or the folder cannot be written to.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,35 +109,35 @@ class ProcessLock:
 
 
 def is_locked(folder: Path, token: str) -> bool:
-    """Tell whether the process that made a lock is alive."""
+    """Return whether the process that created a lock is alive."""
     if _TOKEN.fullmatch(token) is None:
-        raise ValueError(f"{token!r} is not the name of a lock.")
+        raise ValueError(f"token must be 32 hexadecimal digits; got {token!r}.")
     path = folder / f"{token}.lock"
     if not path.exists():
         return False
     lock = _lock_at(path)
     try:
         lock.acquire(blocking=False)
-    except (Timeout, OSError):  # a lock that may not be tried, as another user's, is believed
+    except (Timeout, OSError):  # one that cannot be tried, such as another user's, counts as held
         return True
     lock.release()
     return False
 
 
 def sweep(folder: Path) -> None:
-    """Remove the files of processes that died without doing so."""
+    """Remove the files that processes left when they died."""
     for path in folder.glob("*.lock"):
         if _TOKEN.fullmatch(path.stem) and not is_locked(folder, path.stem):
-            for left in folder.glob(f"{path.stem}.*"):
+            for leftover in folder.glob(f"{path.stem}.*"):
                 with contextlib.suppress(OSError):
-                    left.unlink()
+                    leftover.unlink()
 
 
-def is_recent(sign: float) -> bool:
-    """Tell whether a sign of progress is of the last minutes."""
-    return abs(time.time() - sign) < PATIENCE_SECONDS
+def is_recent(timestamp: float) -> bool:
+    """Return whether progress was made within the last `PATIENCE_SECONDS`."""
+    return abs(time.time() - timestamp) < PATIENCE_SECONDS
 
 
 def _lock_at(path: Path) -> FileLock:
-    # A soft lock, of a file's mere existence, would outlive its owner.
+    # Never a soft lock: the mere existence of a file would outlive its owner.
     return FileLock(path, thread_local=False, fallback_to_soft=False)

@@ -1,4 +1,4 @@
-"""Data sets: images in folders, one per class, and the 15-Scene data set."""
+"""Data sets: images in one folder per class, and the 15-Scene data set."""
 
 from ._folders import load_image_folder
 from ._scene15 import fetch_scene15, load_scene15

@@ -1,4 +1,4 @@
-"""Archives: downloaded bit by bit, and unpacked without trusting them."""
+"""Archives: downloads that can be resumed, and safe unpacking."""
 
 import os
 import shutil
@@ -17,16 +17,18 @@ _TIMEOUT_SECONDS = 30
 
 
 def download(url: str, target: Path, part: Path, *, n_retries: int, delay: float) -> None:
-    """Download to `part`, from where an earlier attempt broke off, and move that to `target`.
+    """Download a file to `part`, resuming an interrupted download, and move it to `target`.
 
     Raises
     ------
     OSError
-        If it breaks off more than `n_retries` times, `delay` seconds apart. `part` stays, for the
-        next call to go on from.
+        If the server refuses, or the download is still interrupted after `n_retries` retries,
+        which are `delay` seconds apart. `part` is kept, so that the next call can resume.
     """
     while not _download_rest(url, part, may_fail=n_retries > 0):
-        warnings.warn(f"the download of {url} broke off; trying again.", UserWarning, stacklevel=2)
+        warnings.warn(
+            f"The download of {url} was interrupted; retrying.", UserWarning, stacklevel=2
+        )
         n_retries -= 1
         time.sleep(delay)
     os.replace(part, target)
@@ -38,8 +40,8 @@ def unpack_zip(archive: Path, folder: Path, *, max_files: int, max_bytes: int) -
     Raises
     ------
     ValueError
-        If the archive is damaged, or a member is encrypted, is no plain file, or would lie outside
-        the folder, or there is more than the limits allow. Nothing outside is ever written.
+        If the archive is damaged or exceeds the limits, or a member is encrypted, is not a regular
+        file or lies outside the folder. Nothing is ever written outside the folder.
     """
     try:
         with zipfile.ZipFile(archive) as zipped:
@@ -51,57 +53,62 @@ def unpack_zip(archive: Path, folder: Path, *, max_files: int, max_bytes: int) -
             for member in members:
                 path = folder / member.filename
                 path.parent.mkdir(parents=True, exist_ok=True)
-                # Not more than the size that was checked is read, whatever is packed.
+                # No more is read than the declared size, which was checked.
                 with zipped.open(member) as source, path.open("xb") as target:
                     shutil.copyfileobj(source, target)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"the archive holds {path.name!r} twice, or a file as a folder") from error
+        raise ValueError(
+            f"The archive holds {path.name!r} twice, or uses a file as a folder."
+        ) from error
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise ValueError(f"the archive is damaged, or none: {error}") from error
+        raise ValueError(f"The archive is damaged or not a zip file ({error}).") from error
 
 
 # Downloading ------------------------------------------------------------------------------------
 
 
 def _download_rest(url: str, part: Path, *, may_fail: bool) -> bool:
-    """Append to `part` what is missing; tell whether it is whole."""
+    """Append the missing bytes to `part`; return whether it is complete."""
     try:
         _append(url, part)
     except (OSError, HTTPException) as error:
         refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
         if may_fail and not refused:
             return False
-        raise OSError(f"{url} could not be downloaded: {error}") from error
+        raise OSError(
+            f"The download of {url} failed ({error}). "
+            "Check the address and the connection, and try again."
+        ) from error
     return True
 
 
 def _append(url: str, part: Path) -> None:
     start = part.stat().st_size if part.exists() else 0
-    # Compressed on the way, the bytes could not be counted.
+    # Bytes that are compressed in transit could not be counted.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     request = urllib.request.Request(url, headers=headers)
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code != 416:  # no such range
+        if error.code != 416:  # range not satisfiable
             raise
         if error.headers["Content-Range"] == f"bytes */{start}":
-            return  # nothing is missing
-        part.unlink()  # what was begun is not the file that is there now
-        raise OSError("the server has another file by now") from error
+            return  # `part` is complete
+        part.unlink()  # it belongs to another file than the server's present one
+        raise OSError("the file on the server has changed") from error
     with response:
         if response.status != 206:  # the server sends the whole file, from the start
             start = 0
         elif not str(response.headers["Content-Range"]).startswith(f"bytes {start}-"):
             part.unlink()
-            raise OSError("the server sent another part of the file than was asked for")
+            raise OSError("the server sent another part of the file than requested")
         length = response.headers["Content-Length"]
         with part.open("ab" if start else "wb") as file:
             shutil.copyfileobj(response, file)
     size = part.stat().st_size
     if length is not None and size != start + int(length):
-        raise OSError(f"{size} of {start + int(length)} bytes arrived")
+        raise OSError(f"received {size} of {start + int(length)} bytes")
 
 
 # Unpacking --------------------------------------------------------------------------------------
@@ -111,19 +118,19 @@ def _check_size(members: Sequence[zipfile.ZipInfo], max_files: int, max_bytes: i
     size = sum(member.file_size for member in members)
     if len(members) > max_files or size > max_bytes:
         raise ValueError(
-            f"the archive holds {len(members)} files of {size} bytes; no more than {max_files} "
-            f"files of {max_bytes} bytes are expected"
+            f"The archive must hold at most {max_files} files of {max_bytes} bytes in all; got "
+            f"{len(members)} file(s) of {size} bytes."
         )
 
 
 def _check_member(member: zipfile.ZipInfo) -> None:
     name = member.filename
     path = PurePosixPath(name)
-    # A backslash or a colon leads elsewhere on Windows.
+    # On Windows, a backslash or a colon may lead elsewhere.
     if not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\:"):
-        raise ValueError(f"the archive would write outside its folder: {name!r}")
+        raise ValueError(f"The archive holds {name!r}, which lies outside its folder.")
     kind = stat.S_IFMT(member.external_attr >> 16)
-    if kind not in (0, stat.S_IFREG):  # 0: packed where files have no kinds
-        raise ValueError(f"the archive holds {name!r}, which is a link or no plain file")
+    if kind not in (0, stat.S_IFREG):  # 0: packed on a system without file types
+        raise ValueError(f"The archive holds {name!r}, which is a link or not a regular file.")
     if member.flag_bits & 1:
-        raise ValueError(f"the archive holds {name!r}, which is encrypted")
+        raise ValueError(f"The archive holds {name!r}, which is encrypted.")

@@ -24,9 +24,9 @@ Split: TypeAlias = Literal["fixed", "random"]
 
 _URL = "http://www-cvr.ai.uiuc.edu/ponce_grp/data/scene_categories/scene_categories.zip"
 _HASH = "md5:58828019197b2ad0a7efb472e7a85c2a"
-_MAX_FILES, _MAX_BYTES = 20_000, 2**30  # ample for 4,485 files of 92 MB
+_MAX_FILES, _MAX_BYTES = 20_000, 2**30  # generous for 4,485 files of 92 MB
 _SPLIT_FILE = "scene15_split.csv"
-# The classes and how many images each has. No two have as many, so that a folder can be told by it.
+# The number of images of each class. All are different, so they identify numbered folders.
 _SCENES = {
     "CALsuburb": 241,
     "MITcoast": 360,
@@ -53,47 +53,46 @@ def load_scene15(
     train_per_class: int = 100,
     random_state: RandomState = None,
 ) -> Bunch:
-    """List the 4,485 images of the 15-Scene data set, and split them for training and testing.
+    """List the 4,485 images of the 15-Scene data set, split for training and testing.
 
     Parameters
     ----------
     root : str or path
-        Folder of the images: class folders as published (`CALsuburb`, `MITcoast`, ..., `store`)
-        or with such names as `suburb` or `InsideCity`; or numbered class folders (`00` to `14`),
-        which are told by their number of images; or folders `train` and `test` with such
-        class folders in each; or a folder with one of these as its only folder.
+        Folder of the images. It contains class folders with their published names (`CALsuburb`,
+        `MITcoast`, ..., `store`) or such names as `suburb` or `InsideCity`; or numbered class
+        folders (`00` to `14`), which are identified by their numbers of images; or folders `train`
+        and `test` with such class folders in each; or one of these in its only folder.
     split : {"fixed", "random"}, default="fixed"
-        "fixed" is the split that comes with the images: the folders `train` and `test`, or a file
+        "fixed" is the split that comes with the images: folders `train` and `test`, or a file
         `scene15_split.csv` in `root` or beside it, with columns `split` ("train" or "test"),
-        `class` (name of the class folder) and `file` (name of the image). None was published with
-        the data set, and none comes with deepfeat. "random" draws training images in each class,
-        as those who published the data set did; the others are for testing.
+        `class` (name of the class folder) and `file` (name of the image). Neither the authors of
+        the data set nor deepfeat provide one. "random" draws training images from each class, as
+        the authors did; the other images are for testing.
     train_per_class : int, default=100
-        Number of training images of each class. A fixed split must have as many.
+        Number of training images per class. A fixed split must have exactly as many.
     random_state : int, RandomState or None, default=None
-        Seed of the random split: pass an int to draw the same one again.
+        Seed of the random split. Pass an int for reproducible splits.
 
     Returns
     -------
     scenes : Bunch
         `data`, ndarray of shape (4485,) of str: paths, sorted by class and name. `target`, ndarray
-        of shape (4485,) of int: places in `target_names`. `target_names`, ndarray of shape (15,)
-        of str: the classes as published, whatever the folders are called. `train` and `test`,
-        ndarrays of int: places in `data` of the images to train and to test on.
+        of shape (4485,) of int: indices into `target_names`. `target_names`, ndarray of shape
+        (15,) of str: the published names of the classes, whatever the folders are called. `train`
+        and `test`, ndarrays of int: indices into `data` of the training and test images.
 
     Raises
     ------
     ValueError
-        If a class or an image is missing, or there are more than were published, saying where; or
-        if there is no fixed split of that size.
+        If the classes and their numbers of images are not those published; the message gives the
+        differences. Also if there is no fixed split of that size, or a parameter is invalid.
     OSError
-        If `root` is no folder, or a folder cannot be read.
+        If `root` is not a folder, or a folder cannot be read.
 
     Notes
     -----
-    Some images of the data set are the same, byte for byte: in the copy that deepfeat was
-    developed on, 18 pairs, one of them across two classes. A split may have one half of a pair on
-    either side.
+    Some images of the data set are identical, byte for byte: 18 pairs in the copy that deepfeat
+    was developed with, one of them across two classes. A split may separate the images of a pair.
 
     References
     ----------
@@ -107,7 +106,7 @@ def load_scene15(
     >>> len(scenes.data), len(scenes.train), len(scenes.test)  # doctest: +SKIP
     (4485, 1500, 2985)
     """
-    _check_choices(split, train_per_class)
+    _check_parameters(split, train_per_class)
     folder = as_path(root)
     scenes = _list_scenes(folder)
     names = list(_SCENES)
@@ -138,35 +137,34 @@ def fetch_scene15(
     n_retries: int = 3,
     delay: float = 1.0,
 ) -> Bunch:
-    """Load the 15-Scene data set, downloading it (92 MB) if it is not there yet.
+    """Load the 15-Scene data set, downloading it (92 MB) if necessary.
 
-    The default address and hash are those that public code quotes. Neither could be checked while
-    deepfeat was written: where they fail, give others, or unpack a copy of your own and use
-    `load_scene15`.
+    The default URL and hash are quoted by public code, but could not be checked while deepfeat was
+    written. If they fail, pass others, or unpack your own copy and use `load_scene15`.
 
     Parameters
     ----------
     data_home : str or path, optional
-        Folder in which the folder `scene15` is, or will be. By default that of
+        Folder that contains, or will contain, the folder `scene15`. By default, that of
         `sklearn.datasets.get_data_home`: `~/scikit_learn_data`, unless the environment variable
         `SCIKIT_LEARN_DATA` names another.
     split : {"fixed", "random"}, default="random"
-        As for `load_scene15`. What is downloaded holds no fixed split: for one put a file
+        See `load_scene15`. The download does not include a fixed split; to use one, put a file
         `scene15_split.csv` into `data_home`.
     train_per_class : int, default=100
-        As for `load_scene15`.
+        See `load_scene15`.
     random_state : int, RandomState or None, default=None
-        As for `load_scene15`.
+        See `load_scene15`.
     download_if_missing : bool, default=True
-        Whether to download what is not there. Else that is an error.
+        If False, raise an OSError instead of downloading a missing data set.
     url : str, optional
-        Address of a zip archive of the class folders.
+        URL of a zip archive of the class folders.
     known_hash : str or None, optional
-        Digest of the archive as pooch writes it, such as "sha256:..."; None trusts any.
+        Hash of the archive in pooch's format, such as "sha256:..."; None accepts any archive.
     n_retries : int, default=3
-        Number of times that a download that breaks off is continued.
+        Number of times that an interrupted download is resumed.
     delay : float, default=1.0
-        Seconds between them.
+        Seconds between retries.
 
     Returns
     -------
@@ -176,16 +174,18 @@ def fetch_scene15(
     Raises
     ------
     OSError
-        If the data set is not there and may not or cannot be downloaded, or what was downloaded
-        has another digest, is no archive, is not safe to unpack or is not the whole data set.
+        If the data set is missing and must not or cannot be downloaded; or the archive has another
+        hash, is damaged, is unsafe to unpack or does not hold the whole data set.
+    ValueError
+        See `load_scene15`.
     ModuleNotFoundError
         If it must be downloaded and pooch is missing: `pip install 'deepfeat[datasets]'`.
 
     Notes
     -----
-    A download that was interrupted goes on where it broke off when the function is called again,
-    if the server can do that. The archive is checked and unpacked beside `scene15`, which appears
-    when it is whole. Nothing is written outside `data_home`.
+    An interrupted download resumes when the function is called again, if the server supports
+    that. The archive is checked and unpacked beside `scene15`, which appears once it is complete.
+    Nothing is written outside `data_home`.
 
     Examples
     --------
@@ -193,12 +193,14 @@ def fetch_scene15(
     >>> scenes = fetch_scene15(random_state=0)  # doctest: +SKIP
     >>> X_train, y_train = scenes.data[scenes.train], scenes.target[scenes.train]  # doctest: +SKIP
     """
-    _check_choices(split, train_per_class)  # before a long download
+    _check_parameters(split, train_per_class)  # before a long download
     home = Path(get_data_home(data_home))
     folder = home / "scene15"
     if not folder.is_dir():
         if not download_if_missing:
-            raise OSError(f"there is no {str(folder)!r}, and download_if_missing is False.")
+            raise OSError(
+                f"The folder {str(folder)!r} does not exist and download_if_missing is False."
+            )
         _download_scene15(folder, url, known_hash, n_retries, delay)
     return load_scene15(
         folder, split=split, train_per_class=train_per_class, random_state=random_state
@@ -208,21 +210,21 @@ def fetch_scene15(
 # 15-Scene ---------------------------------------------------------------------------------------
 
 
-def _check_choices(split: Any, train_per_class: Any) -> None:
+def _check_parameters(split: Any, train_per_class: Any) -> None:
     if split not in ("fixed", "random"):
-        raise ValueError(f"split={split!r} is none of ('fixed', 'random').")
-    most = min(_SCENES.values()) - 1
-    if not (isinstance(train_per_class, (int, np.integer)) and 0 < train_per_class <= most):
+        raise ValueError(f"split must be 'fixed' or 'random'; got {split!r}.")
+    smallest = min(_SCENES.values())
+    if not (isinstance(train_per_class, (int, np.integer)) and 0 < train_per_class < smallest):
         raise ValueError(
-            f"train_per_class={train_per_class!r}: a whole number from 1 to {most} is expected, "
-            f"since one class has {most + 1} images."
+            f"train_per_class must be an int from 1 to {smallest - 1}, since one class has "
+            f"{smallest} images; got {train_per_class!r}."
         )
 
 
 class _Scene(NamedTuple):
-    """An image of 15-Scene: its class, the name of its file, its path, the folder of its class.
+    """An image of 15-Scene: its class, its file name, its path and its class folder.
 
-    `part` is "train" or "test" where it lies in a folder of that name, and else "".
+    `part` is "train" or "test" if it lies in a folder of that name, and "" otherwise.
     """
 
     name: str
@@ -238,7 +240,7 @@ def _list_scenes(root: Path) -> list[_Scene]:
     Raises
     ------
     ValueError
-        If not all images are there, and no more.
+        If images are missing, or there are more than were published.
     """
     found: dict[str, list[tuple[str, str]]] = {}
     for part, folder in _find_parts(_unwrap(root)).items():
@@ -256,7 +258,7 @@ def _list_scenes(root: Path) -> list[_Scene]:
 
 
 def _unwrap(root: Path) -> Path:
-    """Go down where there is but one folder to go to."""
+    """Descend as long as there is only one folder."""
     inside = [
         path
         for path in root.iterdir()
@@ -273,7 +275,7 @@ def _find_parts(root: Path) -> dict[str, Path]:
 
 
 def _name_folders(counts: Mapping[str, int]) -> dict[str, str]:
-    """Tell which class is in which folder, of those that have one."""
+    """Map the folders that belong to a class to its name."""
     by_count = {count: name for name, count in _SCENES.items()}
     by_name = {_shorten(name): name for name in _SCENES}
     names = {
@@ -284,7 +286,7 @@ def _name_folders(counts: Mapping[str, int]) -> dict[str, str]:
 
 
 def _shorten(name: str) -> str:
-    """Leave of `MITinsidecity`, `InsideCity` and `inside_city` what they have in common."""
+    """Reduce `MITinsidecity`, `InsideCity` and `inside_city` to the same name."""
     return re.sub("[^a-z]", "", re.sub("^(CAL|MIT|PAR)", "", name).lower())
 
 
@@ -293,9 +295,9 @@ def _check_scenes(root: Path, counts: Mapping[str, int], names: Mapping[str, str
     for folder, name in names.items():
         images[name] += counts[folder]
     missing = [name for name in _SCENES if name not in images]
-    faults = [f"there is no folder of {', '.join(missing)}"] if missing else []
+    faults = [f"no folder for {', '.join(missing)}"] if missing else []
     faults += [
-        f"{images[name]} instead of {count} images of {name}"
+        f"{images[name]} images of {name} instead of {count}"
         for name, count in _SCENES.items()
         if name in images and images[name] != count
     ]
@@ -304,10 +306,10 @@ def _check_scenes(root: Path, counts: Mapping[str, int], names: Mapping[str, str
     ]
     if faults:
         raise ValueError(
-            f"{str(root)!r} does not hold the 15 classes and 4,485 images of 15-Scene: "
+            f"The folder {str(root)!r} does not hold the 15 classes and 4,485 images of 15-Scene: "
             f"{'; '.join(faults)}."
-            + (f" Folders of no class: {', '.join(others)}." if others else "")
-            + " Of part of it, load_image_folder makes a list."
+            + (f" Other folders: {', '.join(others)}." if others else "")
+            + " Use load_image_folder to load a subset."
         )
 
 
@@ -317,29 +319,35 @@ def _draw_split(
     random = check_random_state(random_state)
     is_train = np.zeros(len(target), dtype=bool)
     for label in range(len(_SCENES)):
-        places = np.flatnonzero(target == label)
-        is_train[random.permutation(places)[:train_per_class]] = True
+        indices = np.flatnonzero(target == label)
+        is_train[random.permutation(indices)[:train_per_class]] = True
     return is_train
 
 
 def _find_split(scenes: list[_Scene], root: Path) -> NDArray[np.bool_]:
     if scenes[0].part:
         return np.array([scene.part == "train" for scene in scenes])
-    # Not `root.parent`, which of "." is ".".
+    # Not `root.parent`: that of "." is ".".
     for path in (root / _SPLIT_FILE, root.resolve().parent / _SPLIT_FILE):
         if path.is_file():
             return _read_split(scenes, path)
     raise ValueError(
-        f"no fixed split comes with {str(root)!r}: it has no folders 'train' and 'test', and there "
-        f"is no {_SPLIT_FILE} in it or beside it. Draw one with split='random', random_state=0."
+        f"The folder {str(root)!r} has no fixed split: it has no folders 'train' and 'test', and "
+        f"there is no {_SPLIT_FILE} in it or beside it. Draw a split with split='random', "
+        "random_state=0."
     )
 
 
 def _read_split(scenes: list[_Scene], path: Path) -> NDArray[np.bool_]:
     with path.open(newline="", encoding="utf-8") as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    if not rows or not {"split", "class", "file"} <= rows[0].keys():
-        raise ValueError(f"{path} has no columns 'split', 'class' and 'file'.")
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or ())
+        rows: list[dict[str, Any]] = list(reader)
+    if not rows or not {"split", "class", "file"} <= set(columns):
+        raise ValueError(
+            f"The split file {path} must have columns 'split', 'class' and 'file', and one row per "
+            f"image; got columns {columns} and {len(rows)} rows."
+        )
     split = {(row["class"], row["file"]): row["split"] for row in rows}
     parts = [
         split.get((scene.folder, scene.file), split.get((scene.name, scene.file)))
@@ -348,8 +356,8 @@ def _read_split(scenes: list[_Scene], path: Path) -> NDArray[np.bool_]:
     for scene, part in zip(scenes, parts, strict=True):
         if part not in ("train", "test"):
             raise ValueError(
-                f"{path} does not say of {scene.folder}/{scene.file} whether it is of the split "
-                f"'train' or 'test', but {part!r}."
+                f"The split of {scene.folder}/{scene.file} in {path} must be 'train' or 'test'; "
+                f"got {part!r}."
             )
     return np.array([part == "train" for part in parts])
 
@@ -363,17 +371,18 @@ def _check_split(train_target: NDArray[np.int_], train_per_class: int) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"the fixed split has not train_per_class={train_per_class} training images of each "
-            f"class: {', '.join(wrong)}. Draw one with split='random'."
+            f"The fixed split does not have {train_per_class} training images per class "
+            f"(train_per_class): it has {', '.join(wrong)}. Pass another train_per_class, or draw "
+            "a split with split='random'."
         )
 
 
 def _download_scene15(
     folder: Path, url: str, known_hash: str | None, n_retries: int, delay: float
 ) -> None:
-    """Download, check and unpack 15-Scene to `folder`, which appears when it is whole."""
+    """Download, check and unpack 15-Scene to `folder`, which appears once it is complete."""
     pooch = import_optional("pooch", extra="datasets")
-    # Of each address a file of its own: parts of two archives must not be joined.
+    # One file per URL, so that parts of different archives are never joined.
     name = f"scene15-{hashlib.sha256(url.encode()).hexdigest()[:8]}.zip"
     part = folder.with_name(f"{name}.part")
 
@@ -382,8 +391,10 @@ def _download_scene15(
 
     try:
         found = pooch.retrieve(url, known_hash, name, folder.parent, downloader=download_to)
-    except ValueError as error:  # the digest is another one
-        raise OSError(f"what {url} sent is not what was expected: {error}") from error
+    except ValueError as error:
+        raise OSError(
+            f"The archive downloaded from {url} does not match known_hash. {error}"
+        ) from error
     archive = Path(found)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="scene15-") as scratch:
         unpacked = Path(scratch, "scene15")
@@ -392,10 +403,12 @@ def _download_scene15(
             _list_scenes(unpacked)
         except ValueError as error:
             archive.unlink()
-            raise OSError(f"what {url} sent is of no use: {error}") from error
+            raise OSError(
+                f"The archive downloaded from {url} is unusable: pass another url. {error}"
+            ) from error
         try:
             unpacked.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was quicker
+            if not folder.is_dir():  # otherwise another process was faster
                 raise
     archive.unlink(missing_ok=True)

@@ -1,39 +1,41 @@
 """Tests of finding backbones: names, choices that are refused, modules of the user."""
 
 import copy
+import functools
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from named_networks import (
-    CPU,
-    NAME,
-    PICTURES,
-    TORCHVISIONS,
-    as_tensor,
-    exactly,
-    forbidden,
-    load,
-    untouched_generators,
-)
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
+from torch.testing import assert_close
 from torchvision import models
 from torchvision.models import SqueezeNet1_1_Weights
 
 from deepfeat import list_backbones
 from deepfeat._backbones import networks as building
-from deepfeat._backbones.find import Backbone, find_backbone
+from deepfeat._backbones.find import find_backbone
 from deepfeat._extraction.readers import load_network
+
+exactly = functools.partial(assert_close, rtol=0, atol=0)
+CPU = torch.device("cpu")
+NAME = "squeezenet1_1"
+TORCHVISIONS = models.list_models(module=models)
+
+
+def as_tensor(image):
+    """Turn an image into a small tensor, in double precision."""
+    return torch.from_numpy(np.asarray(image.resize((48, 32)), dtype=np.float64)).permute(2, 0, 1)
+
+
+def forbidden(*_args, **_kwargs):
+    raise AssertionError("called")
+
 
 # Names ------------------------------------------------------------------------------------------
 
 
-def test_all_classification_models_of_torchvision_are_backbones() -> None:
+def test_all_classification_models_of_torchvision_are_backbones():
     """Each of the 80 names of torchvision is one, none is from another task, and one is ours."""
     assert len(TORCHVISIONS) == 80
     assert list_backbones() == sorted([*TORCHVISIONS, "resnet10_slim"])
@@ -90,7 +92,7 @@ def test_all_classification_models_of_torchvision_are_backbones() -> None:
         ),
     ],
 )
-def test_a_wrong_choice_has_a_clear_error(call: Callable[[], Backbone], words: str) -> None:
+def test_a_wrong_choice_has_a_clear_error(call, words):
     """The error says what came, what was expected, and what there is."""
     with pytest.raises(ValueError) as caught:
         call()
@@ -98,13 +100,13 @@ def test_a_wrong_choice_has_a_clear_error(call: Callable[[], Backbone], words: s
 
 
 @pytest.mark.parametrize("backbone", [None, 16, models.vgg16, models.VGG, ["vgg16"]])
-def test_what_is_no_name_and_no_module_is_refused(backbone: Any) -> None:
+def test_what_is_no_name_and_no_module_is_refused(backbone):
     """A builder or a class is not called for the user."""
     with pytest.raises(TypeError, match=r"^backbone must be a name or a torch\.nn\.Module; got a "):
         find_backbone(backbone)
 
 
-def test_weights_have_names_and_members() -> None:
+def test_weights_have_names_and_members():
     """A name, a member of the enumeration and "DEFAULT" mean the same weights."""
     member = models.ResNet50_Weights.IMAGENET1K_V2
     found = [find_backbone("resnet50", weights) for weights in ("DEFAULT", member, member.name)]
@@ -114,7 +116,7 @@ def test_weights_have_names_and_members() -> None:
     assert older.fingerprint() != found[0].fingerprint()
 
 
-def test_a_missing_file_is_reported_at_once(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_at_once(tmp_path):
     """A path to nothing, or to a folder, has an error that names it."""
     for path in (tmp_path / "missing.pth", str(tmp_path / "missing.safetensors"), tmp_path):
         with pytest.raises(FileNotFoundError, match="There is no weights file"):
@@ -122,8 +124,11 @@ def test_a_missing_file_is_reported_at_once(tmp_path: Path) -> None:
 
 
 def test_a_path_may_begin_at_home(
-    state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    state,
+    tmp_path,
+    monkeypatch,
+    load,
+):
     """A tilde stands for the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -131,7 +136,7 @@ def test_a_path_may_begin_at_home(
     exactly(load(NAME, "~/weights.pth").state_dict(), state)
 
 
-def test_finding_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finding_loads_nothing(monkeypatch):
     """A backbone is found in no time, with a skeleton that takes no memory and no weights."""
     monkeypatch.setattr(building, "_load_cached", forbidden)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", forbidden)
@@ -147,7 +152,9 @@ def test_finding_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(seconds) < 0.3
 
 
-def test_finding_leaves_random_numbers_alone() -> None:
+def test_finding_leaves_random_numbers_alone(
+    untouched_generators,
+):
     """The skeleton of no family draws from the global generators."""
     names = {name.partition("_")[0].rstrip("0123456789"): name for name in list_backbones()}
     names |= {name: name for name in ("swin_v2_t", "vit_b_16", "regnet_x_400mf", "inception_v3")}
@@ -160,12 +167,12 @@ def test_finding_leaves_random_numbers_alone() -> None:
 # Modules of the user ----------------------------------------------------------------------------
 
 
-def user_module() -> nn.Sequential:
+def user_module():
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
     return module.train()
 
 
-def test_a_module_of_the_user_is_never_changed() -> None:
+def test_a_module_of_the_user_is_never_changed():
     """The network is a copy without gradients in eval mode; nothing of it is the original's."""
     module = user_module()
     module[1].eval()
@@ -189,12 +196,12 @@ def test_a_module_of_the_user_is_never_changed() -> None:
 class Viewing(nn.Module):
     """The idiom of torch's own tutorials, which takes maps to lie channel by channel."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.fc = nn.Linear(4 * 8 * 8, 2)
 
-    def forward(self, batch: Tensor) -> Tensor:
+    def forward(self, batch):
         batch = self.conv(batch)
         return self.fc(batch.view(batch.size(0), -1))
 
@@ -202,34 +209,34 @@ class Viewing(nn.Module):
 class ReadingMemory(Viewing):
     """Take values in the order of memory: no error, but others if that changes."""
 
-    def forward(self, batch: Tensor) -> Tensor:
+    def forward(self, batch):
         batch = self.conv(batch)
         return self.fc(batch.as_strided((len(batch), 256), (256, 1)))
 
 
 class ViewingInput(Viewing):
-    def forward(self, batch: Tensor) -> Tensor:
+    def forward(self, batch):
         return self.conv(batch.view(-1).view(batch.shape))
 
 
 @pytest.mark.parametrize("kind", [Viewing, ReadingMemory, ViewingInput])
-def test_a_module_of_the_user_runs_as_it_was_written(kind: type[nn.Module]) -> None:
+def test_a_module_of_the_user_runs_as_it_was_written(kind, pictures):
     """However its code needs maps to lie in memory."""
     module = kind().eval()
     backbone = find_backbone(module, preprocessing=as_tensor_of_8)
-    batch = torch.stack([as_tensor_of_8(PICTURES[key]) for key in PICTURES])
+    batch = torch.stack([as_tensor_of_8(pictures[key]) for key in pictures])
     with torch.no_grad():
         expected = module(batch.contiguous())
         found = load_network(backbone, CPU)(backbone.preprocessing.normalize(batch))
     torch.testing.assert_close(found, expected)
 
 
-def as_tensor_of_8(image: Image.Image) -> Tensor:
+def as_tensor_of_8(image):
     pixels = np.asarray(image.convert("RGB").resize((8, 8)), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def test_channels_come_last_where_a_module_allows_for_it() -> None:
+def test_channels_come_last_where_a_module_allows_for_it():
     """That is faster, and the same to rounding."""
     module = user_module()
     loaded = load_network(find_backbone(module, preprocessing=as_tensor_of_8), CPU)
@@ -237,7 +244,7 @@ def test_channels_come_last_where_a_module_allows_for_it() -> None:
     assert not module[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def describe(module: nn.Module) -> list[Any]:
+def describe(module):
     return [
         *(
             (path, part.training, list(part._forward_hooks), list(part._forward_pre_hooks))
@@ -251,11 +258,11 @@ def describe(module: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_module_of_the_user_computes_in_float32(dtype: torch.dtype) -> None:
+def test_a_module_of_the_user_computes_in_float32(dtype, pictures):
     """Images come as float32, so a copy takes them, and the original keeps its type."""
     module = user_module().to(dtype)
     backbone = find_backbone(module, preprocessing=as_tensor)
-    batch = backbone.preprocessing.normalize(as_tensor(PICTURES["tiny"])[None])
+    batch = backbone.preprocessing.normalize(as_tensor(pictures["tiny"])[None])
     assert backbone.load(CPU)(batch).dtype == torch.float32
     assert module[0].weight.dtype == dtype
 

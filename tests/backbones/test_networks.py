@@ -9,28 +9,26 @@ import threading
 import time
 import weakref
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from named_networks import (
-    CPU,
-    NAME,
-    PICTURES,
-    exactly,
-    forbidden,
-    load,
-    random_state,
-    run_in_threads,
-    untouched_generators,
-)
-from torch import Tensor, nn
+from torch import nn
+from torch.testing import assert_close
 from torchvision import models
 
 from deepfeat._backbones import find
 from deepfeat._backbones import networks as building
 from deepfeat._backbones.find import find_backbone
+
+exactly = functools.partial(assert_close, rtol=0, atol=0)
+CPU = torch.device("cpu")
+NAME = "squeezenet1_1"
+
+
+def forbidden(*_args, **_kwargs):
+    raise AssertionError("called")
+
 
 # Random weights ---------------------------------------------------------------------------------
 
@@ -38,14 +36,19 @@ from deepfeat._backbones.find import find_backbone
 @pytest.mark.parametrize(
     "name", [NAME, "vit_b_32", "swin_t", "regnet_y_400mf", "shufflenet_v2_x0_5"]
 )
-def test_random_weights_are_torchvisions_of_that_seed(name: str) -> None:
+def test_random_weights_are_torchvisions_of_that_seed(
+    name,
+    untouched_generators,
+    load,
+    random_state,
+):
     """They are those that torchvision draws after `manual_seed`, and no global generator moves."""
     with untouched_generators():
         module = load(name, None, seed=7)
     exactly(module.state_dict(), random_state(name, 7))
 
 
-def test_random_weights_depend_on_the_seed_alone() -> None:
+def test_random_weights_depend_on_the_seed_alone(load):
     """Another seed gives other weights, and the same one the same, whatever was drawn before."""
     first = copy.deepcopy(load(NAME, None, seed=1).state_dict())
     torch.rand(5)
@@ -55,7 +58,7 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
         exactly(load(NAME, None, seed=2).state_dict(), first)
 
 
-def test_random_weights_are_the_same_in_another_process() -> None:
+def test_random_weights_are_the_same_in_another_process(load):
     """A seed means the same weights for every worker."""
     code = (
         "import sys, torch\n"
@@ -72,13 +75,13 @@ def test_random_weights_are_the_same_in_another_process() -> None:
     np.testing.assert_array_equal(np.frombuffer(run.stdout, dtype=np.float32), expected)
 
 
-def test_random_weights_do_not_depend_on_other_threads() -> None:
+def test_random_weights_do_not_depend_on_other_threads(random_state, load):
     """A thread that draws random numbers meanwhile changes no weight, nor gets numbers twice."""
     expected = random_state(NAME, 5)
     stop = threading.Event()
     drawn: list[float] = []
 
-    def draw() -> None:
+    def draw():
         while not stop.is_set():
             drawn.append(float(torch.rand((), dtype=torch.float64)))
 
@@ -97,7 +100,7 @@ def test_random_weights_do_not_depend_on_other_threads() -> None:
     assert len(set(drawn)) == len(drawn)
 
 
-def test_the_seed_of_other_devices_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_of_other_devices_is_left_alone(monkeypatch, load):
     """No generator of a CUDA device is seeded, not even one that is used only later."""
     monkeypatch.setattr(torch.cuda, "manual_seed_all", forbidden)
     monkeypatch.setattr(torch, "manual_seed", forbidden)
@@ -105,7 +108,10 @@ def test_the_seed_of_other_devices_is_left_alone(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.gpu
-def test_random_weights_on_cuda_are_those_of_the_cpu() -> None:
+def test_random_weights_on_cuda_are_those_of_the_cpu(
+    untouched_generators,
+    random_state,
+):
     """A seed gives the same weights on every device, and leaves its generator alone."""
     with untouched_generators():
         module = find_backbone(NAME, None, seed=6).load(torch.device("cuda", 0))
@@ -129,7 +135,13 @@ def test_random_weights_on_cuda_are_those_of_the_cpu() -> None:
         ("googlenet", "fc"),
     ],
 )
-def test_a_file_decides_on_the_number_of_classes(name: str, head: str, tmp_path: Path) -> None:
+def test_a_file_decides_on_the_number_of_classes(
+    name,
+    head,
+    tmp_path,
+    random_state,
+    pictures,
+):
     """Weights for the 365 places of Places365, say, give a network and a skeleton with 365."""
     options = {"init_weights": False} if name == "googlenet" else {}
     state = random_state(name, num_classes=365, **options)
@@ -137,7 +149,7 @@ def test_a_file_decides_on_the_number_of_classes(name: str, head: str, tmp_path:
     backbone = find_backbone(name, tmp_path / "places.pth")
     module = backbone.load(CPU)
     exactly(module.state_dict(), state)
-    batch = backbone.preprocessing.normalize(backbone.preprocessing.prepare(PICTURES["tiny"])[None])
+    batch = backbone.preprocessing.normalize(backbone.preprocessing.prepare(pictures["tiny"])[None])
     assert module(batch).shape == (1, 365)
     assert copy.deepcopy(backbone.skeleton).eval()(batch.to("meta")).shape == (1, 365)
     shapes = {key: value.shape for key, value in backbone.skeleton.state_dict().items()}
@@ -145,7 +157,7 @@ def test_a_file_decides_on_the_number_of_classes(name: str, head: str, tmp_path:
     assert {value.device.type for value in backbone.skeleton.state_dict().values()} == {"meta"}
 
 
-def test_batch_norms_may_lack_their_count(tmp_path: Path) -> None:
+def test_batch_norms_may_lack_their_count(tmp_path, random_state, load):
     """Files from before BatchNorm counted its batches are complete without the count."""
     state = random_state("resnet18")
     old = {key: value for key, value in state.items() if "num_batches" not in key}
@@ -153,7 +165,7 @@ def test_batch_norms_may_lack_their_count(tmp_path: Path) -> None:
     exactly(load("resnet18", tmp_path / "old.pth").state_dict(), state)
 
 
-def test_an_error_names_the_keys_that_differ(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_an_error_names_the_keys_that_differ(state, tmp_path, random_state):
     """Missing and unexpected keys and other shapes are listed, some of each, and counted."""
     state = dict(state)
     del state["features.0.weight"]
@@ -171,7 +183,7 @@ def test_an_error_names_the_keys_that_differ(state: dict[str, Tensor], tmp_path:
         find_backbone(NAME, tmp_path / "other.pth")
 
 
-def test_a_file_without_the_head_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_file_without_the_head_is_refused(state, tmp_path):
     """A network is loaded whole, with its last layer, or not at all."""
     state = {key: value for key, value in state.items() if not key.startswith("classifier")}
     torch.save(state, tmp_path / "headless.pth")
@@ -182,7 +194,7 @@ def test_a_file_without_the_head_is_refused(state: dict[str, Tensor], tmp_path: 
 # Sharing ----------------------------------------------------------------------------------------
 
 
-def test_equal_backbones_share_one_network(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_equal_backbones_share_one_network(state, tmp_path, load):
     """Two searches for the same weights end in the same object; another choice in another."""
     torch.save(state, tmp_path / "weights.pth")
     path = tmp_path / "weights.pth"
@@ -195,14 +207,14 @@ def test_equal_backbones_share_one_network(state: dict[str, Tensor], tmp_path: P
     assert find_backbone(NAME, path).shared
 
 
-def test_networks_built_for_a_size_are_shared_for_that_size() -> None:
+def test_networks_built_for_a_size_are_shared_for_that_size(load):
     """A vision transformer for other images is another network."""
     assert load("vit_b_32", None) is load("vit_b_32", None, resize="pad")
     assert load("vit_b_32", None, image_size=64).image_size == 64
     assert load("vit_b_32", None, image_size=64) is not load("vit_b_32", None)
 
 
-def test_few_networks_are_held() -> None:
+def test_few_networks_are_held(load, random_state):
     """The network that was not used for longest is let go, and loaded anew when asked for."""
     nets = [weakref.ref(load(NAME, None, seed=seed)) for seed in range(4)]
     assert load(NAME, None, seed=0) is nets[0]()
@@ -212,12 +224,12 @@ def test_few_networks_are_held() -> None:
     exactly(load(NAME, None, seed=1).state_dict(), random_state(NAME, 1))
 
 
-def test_threads_that_ask_at_once_share_one_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_ask_at_once_share_one_network(monkeypatch, run_in_threads):
     """A network is loaded once, also when many threads ask for it before it is there."""
     built: list[str] = []
     build = models.get_model
 
-    def count(name: str, **options: Any) -> nn.Module:
+    def count(name, **options):
         built.append(name)
         time.sleep(0.05)
         return build(name, **options)
@@ -227,7 +239,7 @@ def test_threads_that_ask_at_once_share_one_network(monkeypatch: pytest.MonkeyPa
     start = threading.Barrier(6)
     nets: list[nn.Module] = []
 
-    def work() -> None:
+    def work():
         start.wait()
         nets.append(backbone.load(CPU))
 
@@ -237,14 +249,14 @@ def test_threads_that_ask_at_once_share_one_network(monkeypatch: pytest.MonkeyPa
     assert len(set(nets)) == 1
 
 
-def test_threads_may_look_for_backbones_at_once() -> None:
+def test_threads_may_look_for_backbones_at_once(run_in_threads):
     """Skeletons built at the same time, beside a network of the user, do not mix."""
     names = ["resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small"]
     expected = {name: list(find_backbone(name).skeleton.state_dict()) for name in names}
     start = threading.Barrier(5)
     faults: list[str] = []
 
-    def find(name: str) -> None:
+    def find(name):
         start.wait()
         for _ in range(5):
             building.make_skeleton.cache_clear()
@@ -255,7 +267,7 @@ def test_threads_may_look_for_backbones_at_once() -> None:
             except Exception as error:
                 faults.append(f"{name}: {error!r}")
 
-    def build() -> None:
+    def build():
         start.wait()
         for _ in range(10):
             try:

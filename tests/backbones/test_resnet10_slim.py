@@ -164,7 +164,7 @@ def test_a_file_of_weights_is_taken(tmp_path):
     assert find_backbone(NAME, tmp_path / "own.safetensors").skeleton.fc.out_features == 7
 
 
-def test_digits_are_read_better_than_from_pixels(capsys):
+def test_digits_are_read_better_than_from_pixels(record_property):
     """On a held-out half of scikit-learn's digits, with a linear SVM; it was not trained on any."""
     digits = load_digits()
     train, test, y_train, y_test = train_test_split(
@@ -181,8 +181,8 @@ def test_digits_are_read_better_than_from_pixels(capsys):
     pixels = [half.reshape(len(half), -1) for half in (train, test)]
     svm = LinearSVC(random_state=0, max_iter=10_000).fit(pixels[0], y_train)
     accuracy["raw pixels"] = svm.score(pixels[1], y_test)
-    with capsys.disabled():
-        print("\ndigits:", *(f"{name} {value:.4f};" for name, value in accuracy.items()))
+    for name, value in accuracy.items():
+        record_property("figure", f"digits, {name}: accuracy {value:.4f}")
     assert accuracy["weights of the package"] >= accuracy["raw pixels"]
     assert accuracy["weights of the package"] > accuracy["random weights"]
 

@@ -1,6 +1,7 @@
 """Tests of torchvision's networks: downloads, and files from before something was renamed."""
 
 import collections
+import functools
 import hashlib
 import http.server
 import json
@@ -8,22 +9,12 @@ import re
 import shutil
 import threading
 import urllib.parse
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from named_networks import (
-    ALL_WEIGHTS,
-    CPU,
-    NAME,
-    exactly,
-    load,
-    random_state,
-    run_in_threads,
-)
-from torch import Tensor, nn
+from torch import nn
+from torch.testing import assert_close
 from torchvision import models
 from torchvision.models import SqueezeNet1_1_Weights
 from torchvision.models._api import BUILTIN_MODELS
@@ -32,11 +23,25 @@ from deepfeat import list_backbones
 from deepfeat._backbones import networks as building
 from deepfeat._backbones.find import find_backbone
 
+exactly = functools.partial(assert_close, rtol=0, atol=0)
+CPU = torch.device("cpu")
+NAME = "squeezenet1_1"
+ALL_WEIGHTS = [
+    (name, weights)
+    for name in sorted(models.list_models(module=models))
+    for weights in models.get_model_weights(name)
+]
+
 # Old files --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("auxiliary", [True, False])
-def test_googlenet_may_come_without_its_auxiliary_heads(auxiliary: bool, tmp_path: Path) -> None:
+def test_googlenet_may_come_without_its_auxiliary_heads(
+    auxiliary,
+    tmp_path,
+    random_state,
+    load,
+):
     """The heads that help in training alone are taken from a file that has them, else left out."""
     options = {"aux_logits": auxiliary, "init_weights": False}
     state = random_state("googlenet", **options)
@@ -46,7 +51,7 @@ def test_googlenet_may_come_without_its_auxiliary_heads(auxiliary: bool, tmp_pat
     assert module.transform_input
 
 
-def test_old_names_of_densenet_are_understood(tmp_path: Path) -> None:
+def test_old_names_of_densenet_are_understood(tmp_path, random_state, load):
     """torchvision's files for DenseNet say `norm.1` for what is `norm1` today."""
     state = random_state("densenet121")
     old = {}
@@ -60,12 +65,11 @@ def test_old_names_of_densenet_are_understood(tmp_path: Path) -> None:
     exactly(load("densenet121", tmp_path / "old.pth").state_dict(), state)
 
 
-def test_old_names_of_vit_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_names_of_vit_are_understood(tmp_path, monkeypatch, load):
     """torchvision's files for ViT say `mlp.linear_1` for what is `mlp.0` today."""
 
-    def small(
-        *, weights: models.ViT_B_32_Weights | None = None, progress: bool = True, **options: Any
-    ) -> nn.Module:
+    # torchvision reads of the annotation which weights there are.
+    def small(*, weights: models.ViT_B_32_Weights | None = None, progress=True, **options):
         del weights, progress
         return models.VisionTransformer(
             patch_size=32, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16, **options
@@ -93,7 +97,7 @@ def test_old_names_of_vit_are_understood(tmp_path: Path, monkeypatch: pytest.Mon
 class Server:
     """A server of weights on the loopback address, which counts what is asked of it."""
 
-    def __init__(self, content: bytes):
+    def __init__(self, content):
         self.content = content
         self.failure = ""
         self.paths: list[str] = []
@@ -102,10 +106,10 @@ class Server:
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_GET(self) -> None:
+            def do_GET(self):
                 outer.answer(self)
 
-            def log_message(self, *_args: object) -> None:
+            def log_message(self, *_args):
                 pass
 
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -113,7 +117,7 @@ class Server:
         self.thread = threading.Thread(target=self.http.serve_forever)
         self.thread.start()
 
-    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+    def answer(self, request):
         self.paths.append(request.path)
         request.close_connection = True
         if self.failure == "missing":
@@ -130,16 +134,14 @@ class Server:
         request.end_headers()
         request.wfile.write(body[:1000] if self.failure == "breaks off" else body)
 
-    def close(self) -> None:
+    def close(self):
         self.http.shutdown()
         self.thread.join()
         self.http.server_close()
 
 
 @pytest.fixture
-def server(
-    state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Server]:
+def server(state, tmp_path, monkeypatch):
     """Serve weights for a backbone under a name with their hash, as torchvision's are."""
     torch.save(state, tmp_path / "served.pth")
     server = Server((tmp_path / "served.pth").read_bytes())
@@ -153,13 +155,11 @@ def server(
 
 
 @pytest.fixture
-def checkpoints(tmp_path: Path) -> Path:
+def checkpoints(tmp_path):
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
-def test_weights_are_downloaded_once(
-    server: Server, checkpoints: Path, state: dict[str, Tensor]
-) -> None:
+def test_weights_are_downloaded_once(server, checkpoints, state, load):
     """The first use fetches the file, with a progress bar; later ones take it from the cache."""
     backbone = find_backbone(NAME)
     assert not server.paths
@@ -173,7 +173,7 @@ def test_weights_are_downloaded_once(
     assert [path.name for path in checkpoints.iterdir()] == [name]
 
 
-def test_threads_download_once(server: Server) -> None:
+def test_threads_download_once(server, run_in_threads):
     """Threads that ask for the same weights at once wait for one download."""
     backbone = find_backbone(NAME)
     nets: list[nn.Module] = []
@@ -182,7 +182,7 @@ def test_threads_download_once(server: Server) -> None:
     assert len(server.paths) == 1
 
 
-def test_a_download_with_a_wrong_hash_is_refused(server: Server, checkpoints: Path) -> None:
+def test_a_download_with_a_wrong_hash_is_refused(server, checkpoints, load):
     """What is not what the file's name promises is neither loaded nor kept."""
     server.content = server.content[:-100] + bytes(100)
     with pytest.raises(OSError, match=r"could not be downloaded \(invalid hash value") as caught:
@@ -193,8 +193,12 @@ def test_a_download_with_a_wrong_hash_is_refused(server: Server, checkpoints: Pa
 
 @pytest.mark.parametrize("failure", ["missing", "breaks off", "breaks off in a chunk"])
 def test_a_failed_download_leaves_nothing(
-    failure: str, server: Server, checkpoints: Path, state: dict[str, Tensor]
-) -> None:
+    failure,
+    server,
+    checkpoints,
+    state,
+    load,
+):
     """Whatever happens on the way is an OSError; nothing half-written stays, and a retry works."""
     server.failure = failure
     with pytest.raises(OSError, match="could not be downloaded") as caught:
@@ -205,9 +209,7 @@ def test_a_failed_download_leaves_nothing(
     exactly(load(NAME).state_dict(), state)
 
 
-def test_the_advice_without_a_network_works(
-    server: Server, tmp_path: Path, state: dict[str, Tensor]
-) -> None:
+def test_the_advice_without_a_network_works(server, tmp_path, state, load):
     """The error says which file to put where; doing just that makes the next load work."""
     server.close()
     with pytest.raises(OSError, match="could not be downloaded") as caught:
@@ -227,9 +229,7 @@ def test_the_advice_without_a_network_works(
 
 
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html>", None])
-def test_a_damaged_file_in_the_cache_is_named(
-    content: bytes | None, server: Server, checkpoints: Path
-) -> None:
+def test_a_damaged_file_in_the_cache_is_named(content, server, checkpoints, load):
     """A file that was put there by hand, and broke, has an error that says which one it is."""
     checkpoints.mkdir(parents=True)
     file = checkpoints / SqueezeNet1_1_Weights.DEFAULT.url.rpartition("/")[2]
@@ -242,8 +242,12 @@ def test_a_damaged_file_in_the_cache_is_named(
 
 
 def test_a_folder_that_cannot_be_written_is_named(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Tensor]
-) -> None:
+    server,
+    tmp_path,
+    monkeypatch,
+    state,
+    load,
+):
     """Where torchvision's cache cannot be made, the error says so and names a way out."""
     blocked = tmp_path / "blocked"
     blocked.write_bytes(b"")  # a file where the folder should be stops even an administrator
@@ -255,7 +259,7 @@ def test_a_folder_that_cannot_be_written_is_named(
     exactly(load(NAME, tmp_path / "served.pth").state_dict(), state)
 
 
-def test_every_weights_file_has_its_hash_in_its_name() -> None:
+def test_every_weights_file_has_its_hash_in_its_name():
     """torchvision checks a download against its name, so each of the 115 names has a hash."""
     for name, weights in ALL_WEIGHTS:
         file = weights.url.rpartition("/")[2]
@@ -263,7 +267,7 @@ def test_every_weights_file_has_its_hash_in_its_name() -> None:
         assert len(torch.hub.HASH_REGEX.search(file).group(1)) >= 8, (name, file)
 
 
-def test_the_published_weights_of_every_model_are_its_own() -> None:
+def test_the_published_weights_of_every_model_are_its_own():
     """No two weights share a file, so the address of one tells it from all others."""
     urls = collections.Counter(weights.url for _, weights in ALL_WEIGHTS)
     assert json.dumps([url for url, count in urls.items() if count > 1]) == "[]"

@@ -1,4 +1,4 @@
-"""Caches, rows that tell whose they are, and processes that share a cache."""
+"""Caches, rows that identify their image, and processes that share a cache."""
 
 import contextlib
 import inspect
@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from deepfeat._cache import cache as _cache
+from deepfeat._cache import cache as cache_module
 from deepfeat._cache.cache import FeatureCache
 from deepfeat._cache.disk import FILE_NAME
 
-WORK = b"work"
-CONTEXT, OTHER = b"context", b"other context"
+JOB = b"job"
+NAMESPACE, OTHER = b"namespace", b"other namespace"
 IMAGES = [f"image {i}".encode() for i in range(6)]
 WIDTH = 5
 
 
-def rows_of(images, width=WIDTH, context=CONTEXT):
-    """Make rows that tell whose they are."""
-    seeds = np.array([zlib.crc32(context + image) for image in images], np.float32)
+def rows_of(images, width=WIDTH, namespace=NAMESPACE):
+    """Make rows that identify their image and namespace."""
+    seeds = np.array([zlib.crc32(namespace + image) for image in images], np.float32)
     return seeds[:, None] + np.arange(width, dtype=np.float32)
 
 
@@ -36,8 +36,8 @@ def _rows_of():
     return rows_of
 
 
-def put(cache, images, width=WIDTH, work=None):
-    cache.put_many(images, {CONTEXT: rows_of(images, width)}, work)
+def put(cache, images, width=WIDTH, job=None):
+    cache.put_many(images, {NAMESPACE: rows_of(images, width)}, job)
 
 
 @pytest.fixture(name="put")
@@ -46,8 +46,8 @@ def _put():
 
 
 def found_in(cache, images):
-    """Return which of the images are found, having checked that their rows are right."""
-    found, rows = cache.get_many(CONTEXT, images)
+    """Return the images that are found, after checking that their rows are right."""
+    found, rows = cache.get_many(NAMESPACE, images)
     there = [image for image, is_there in zip(images, found, strict=True) if is_there]
     if rows is not None:
         assert_array_equal(rows[found], rows_of(there, rows.shape[1]))
@@ -59,13 +59,13 @@ def _found_in():
     return found_in
 
 
-# What scripts in other processes start with. To import this module there would take seconds.
+# The start of scripts for other processes, where importing this module would take seconds.
 PREAMBLE = f"""
 import os, signal, sys, threading, time, zlib
 import numpy as np
 from numpy.testing import assert_array_equal
 from deepfeat._cache.cache import FeatureCache
-WORK, CONTEXT, WIDTH, IMAGES = {WORK}, {CONTEXT}, {WIDTH}, {IMAGES}
+JOB, NAMESPACE, WIDTH, IMAGES = {JOB}, {NAMESPACE}, {WIDTH}, {IMAGES}
 {inspect.getsource(rows_of)}
 {inspect.getsource(put)}
 {inspect.getsource(found_in)}
@@ -77,11 +77,11 @@ cache = FeatureCache(sys.argv[1])
 
 
 def start(script, *args, prefix=()):
-    """Start a script in another process, where each warning is an error."""
+    """Start a script in another process, where warnings are errors."""
     python = [*prefix, sys.executable, "-W", "error", "-c"]
     return subprocess.Popen(
         [*python, PREAMBLE + textwrap.dedent(script), *map(str, args)],
-        env={**os.environ, "PYTHONPATH": str(Path(_cache.__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(cache_module.__file__).parents[2])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -95,10 +95,10 @@ def _start():
 
 
 def finish(process):
-    """Return what a script said, once it ended well."""
-    said, errors = process.communicate("go\n", timeout=60)
+    """Return the output of a script, which must end without an error."""
+    output, errors = process.communicate("go\n", timeout=60)
     assert process.returncode == 0, errors
-    return said
+    return output
 
 
 @pytest.fixture(name="finish")
@@ -118,7 +118,7 @@ def _kill():
 
 @pytest.fixture(params=["memory", "disk"])
 def new_cache(request, tmp_path):
-    """Make a cache of one kind; a test that asks for it runs once per kind."""
+    """Make a cache of one kind; tests with this fixture run once per kind."""
     path = tmp_path / "cache" if request.param == "disk" else None
     return lambda **kwargs: FeatureCache(path, **kwargs)
 
@@ -134,7 +134,7 @@ def disk(tmp_path):
 
 
 class Worker:
-    """A thread that lives until told, and does what it is asked."""
+    """A thread that runs functions and lives until the end of the test."""
 
     def __init__(self):
         self.pool = ThreadPoolExecutor(1)
@@ -155,7 +155,7 @@ def database_of(cache):
 
 
 def ask(cache, query):
-    """Look into the database behind the cache's back."""
+    """Query the database behind the cache's back."""
     with contextlib.closing(sqlite3.connect(database_of(cache))) as connection:
         return connection.execute(query).fetchall()
 

@@ -1,4 +1,4 @@
-"""Disk: rows come back whole or not at all, whatever befalls the file and its processes."""
+"""Stores on disk: rows are whole or missing, whatever happens to the file and its processes."""
 
 import contextlib
 import functools
@@ -26,21 +26,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from numpy.testing import assert_array_equal
 
-from deepfeat._cache import cache as _cache
-from deepfeat._cache import disk as _store
+from deepfeat._cache import cache as cache_module
+from deepfeat._cache import disk as disk_module
 from deepfeat._cache.cache import FeatureCache
 from deepfeat._cache.disk import FILE_NAME, CacheFormatError
 
-WORK = b"work"
-CONTEXT, OTHER = b"context", b"other context"
+JOB = b"job"
+NAMESPACE, OTHER = b"namespace", b"other namespace"
 IMAGES = [f"image {i}".encode() for i in range(6)]
 
 
 def reopen(cache):
-    """Close the file, as if the process ended and another began."""
+    """Close the file and open it again, as a new process would."""
     path = cache.path
     cache._store.close()
-    _cache._stores.pop(cache._token, None)
+    cache_module._stores.pop(cache._token, None)
     return FeatureCache(path)
 
 
@@ -49,7 +49,7 @@ def database_of(cache):
 
 
 def contents_of(cache):
-    """Return the content of each file, except the index of the log, which readers use as well."""
+    """Return the content of each file except the index of the log, which readers write, too."""
     files = [path for path in Path(cache.path).rglob("*") if path.is_file()]
     return {path: path.read_bytes() for path in files if "shm" not in path.name}
 
@@ -60,8 +60,8 @@ def change(cache, statement):
         connection.execute(statement)
 
 
-def test_a_pruned_file_is_smaller(disk, put, found_in):
-    """The space of dropped rows goes back to the disk."""
+def test_a_pruned_file_shrinks(disk, put, found_in):
+    """The space of dropped rows is returned to the disk."""
     images = [b"%d" % i for i in range(200)]
     put(disk, images, 10_000)
     disk.prune(10 * 40_000)
@@ -70,7 +70,7 @@ def test_a_pruned_file_is_smaller(disk, put, found_in):
 
 
 def test_nothing_is_written_before_the_first_row(tmp_path, found_in):
-    """To make, copy, ask and count leaves the disk as it was."""
+    """Creating, copying and querying a cache leaves the disk as it was."""
     cache = pickle.loads(pickle.dumps(FeatureCache(tmp_path / "cache")))
     assert found_in(cache, IMAGES) == []
     assert cache.known_digests([("a", 1, 2, 3, 4, 5)]) == [None]
@@ -79,15 +79,15 @@ def test_nothing_is_written_before_the_first_row(tmp_path, found_in):
 
 
 def test_reading_writes_nothing(disk, put, found_in):
-    """To look up rows in an unbounded cache changes no byte of its files."""
+    """Looking up rows in a cache without a limit changes no byte of its files."""
     put(disk, IMAGES)
     before = contents_of(disk)
     assert found_in(disk, IMAGES) == IMAGES
     assert contents_of(disk) == before
 
 
-def test_rows_outlive_the_process(disk, finish, start, found_in):
-    """What one process put the next one finds."""
+def test_rows_outlive_their_process(disk, finish, start, found_in):
+    """A process finds the rows that an earlier one stored."""
     finish(start("put(cache, IMAGES)", disk.path))
     assert found_in(disk, IMAGES) == IMAGES
 
@@ -97,11 +97,11 @@ def in_another_thread(function, *args):
         return pool.submit(function, *args).result()
 
 
-def test_a_killed_writer_loses_only_what_it_had_not_finished(disk, start, put, found_in):
-    """Each batch that was put is there, none is there in part, and the next run does the rest."""
+def test_a_killed_writer_loses_only_unfinished_batches(disk, start, put, found_in):
+    """Each finished batch is there, none is there in part, and the next run does the rest."""
     script = """
         for i in range(1_000):
-            put(cache, [b"%d %d" % (i, j) for j in range(100)], 4_096, work=WORK)
+            put(cache, [b"%d %d" % (i, j) for j in range(100)], 4_096, job=JOB)
             say(i)
         """
     for delay in 0.0, 0.004, 0.008:
@@ -119,31 +119,29 @@ def test_a_killed_writer_loses_only_what_it_had_not_finished(disk, start, put, f
         assert done > last
         assert disk.info().rows == 100 * done
         left = [image for batch in batches for image in batch if not found_in(disk, [image])]
-        assert disk.claim(WORK, left).all()
-        put(disk, left, 4_096, work=WORK)
+        assert disk.claim(JOB, left).all()
+        put(disk, left, 4_096, job=JOB)
         assert all(found_in(disk, batch) == batch for batch in batches)
 
 
 @pytest.mark.slow
-def test_two_writers_killed_over_and_over_lose_nothing_that_was_put(
-    disk, put, ask, start, found_in
-):
-    """After each death the claims are free, all that was put is there, and no row is wrong."""
+def test_two_writers_killed_repeatedly_lose_no_stored_row(disk, put, ask, start, found_in):
+    """After each death, claims are free, all stored rows are there, and no row is wrong."""
     script = """
         begin, n = int(sys.argv[2]), 0
         while True:
             batch = [b"%d" % i for i in range(begin + n, begin + n + 20)]
-            granted = cache.claim(WORK, batch)
-            put(cache, [image for image, ok in zip(batch, granted) if ok], 512, work=WORK)
+            granted = cache.claim(JOB, batch)
+            put(cache, [image for image, ok in zip(batch, granted) if ok], 512, job=JOB)
             n += 20
             say(n if granted.all() else "refused")
         """
     random_delays = random.Random(0)
-    begins = {0: 0, 10**9: 0}  # how many images each writer has put
+    begins = {0: 0, 10**9: 0}  # number of images that each writer has stored
     for _ in range(60):
         writers = {begin: start(script, disk.path, begin + done) for begin, done in begins.items()}
         for writer in writers.values():
-            assert writer.stdout.readline() == "20\n"  # what the dead one had claimed is free
+            assert writer.stdout.readline() == "20\n"  # the claims of the dead one are free
         time.sleep(random_delays.uniform(0, 0.05))
         for begin, writer in writers.items():
             writer.send_signal(signal.SIGKILL)
@@ -152,14 +150,14 @@ def test_two_writers_killed_over_and_over_lose_nothing_that_was_put(
         for part in range(begin, begin + done, 1_000):
             images = [b"%d" % i for i in range(part, min(part + 1_000, begin + done))]
             assert found_in(disk, images) == images
-    put(disk, [b"last"], 512, work=WORK)
-    disk.claim(WORK, [b"last"])
-    assert len(list(Path(disk.path, _store.LOCK_FOLDER).iterdir())) == 1
+    put(disk, [b"last"], 512, job=JOB)
+    disk.claim(JOB, [b"last"])
+    assert len(list(Path(disk.path, disk_module.LOCK_FOLDER).iterdir())) == 1
     assert ask(disk, "PRAGMA integrity_check") == [("ok",)]
 
 
-def test_several_writers_begin_at_once(tmp_path, start, found_in):
-    """Processes that make one cache at the same moment make one, and lose no row."""
+def test_several_writers_start_at_once(tmp_path, start, found_in):
+    """Processes that create a cache at the same moment share it, and lose no row."""
     script = """
         say("ready")
         for line in sys.stdin:
@@ -190,7 +188,7 @@ def test_several_writers_begin_at_once(tmp_path, start, found_in):
 
 @pytest.fixture
 def busy(disk, put):
-    """Another writer that is in the middle of a transaction."""
+    """Another writer, in the middle of a transaction."""
     put(disk, IMAGES[:1])
     connection = sqlite3.connect(
         database_of(disk), isolation_level=None, check_same_thread=False, timeout=0
@@ -201,7 +199,7 @@ def busy(disk, put):
 
 
 def test_a_writer_waits_for_another(disk, busy, put, found_in):
-    """Readers go on meanwhile, and the row is put when the other is done."""
+    """Reading goes on meanwhile, and rows are stored once the other writer is done."""
     timer = threading.Timer(0.3, busy.execute, ["COMMIT"])
     timer.start()
     assert found_in(disk, IMAGES) == IMAGES[:1]
@@ -211,24 +209,24 @@ def test_a_writer_waits_for_another(disk, busy, put, found_in):
 
 
 def test_a_writer_does_not_wait_for_ever(disk, busy, monkeypatch, put, found_in):
-    """Where another writer never ends, it is said once and the cache goes on without writing."""
-    monkeypatch.setattr(_store, "BUSY_SECONDS", 0.05)
+    """If another writer never finishes, one warning is issued and the cache is only read."""
+    monkeypatch.setattr(disk_module, "BUSY_SECONDS", 0.05)
     disk = reopen(disk)
-    with pytest.warns(RuntimeWarning, match=r"cannot be written \(database is locked\)") as told:
+    with pytest.warns(RuntimeWarning, match=r"cannot be written \(database is locked\)") as warned:
         put(disk, IMAGES)
-    assert len(told) == 1
-    assert told[0].filename == put.__code__.co_filename
+    assert len(warned) == 1
+    assert warned[0].filename == put.__code__.co_filename
     busy.execute("COMMIT")
     put(disk, IMAGES)
-    assert disk.claim(WORK, IMAGES).all()
+    assert disk.claim(JOB, IMAGES).all()
     assert found_in(disk, IMAGES) == IMAGES[:1]
 
 
-def test_a_fork_is_another_process(tmp_path, start, finish):
-    """Parent and child, forked while a thread writes, both go on reading and writing."""
+def test_parent_and_child_of_a_fork_share_a_cache(tmp_path, start, finish):
+    """Forked while a thread writes, both keep reading and writing."""
     script = """
         import warnings
-        warnings.simplefilter("ignore", DeprecationWarning)  # to fork with threads is the point
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads is the point
         put(cache, IMAGES)
         memory = FeatureCache()
         put(memory, IMAGES)
@@ -267,8 +265,8 @@ def test_a_fork_is_another_process(tmp_path, start, finish):
         process.kill()
 
 
-def test_a_fork_takes_no_connection_along(disk, finish, start):
-    """SQLite's connections do not survive a fork: they are closed before, and opened again."""
+def test_a_fork_inherits_no_connection(disk, finish, start):
+    """SQLite's connections do not survive a fork: they are closed before it and reopened."""
     script = """
         put(cache, IMAGES)
         before = cache._store.opened[0][0]
@@ -285,8 +283,8 @@ def test_a_fork_takes_no_connection_along(disk, finish, start):
     assert finish(start(script, disk.path)) == "0\nCannot operate on a closed database.\nTrue\n"
 
 
-def test_a_deleted_cache_begins_anew(disk, put, found_in):
-    """Where the directory is removed while it is in use, the next row makes it again."""
+def test_a_deleted_cache_starts_anew(disk, put, found_in):
+    """If the directory is removed while in use, the next write creates it again."""
     put(disk, IMAGES[:3])
     shutil.rmtree(disk.path)
     assert found_in(disk, IMAGES) == []
@@ -302,16 +300,18 @@ def flip(file, position, bits=4):
         stream.write(bytes([byte ^ bits]))
 
 
-def test_a_flipped_byte_is_noticed(disk, put, found_in, rows_of):
-    """The damaged row is said, dropped and put anew; the others are not touched."""
+def test_a_flipped_bit_is_detected(disk, put, found_in, rows_of):
+    """A warning is issued and the damaged row dropped; it can be stored again."""
     put(disk, IMAGES)
     disk._store.close()
     row = rows_of(IMAGES[2:3]).tobytes()
     flip(database_of(disk), database_of(disk).read_bytes().index(row) + 9)
-    with pytest.warns(RuntimeWarning, match=r"dropped 1 damaged rows") as told:
+    with pytest.warns(
+        RuntimeWarning, match=r"^Dropped 1 damaged row\(s\) \(wrong checksum\)"
+    ) as warned:
         assert found_in(disk, IMAGES) == [image for image in IMAGES if image != IMAGES[2]]
-    assert len(told) == 1
-    assert told[0].filename == found_in.__code__.co_filename
+    assert len(warned) == 1
+    assert warned[0].filename == found_in.__code__.co_filename
     assert disk.info().rows == len(IMAGES) - 1
     put(disk, IMAGES)
     assert found_in(disk, IMAGES) == IMAGES
@@ -341,26 +341,26 @@ def test_a_flipped_byte_is_noticed(disk, put, found_in, rows_of):
     ],
 )
 def test_damaged_rows_are_not_returned(disk, damage, put, found_in):
-    """Rows that are cut, exchanged or gone are dropped, and can be put anew."""
+    """Rows that are cut, swapped or gone are dropped, and can be stored again."""
     put(disk, IMAGES)
     change(disk, damage)
-    with pytest.warns(RuntimeWarning, match="damaged rows"):
+    with pytest.warns(RuntimeWarning, match=r"damaged row\(s\)"):
         assert len(found_in(disk, IMAGES)) < 2
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # what shared a row may be damaged now
+        warnings.simplefilter("ignore", RuntimeWarning)  # of rows in the same blocks
         put(disk, IMAGES)
         found_in(disk, IMAGES)
     put(disk, IMAGES)
     assert found_in(disk, IMAGES) == IMAGES
 
 
-def test_no_damage_shows_a_wrong_row(disk, put, ask, found_in):
-    """Whichever byte is flipped, a row is right or missing, or damaged tables are refused."""
+def test_damage_never_returns_a_wrong_row(disk, put, ask, found_in):
+    """Whichever bit is flipped, rows are right or missing, or the damaged tables are refused."""
     images = [b"%032d" % i for i in range(40)]
     put(disk, images, 64)
     disk._store.close()
     query = "SELECT (SELECT page_size FROM pragma_page_size) * rootpage FROM sqlite_master"
-    ((end_of_contexts,),) = ask(disk, f"{query} WHERE name = 'contexts'")
+    ((end_of_namespaces,),) = ask(disk, f"{query} WHERE name = 'contexts'")
     whole = database_of(disk).read_bytes()
     used = [i for i, byte in enumerate(whole) if byte]
     for i, position in enumerate(random.Random(0).sample(used, 200)):
@@ -371,11 +371,11 @@ def test_no_damage_shows_a_wrong_row(disk, put, ask, found_in):
             try:
                 found_in(reopen(disk), images)
             except CacheFormatError:
-                assert position < end_of_contexts
+                assert position < end_of_namespaces
 
 
-def test_a_wrecked_file_is_said_once(disk, put, found_in):
-    """Where nothing can be read, all is missing; nothing is written over it."""
+def test_a_wrecked_file_is_left_alone(disk, put, found_in):
+    """If nothing can be read, all rows are missing, and nothing is overwritten."""
     put(disk, IMAGES)
     disk._store.close()
     file = database_of(disk)
@@ -390,16 +390,16 @@ def test_a_wrecked_file_is_said_once(disk, put, found_in):
 FILL = """
 import warnings
 images = [b"%d" % i for i in range(1_000)]
-with warnings.catch_warnings(record=True) as told:
+with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     for image in images:
-        put(cache, [image], 1_000, work=WORK)
-assert [warning.category for warning in told] == [RuntimeWarning], told
-say(told[0].message)
+        put(cache, [image], 1_000, job=JOB)
+assert [warning.category for warning in warned] == [RuntimeWarning], warned
+say(warned[0].message)
 there = found_in(cache, images)
 assert there == images[:len(there)], there
 assert 10 < len(there) < 900, len(there)
-assert cache.claim(WORK, images).all()
+assert cache.claim(JOB, images).all()
 say(len(there))
 """
 
@@ -415,10 +415,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_is_survived(small_disk, put, found_in, finish, start):
-    """What fits is stored and found again, and one warning tells of the rest; room mends it."""
-    told, n_rows = finish(start(FILL, small_disk)).splitlines()
-    assert "cannot be written (database or disk is full)" in told
+def test_a_full_disk_ends_writing_only(small_disk, put, found_in, finish, start):
+    """The rows that fit are found again, one warning is issued, and new space is used."""
+    message, n_rows = finish(start(FILL, small_disk)).splitlines()
+    assert "cannot be written (database or disk is full)" in message
     images = [b"%d" % i for i in range(int(n_rows))]
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     cache = FeatureCache(small_disk)
@@ -427,11 +427,11 @@ def test_a_full_disk_is_survived(small_disk, put, found_in, finish, start):
     assert cache.info().rows == len(images) + 1
 
 
-def test_a_file_that_may_not_grow_is_survived(tmp_path, found_in, finish, start):
-    """An error while writing stops the writing and nothing else; the rows before it stay."""
+def test_a_limit_on_file_size_ends_writing_only(tmp_path, found_in, finish, start):
+    """An error while writing ends nothing but writing; the rows before it stay."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21))"
-    told, n_rows = finish(start(limit + FILL, tmp_path / "cache")).splitlines()
-    assert "cannot be written" in told
+    message, n_rows = finish(start(limit + FILL, tmp_path / "cache")).splitlines()
+    assert "cannot be written" in message
     images = [b"%d" % i for i in range(int(n_rows))]
     assert found_in(FeatureCache(tmp_path / "cache"), images) == images
 
@@ -445,7 +445,7 @@ def write_short_text(file):
 
 
 def write_other_database(file):
-    """Leave a database as a crash does: the newest rows in its log, for the next to open it."""
+    """Leave a database as after a crash, with its newest rows still in the log."""
     script = f"""
         import os, signal, sqlite3
         connection = sqlite3.connect({str(file)!r})
@@ -461,8 +461,8 @@ def write_other_database(file):
 
 def write_other_format(file, change):
     with sqlite3.connect(file) as connection:
-        connection.execute(f"PRAGMA application_id = {_store.APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {_store.FORMAT + change}")
+        connection.execute(f"PRAGMA application_id = {disk_module.APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {disk_module.FORMAT + change}")
         connection.execute("CREATE TABLE novelties (page TEXT)")
     connection.close()
 
@@ -470,36 +470,36 @@ def write_other_format(file, change):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (write_text, "is not a cache of deepfeat"),
-        (write_short_text, "is not a cache of deepfeat"),
-        (write_other_database, "is not a cache of deepfeat"),
+        (write_text, "is not a deepfeat cache"),
+        (write_short_text, "is not a deepfeat cache"),
+        (write_other_database, "is not a deepfeat cache"),
         (
             functools.partial(write_other_format, change=1),
-            f"has format {_store.FORMAT + 1}, .* another directory, or the deepfeat that wrote",
+            f"has format {disk_module.FORMAT + 1}, .* or use the release of deepfeat that",
         ),
         (
             functools.partial(write_other_format, change=-1),
-            f"has format {_store.FORMAT - 1}, .* Delete it, or choose another directory",
+            f"has format {disk_module.FORMAT - 1}, .* Delete it or choose another directory",
         ),
     ],
 )
 def test_a_foreign_file_is_refused_and_left_alone(tmp_path, write, message, found_in, put):
-    """Whatever is asked of the cache, the error says what is wrong, and no byte changes."""
+    """Whatever is called, the error says what is wrong, and no byte changes."""
     file = tmp_path / FILE_NAME
     write(file)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     cache = FeatureCache(tmp_path)
-    for ask in (
+    for use in (
         lambda: found_in(cache, IMAGES),
         lambda: put(cache, IMAGES),
-        lambda: cache.claim(WORK, IMAGES),
+        lambda: cache.claim(JOB, IMAGES),
         lambda: cache.known_digests([("a.png", 10, 1, 1, 7, 1)]),
         cache.info,
         cache.clear,
         lambda: cache.prune(0),
     ):
         with pytest.raises(CacheFormatError, match=message):
-            ask()
+            use()
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -531,84 +531,84 @@ HOSTILE = {
 
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_hostile_file_is_refused(disk, change, put, found_in):
-    """Other tables than ours and numbers that cannot be are refused, with a remedy, and at once."""
+    """Unexpected tables and impossible numbers are refused at once, with a remedy."""
     put(disk, IMAGES)
     disk._store.close()
     with contextlib.closing(sqlite3.connect(database_of(disk))) as connection:
         connection.executescript(change)
     cache = reopen(disk)
-    for ask in lambda: found_in(cache, IMAGES), lambda: put(cache, [b"new"]), cache.info:
-        with pytest.raises(CacheFormatError, match="Delete it, or choose another directory"):
-            ask()
+    for use in lambda: found_in(cache, IMAGES), lambda: put(cache, [b"new"]), cache.info:
+        with pytest.raises(CacheFormatError, match="Delete it or choose another directory"):
+            use()
 
 
 @pytest.mark.parametrize("token", ["../../outside", "a" * 31, "A" * 32, "", 7])
-def test_no_name_of_a_lock_leads_elsewhere(disk, token):
-    """The folder of locks is left by no path, whatever the file says of who is alive."""
+def test_no_lock_name_leaves_the_folder(disk, token):
+    """Whatever owners the file lists, no path outside the folder of locks is touched."""
     outside = Path(disk.path).parent / "outside.lock"
     outside.touch()
-    in_another_thread(disk.claim, WORK, IMAGES)
+    in_another_thread(disk.claim, JOB, IMAGES)
     change(disk, f"INSERT INTO owners VALUES (99, {token!r}, 'host', 1, {time.time()})")
     change(disk, "UPDATE claims SET owner = 99")
-    with pytest.raises(CacheFormatError, match="names a process that cannot be"):
-        disk.claim(WORK, IMAGES)
+    with pytest.raises(CacheFormatError, match="names an impossible process"):
+        disk.claim(JOB, IMAGES)
     assert outside.exists()
 
 
 @pytest.mark.parametrize("image", ["7", "1.5", "'text'", "x''"])
-def test_images_of_another_kind_are_not_taken_over(disk, image, put, found_in):
-    """`update` takes what are digests, and leaves the rest."""
+def test_update_skips_keys_that_are_not_bytes(disk, image, put, found_in):
+    """Only digests are copied from a damaged cache."""
     put(disk, IMAGES)
     change(disk, f"UPDATE keys SET image = {image} WHERE image = x'{IMAGES[0].hex()}'")
     other = FeatureCache()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of damaged rows
+        warnings.simplefilter("ignore", RuntimeWarning)  # about damaged rows
         other.update(disk)
     assert found_in(other, IMAGES) == IMAGES[1:]
 
 
-def test_what_runs_for_ever_is_ended(disk, monkeypatch, put, found_in):
-    """A file may make SQLite walk in circles: a transaction has a bounded number of steps."""
+def test_an_endless_query_is_ended(disk, monkeypatch, put, found_in):
+    """A file may send SQLite in circles, so a transaction has a limited number of steps."""
     put(disk, [b"%d" % i for i in range(2_000)])
-    monkeypatch.setattr(_store, "STEPS", (10_000, 1_000))
+    monkeypatch.setattr(disk_module, "STEPS", (10_000, 1_000))
     cache = reopen(disk)
-    assert found_in(cache, [b"1", b"2"]) == [b"1", b"2"]  # few steps are enough for few
+    assert found_in(cache, [b"1", b"2"]) == [b"1", b"2"]  # few images take few steps
     with pytest.raises(CacheFormatError, match="takes too long to read"):
         cache.update(cache)
 
 
 @pytest.mark.parametrize("left", [0, 0.3, 0.9])
-def test_a_file_cut_short_under_a_live_process_does_not_end_it(disk, left, finish, start):
-    """Rows that are gone are computed again, with a warning; none is wrong."""
+def test_a_process_survives_its_file_being_cut_short(disk, left, finish, start):
+    """Rows are missing, with a warning, and none is wrong."""
     script = """
         import warnings
         images = [b"%d" % i for i in range(500)]
         put(cache, images, 1_000)
-        # From the log into the file, whose size SQLite knows from the log all the same.
+        # Move the log into the file; SQLite still knows the size of the file from the log.
         cache._store.opened[0][0].execute("PRAGMA wal_checkpoint(PASSIVE)")
         assert found_in(cache, images[:100]) == images[:100]
         file = sys.argv[1] + "/deepfeat-cache.sqlite"
         os.truncate(file, int(os.path.getsize(file) * float(sys.argv[2])))
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             cache._store.opened[0][0].execute("PRAGMA cache_size = 0")  # forget what was read
             there = found_in(cache, images)
             put(cache, images, 1_000)
-        say(len(there) < 500, len(told) > 0)
+        say(len(there) < 500, len(warned) > 0)
         """
     assert finish(start(script, disk.path, left)) == "True True\n"
 
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path, put):
-    """The error tells that a directory is wanted."""
+    """The error says that a directory is needed."""
     (tmp_path / "file").write_text("Dear diary", encoding="utf-8")
-    with pytest.raises(ValueError, match="is a file, and a cache wants a directory"):
+    with pytest.raises(ValueError, match=r"must be a directory; .* is a file"):
         put(FeatureCache(tmp_path / "file"), IMAGES)
     assert (tmp_path / "file").read_text(encoding="utf-8") == "Dear diary"
 
 
-# Root may write anywhere, so the reader becomes nobody. Python's own files may be closed to nobody,
-# so all that is imported late must be imported before.
+# Root may write anywhere, so the reader becomes the user nobody. That user may be unable to read
+# Python's own files, so all that is imported late must be imported before.
 BECOME_NOBODY = """
 import tempfile
 with tempfile.TemporaryDirectory() as folder:
@@ -621,23 +621,23 @@ if os.getuid() == 0:
 """
 READ = """
 import warnings
-with warnings.catch_warnings(record=True) as told:
+with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     there = found_in(cache, [*IMAGES, b"new"])
-    assert cache.claim(WORK, IMAGES).all()
+    assert cache.claim(JOB, IMAGES).all()
     for _ in range(2):
-        put(cache, [b"new"], work=WORK)
-        cache.release(WORK, IMAGES)
+        put(cache, [b"new"], job=JOB)
+        cache.release(JOB, IMAGES)
         cache.remember_digests([("a", 1, 2, 3, 4, 5)], [b"digest"])
     assert found_in(cache, [*IMAGES, b"new"]) == there
     assert cache.info().rows == len(there)
-say(len(told), told[0].category.__name__, "|".join(map(bytes.decode, there)), told[0].message)
+say(len(warned), warned[0].category.__name__, "|".join(map(bytes.decode, there)), warned[0].message)
 """
 
 
 @pytest.fixture
 def read_only(start, finish):
-    """Read a cache as somebody who may not write; return the images found."""
+    """Read a cache as a user who must not write to it; return the images found."""
 
     def read_only(folder):
         count, category, rest = finish(start(BECOME_NOBODY + READ, folder)).split(" ", 2)
@@ -650,15 +650,15 @@ def read_only(start, finish):
 
 @pytest.fixture
 def locked(put):
-    """A directory of a cache with rows, in which nothing can be written but by root."""
+    """The directory of a cache with rows, in which only root can write."""
     if not hasattr(os, "setuid"):
         pytest.skip("there are no other users to become")
-    # Not `tmp_path`, which pytest closes to others.
+    # Not `tmp_path`, to which other users have no access.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cache")
         Path(folder).chmod(0o755)
         if not all(parent.stat().st_mode & 0o001 for parent in path.parents):
-            pytest.skip("others cannot come to the directory of temporary files")
+            pytest.skip("others cannot reach the directory of temporary files")
         disk = FeatureCache(path)
         put(disk, IMAGES[:4])
         disk._store.close()
@@ -669,7 +669,7 @@ def locked(put):
 
 
 def test_a_read_only_directory_is_read(locked, read_only):
-    """Rows are found, all is granted, one warning says that nothing is stored, no file appears."""
+    """Rows are found, claims granted and one warning issued; no file appears."""
     before = contents_of(FeatureCache(locked))
     assert read_only(locked) == IMAGES[:4]
     assert contents_of(FeatureCache(locked)) == before
@@ -682,7 +682,7 @@ only_root_writes_there = pytest.mark.skipif(
 
 @pytest.fixture
 def start_writer(start):
-    """Start a process that puts a row and lives on."""
+    """Start a process that stores a row and stays alive."""
 
     def start_writer(folder):
         writer = start("put(cache, [b'new']); say('put'); time.sleep(60)", folder)
@@ -695,7 +695,7 @@ def start_writer(start):
 @only_root_writes_there
 @pytest.mark.parametrize("alive", [True, False], ids=["writing", "killed"])
 def test_a_reader_sees_the_log_of_a_writer(locked, alive, start_writer, kill, read_only):
-    """One who may only read finds also what a writer has put and not yet moved into the file."""
+    """Rows that a writer has not yet moved from the log into the file are found as well."""
     writer = start_writer(locked)
     try:
         if not alive:
@@ -706,20 +706,20 @@ def test_a_reader_sees_the_log_of_a_writer(locked, alive, start_writer, kill, re
 
 
 @only_root_writes_there
-def test_a_log_without_its_index_is_done_without(locked, kill, start_writer, read_only):
-    """Where the log of a killed writer cannot be read, the rows of the file still are."""
+def test_a_log_without_its_index_is_ignored(locked, kill, start_writer, read_only):
+    """If the log of a killed writer cannot be read, the rows of the file still are."""
     kill(start_writer(locked))
     database_of(FeatureCache(locked)).with_name(f"{FILE_NAME}-shm").unlink()
     assert read_only(locked) == IMAGES[:4]
 
 
-def test_a_directory_that_cannot_be_made_is_survived(locked, read_only):
-    """Where there is no cache and none can be made, all is missing and one warning says so."""
+def test_a_directory_that_cannot_be_created_is_an_empty_cache(locked, read_only):
+    """Without a cache and a way to create one, all rows are missing, with one warning."""
     assert read_only(locked / "cache") == []
 
 
 def test_a_read_only_file_system_is_read(disk, tmp_path, put, finish, start):
-    """As a read-only directory, but for everybody."""
+    """It behaves like a read-only directory, for all users."""
     put(disk, IMAGES[:4])
     disk._store.close()
     folder = tmp_path / "view"
@@ -737,7 +737,7 @@ def test_a_read_only_file_system_is_read(disk, tmp_path, put, finish, start):
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Whatever is done in whatever order, memory, disk and a plain dict hold the same rows."""
+    """A store in memory, one on disk and a dict to compare them with."""
 
     folders: Iterator[Path]
 
@@ -745,35 +745,35 @@ class CacheMachine(RuleBasedStateMachine):
         super().__init__()
         self.caches = [FeatureCache(), FeatureCache(next(self.folders))]
         self.rows: dict[tuple[bytes, bytes], float] = {}
-        self.widths = {CONTEXT: 2, OTHER: 3}
+        self.widths = {NAMESPACE: 2, OTHER: 3}
 
-    contexts = st.sampled_from([CONTEXT, OTHER])
+    namespaces = st.sampled_from([NAMESPACE, OTHER])
     images = st.lists(st.sampled_from([*IMAGES, b"", b"\0", b"\xff" * 32]), max_size=8)
     values = st.floats(width=32, allow_nan=False)
 
-    @rule(contexts=st.sets(contexts), images=images, value=values)
-    def put(self, contexts, images, value):
+    @rule(namespaces=st.sets(namespaces), images=images, value=values)
+    def put(self, namespaces, images, value):
         rows = {
-            context: np.full((len(images), self.widths[context]), value, np.float32)
-            for context in contexts
+            namespace: np.full((len(images), self.widths[namespace]), value, np.float32)
+            for namespace in namespaces
         }
         for cache in self.caches:
             cache.put_many(images, rows)
-        for context in contexts:
+        for namespace in namespaces:
             for image in images:
-                self.rows.setdefault((context, image), value)
+                self.rows.setdefault((namespace, image), value)
 
-    @rule(context=contexts, images=images)
-    def get(self, context, images):
-        expected = [self.rows.get((context, image)) for image in images]
+    @rule(namespace=namespaces, images=images)
+    def get(self, namespace, images):
+        expected = [self.rows.get((namespace, image)) for image in images]
         for cache in self.caches:
-            found, rows = cache.get_many(context, images)
+            found, rows = cache.get_many(namespace, images)
             assert_array_equal(found, np.array([value is not None for value in expected], bool))
-            assert_array_equal(cache.has(context, images), found)
+            assert_array_equal(cache.has(namespace, images), found)
             assert (rows is None) == (not found.any())
             if rows is not None:
                 filled = [np.nan if value is None else value for value in expected]
-                width = self.widths[context]
+                width = self.widths[namespace]
                 assert_array_equal(rows, np.repeat(np.float32(filled)[:, None], width, axis=1))
 
     @rule()
@@ -782,50 +782,50 @@ class CacheMachine(RuleBasedStateMachine):
             cache.clear()
         self.rows.clear()
 
-    @rule(context=contexts)
-    def refuse(self, context):
-        if any(context == held for held, _ in self.rows):
+    @rule(namespace=namespaces)
+    def refuse(self, namespace):
+        if any(namespace == held for held, _ in self.rows):
             for cache in self.caches:
                 with pytest.raises(ValueError, match="holds rows of"):
-                    cache.put_many([b"wide"], {context: np.ones((1, 9), np.float32)})
+                    cache.put_many([b"wide"], {namespace: np.ones((1, 9), np.float32)})
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
     def prune(self, data):
-        # Neither store was read since its rows were put, in the order of the dict.
-        bound = data.draw(st.sampled_from([0, self.size() // 2, self.size(), 10**9]))
+        # Neither store has been read since its rows were stored, in the order of the dict.
+        limit = data.draw(st.sampled_from([0, self.size() // 2, self.size(), 10**9]))
         self.caches = [restart(cache, self.rows, self.widths) for cache in self.caches]
-        while self.size() > bound:
+        while self.size() > limit:
             del self.rows[next(iter(self.rows))]
         for cache in self.caches:
-            cache.prune(bound)
+            cache.prune(limit)
 
     @rule()
     def reopen(self):
         self.caches[1] = reopen(self.caches[1])
 
     def size(self):
-        return sum(4 * self.widths[context] for context, _ in self.rows)
+        return sum(4 * self.widths[namespace] for namespace, _ in self.rows)
 
     @invariant()
     def counts_agree(self):
-        contexts = {context for context, _ in self.rows}
+        namespaces = {namespace for namespace, _ in self.rows}
         for cache in self.caches:
             info = cache.info()
             assert (info.rows, info.bytes) == (len(self.rows), self.size())
-            assert info.contexts == len(contexts)
+            assert info.namespaces == len(namespaces)
 
 
 def restart(cache, rows, widths):
-    """Fill a cache anew, so that its rows were used in the order of the dict."""
+    """Refill a cache, so that its rows are used in the order of the dict."""
     cache.clear()
-    for (context, image), value in rows.items():
-        cache.put_many([image], {context: np.full((1, widths[context]), value, np.float32)})
+    for (namespace, image), value in rows.items():
+        cache.put_many([image], {namespace: np.full((1, widths[namespace]), value, np.float32)})
     return cache
 
 
 def test_memory_disk_and_dict_agree(tmp_path):
-    """Whatever is done in whatever order, memory, disk and a plain dict hold the same rows."""
+    """Memory, disk and a dict hold the same rows after any operations in any order."""
     from hypothesis.stateful import run_state_machine_as_test
 
     CacheMachine.folders = (tmp_path / str(i) for i in range(10**9))

@@ -1,4 +1,4 @@
-"""Claims: which thread and which process computes what, and what happens when it dies."""
+"""Claims of threads and processes on images, and what becomes of them when an owner dies."""
 
 import errno
 import os
@@ -17,21 +17,21 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from deepfeat._cache import disk as _store
-from deepfeat._cache import owners as _claims
+from deepfeat._cache import disk as disk_module
+from deepfeat._cache import owners
 from deepfeat._cache.cache import FeatureCache
 
-WORK = b"work"
+JOB = b"job"
 IMAGES = [f"image {i}".encode() for i in range(6)]
 
 
 @pytest.fixture
 def owner(tmp_path, start, kill):
-    """Start processes that claim all images and live on; end them after the test."""
+    """Start processes that claim all images and stay alive until the end of the test."""
     processes: list[subprocess.Popen[str]] = []
 
     def start_owner(folder):
-        process = start("say(cache.claim(WORK, IMAGES).all()); time.sleep(60)", folder)
+        process = start("say(cache.claim(JOB, IMAGES).all()); time.sleep(60)", folder)
         processes.append(process)
         assert process.stdout.readline() == "True\n"
         return process
@@ -43,7 +43,7 @@ def owner(tmp_path, start, kill):
 
 @pytest.fixture
 def owner_of(ask):
-    """Return the number of the process that has a lock."""
+    """Return the id of the process that holds a lock."""
     return lambda cache, token: dict(ask(cache, "SELECT token, pid FROM owners")).get(token)
 
 
@@ -52,45 +52,45 @@ def in_another_thread(function, *args):
         return pool.submit(function, *args).result()
 
 
-def test_a_claim_binds_others(cache, worker):
-    """What one thread claimed no other gets, in this work; the thread itself gets it again."""
-    assert_array_equal(worker(cache.claim, WORK, IMAGES[:2]), [True, True])
-    assert_array_equal(cache.claim(WORK, IMAGES[:3]), [False, False, True])
-    assert_array_equal(worker(cache.claim, WORK, IMAGES[:3]), [True, True, False])
-    assert_array_equal(cache.claim(b"other work", IMAGES[:2]), [True, True])
+def test_a_claim_excludes_others(cache, worker):
+    """Within a job, a claimed image is refused to other threads, but not to its owner."""
+    assert_array_equal(worker(cache.claim, JOB, IMAGES[:2]), [True, True])
+    assert_array_equal(cache.claim(JOB, IMAGES[:3]), [False, False, True])
+    assert_array_equal(worker(cache.claim, JOB, IMAGES[:3]), [True, True, False])
+    assert_array_equal(cache.claim(b"other job", IMAGES[:2]), [True, True])
 
 
 def test_a_claim_ends_with_its_row(cache, worker, put):
-    """`put_many` gives back the images that it stores, of the work that it names."""
-    worker(cache.claim, WORK, IMAGES)
+    """`put_many` releases the images that it stores, for the given job."""
+    worker(cache.claim, JOB, IMAGES)
     worker(put, cache, IMAGES[:1])
-    assert not cache.claim(WORK, IMAGES).any()
-    worker(lambda: put(cache, IMAGES[:2], work=WORK))
-    assert_array_equal(cache.claim(WORK, IMAGES[:3]), [True, True, False])
+    assert not cache.claim(JOB, IMAGES).any()
+    worker(lambda: put(cache, IMAGES[:2], job=JOB))
+    assert_array_equal(cache.claim(JOB, IMAGES[:3]), [True, True, False])
 
 
-def test_a_claim_is_given_back_by_its_owner(cache, worker, put):
-    """`release` frees the thread's own claims, and neither it nor `put_many` those of others."""
-    worker(cache.claim, WORK, IMAGES)
-    cache.release(WORK, IMAGES)
-    put(cache, IMAGES, work=WORK)
-    assert not cache.claim(WORK, IMAGES).any()
-    worker(cache.release, WORK, IMAGES[:1])
-    assert_array_equal(cache.claim(WORK, IMAGES[:2]), [True, False])
+def test_a_claim_is_released_by_its_owner_only(cache, worker, put):
+    """`release` ends the claims of this thread; neither it nor `put_many` ends those of others."""
+    worker(cache.claim, JOB, IMAGES)
+    cache.release(JOB, IMAGES)
+    put(cache, IMAGES, job=JOB)
+    assert not cache.claim(JOB, IMAGES).any()
+    worker(cache.release, JOB, IMAGES[:1])
+    assert_array_equal(cache.claim(JOB, IMAGES[:2]), [True, False])
 
 
-def test_the_claims_of_a_dead_thread_are_free(cache):
-    """A thread that ended without its rows binds nobody."""
-    in_another_thread(cache.claim, WORK, IMAGES)
+def test_the_claims_of_a_dead_thread_end(cache):
+    """A thread that has ended without storing its rows excludes nobody."""
+    in_another_thread(cache.claim, JOB, IMAGES)
     end = time.monotonic() + 10
-    # Python is done with a thread a moment before the kernel is.
-    while not cache.claim(WORK, IMAGES).all():
+    # A result is there a moment before its thread has ended.
+    while not cache.claim(JOB, IMAGES).all():
         assert time.monotonic() < end
 
 
 @pytest.fixture
 def wait(monkeypatch):
-    """Put the clock of claims forward."""
+    """Advance the clock of claims."""
     clock = [time.time()]
     monkeypatch.setattr(time, "time", lambda: clock[0])
 
@@ -101,87 +101,79 @@ def wait(monkeypatch):
 
 
 def test_an_owner_without_progress_loses_its_claims(cache, worker, wait):
-    """A live owner that makes no progress is waited for some minutes, and no longer."""
-    worker(cache.claim, WORK, IMAGES)
-    wait(_claims.PATIENCE_SECONDS - 1)
-    assert not cache.claim(WORK, IMAGES).any()
+    """Others wait for an owner without progress for a few minutes, and no longer."""
+    worker(cache.claim, JOB, IMAGES)
+    wait(owners.PATIENCE_SECONDS - 1)
+    assert not cache.claim(JOB, IMAGES).any()
     wait(2)
-    assert cache.claim(WORK, IMAGES).all()
-    assert not worker(cache.claim, WORK, IMAGES).any()
+    assert cache.claim(JOB, IMAGES).all()
+    assert not worker(cache.claim, JOB, IMAGES).any()
 
 
-@pytest.mark.parametrize("sign", ["claim", "put", "release"])
-def test_progress_keeps_claims(cache, worker, wait, sign, put):
-    """An owner that goes on claiming or putting keeps all its claims."""
-    signs = {
-        "claim": lambda: cache.claim(WORK, [b"next"]),
-        "put": lambda: put(cache, [b"next"], work=WORK),
-        "release": lambda: cache.release(WORK, [b"next"]),
-    }
-    worker(cache.claim, WORK, IMAGES)
+@pytest.mark.parametrize("progress", ["claim", "put", "release"])
+def test_progress_keeps_claims(cache, worker, wait, progress, put):
+    """An owner that keeps claiming, storing or releasing keeps all its claims."""
+    make_progress = {
+        "claim": lambda: cache.claim(JOB, [b"next"]),
+        "put": lambda: put(cache, [b"next"], job=JOB),
+        "release": lambda: cache.release(JOB, [b"next"]),
+    }[progress]
+    worker(cache.claim, JOB, IMAGES)
     for _ in range(3):
-        wait(_claims.PATIENCE_SECONDS - 1)
-        worker(signs[sign])
-    assert not cache.claim(WORK, IMAGES).any()
+        wait(owners.PATIENCE_SECONDS - 1)
+        worker(make_progress)
+    assert not cache.claim(JOB, IMAGES).any()
 
 
 @pytest.mark.parametrize("trace", ["none", "zombie"])
 def test_the_claims_of_a_killed_process_are_taken_over_at_once(disk, owner, trace):
-    """A live process keeps its claims; killed, it loses them, its body still there or not."""
+    """A live process keeps its claims; a killed one loses them, even as a zombie."""
     process = owner(Path(disk.path))
-    assert not disk.claim(WORK, IMAGES).any()
+    assert not disk.claim(JOB, IMAGES).any()
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | (os.WNOWAIT if trace == "zombie" else 0))
-    assert disk.claim(WORK, IMAGES).all()
+    assert disk.claim(JOB, IMAGES).all()
 
 
-def test_a_process_killed_in_another_pid_namespace_is_seen_to_be_dead(disk, start, kill):
-    """As in a container, where its number says nothing here."""
+def test_a_process_killed_in_another_pid_namespace_is_recognised_as_dead(disk, start, kill):
+    """As in a container, whose process ids mean nothing outside."""
     unshare = ["unshare", "--pid", "--fork", "--kill-child"]
     if (
         shutil.which("unshare") is None
         or subprocess.run([*unshare, "true"], capture_output=True).returncode
     ):
         pytest.skip("no pid namespace can be made here")
-    script = "say(os.getpid(), cache.claim(WORK, IMAGES).all()); time.sleep(60)"
+    script = "say(os.getpid(), cache.claim(JOB, IMAGES).all()); time.sleep(60)"
     process = start(script, disk.path, prefix=unshare)
     try:
         assert process.stdout.readline() == "1 True\n"
-        assert not disk.claim(WORK, IMAGES).any()
+        assert not disk.claim(JOB, IMAGES).any()
     finally:
         kill(process)
     end = time.monotonic() + 10
-    while not disk.claim(WORK, IMAGES).all():  # the child is killed a moment after its parent
+    while not disk.claim(JOB, IMAGES).all():  # the child dies a moment after its parent
         assert time.monotonic() < end
 
 
-def test_a_stopped_process_is_waited_for_some_minutes(
-    disk,
-    owner,
-    wait,
-):
-    """One that hangs, but lives, keeps its claims for so long, and loses them then."""
+def test_a_stopped_process_keeps_its_claims_for_some_minutes(disk, owner, wait):
+    """A process that hangs, but lives, loses its claims after that time."""
     owner(Path(disk.path)).send_signal(signal.SIGSTOP)
-    wait(_claims.PATIENCE_SECONDS - 60)
-    assert not disk.claim(WORK, IMAGES).any()
+    wait(owners.PATIENCE_SECONDS - 60)
+    assert not disk.claim(JOB, IMAGES).any()
     wait(61)
-    assert disk.claim(WORK, IMAGES).all()
+    assert disk.claim(JOB, IMAGES).all()
 
 
-def test_a_forked_child_neither_holds_nor_frees_the_claims_of_its_parent(
-    disk,
-    start,
-    kill,
-):
-    """It is refused them while the parent lives; its exit frees nothing, its life keeps nothing."""
+def test_a_forked_child_neither_holds_nor_releases_the_claims_of_its_parent(disk, start, kill):
+    """It is refused them while the parent lives; its exit releases none, its life keeps none."""
     script = """
-        assert cache.claim(WORK, IMAGES).all()
+        assert cache.claim(JOB, IMAGES).all()
         child = os.fork()
         if not child:
-            refused = not cache.claim(WORK, IMAGES).any()
+            refused = not cache.claim(JOB, IMAGES).any()
             say("refused" if refused else "granted")
             if sys.argv[2] == "exits":
-                sys.exit()  # with all that a process does at its end
+                sys.exit()  # and run everything that runs at exit
             time.sleep(60)
         if sys.argv[2] == "exits":
             os.waitpid(child, 0)
@@ -191,75 +183,72 @@ def test_a_forked_child_neither_holds_nor_frees_the_claims_of_its_parent(
     first = start(script, disk.path, "exits")
     assert first.stdout.readline() == "refused\n"
     first.stdout.readline()
-    assert not disk.claim(WORK, IMAGES).any()
+    assert not disk.claim(JOB, IMAGES).any()
     kill(first)
-    assert disk.claim(WORK, IMAGES).all()
-    disk.release(WORK, IMAGES)
+    assert disk.claim(JOB, IMAGES).all()
+    disk.release(JOB, IMAGES)
     second = start(script, disk.path, "lives")
-    said = sorted([second.stdout.readline().strip(), second.stdout.readline().strip()])
-    assert said[1] == "refused"
+    child, answer = sorted(second.stdout.readline().strip() for _ in range(2))
+    assert answer == "refused"
     second.kill()
     second.wait()
     try:
-        assert disk.claim(WORK, IMAGES).all()
+        assert disk.claim(JOB, IMAGES).all()
     finally:
-        os.kill(int(said[0]), signal.SIGKILL)
+        os.kill(int(child), signal.SIGKILL)
         second.communicate()
 
 
-def test_where_there_are_no_locks_there_are_no_claims_of_processes(
-    disk,
-    owner,
-    worker,
-    monkeypatch,
-    put,
-    found_in,
+def test_without_locks_processes_do_not_exclude_each_other(
+    disk, owner, worker, monkeypatch, put, found_in
 ):
-    """Work is done twice rather than not at all, while threads still share it."""
+    """Images are computed twice rather than never, while threads still share them."""
     owner(Path(disk.path))
 
     def refuse(lock, *args, **kwargs):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(_claims.FileLock, "acquire", refuse)
-    assert worker(disk.claim, WORK, IMAGES).all()
-    assert not disk.claim(WORK, IMAGES).any()
-    put(disk, IMAGES, work=WORK)
+    monkeypatch.setattr(owners.FileLock, "acquire", refuse)
+    assert worker(disk.claim, JOB, IMAGES).all()
+    assert not disk.claim(JOB, IMAGES).any()
+    put(disk, IMAGES, job=JOB)
     assert found_in(disk, IMAGES) == IMAGES
 
 
-def test_what_dead_processes_left_is_removed(disk, owner, start, kill, finish, ask, owner_of):
-    """Their locks, owners, claims and half-made files go; those of the living stay."""
-    folder = Path(disk.path, _store.LOCK_FOLDER)
-    living = start("say(cache.claim(WORK, [b'living']).all()); sys.stdin.readline()", disk.path)
+def test_files_and_claims_of_dead_processes_are_removed(
+    disk, owner, start, kill, finish, ask, owner_of
+):
+    """Their locks, owners, claims and half-written files go; those of live processes stay."""
+    folder = Path(disk.path, disk_module.LOCK_FOLDER)
+    living = start("say(cache.claim(JOB, [b'living']).all()); sys.stdin.readline()", disk.path)
     assert living.stdout.readline() == "True\n"
     dead = owner(Path(disk.path))
     (lock,) = (path for path in folder.iterdir() if owner_of(disk, path.stem) == dead.pid)
     kill(dead)
-    lock.with_suffix(".new").write_bytes(b"half made")
-    lock.with_suffix(".new-wal").write_bytes(b"half made")
-    disk.claim(b"other work", IMAGES)
-    living_and_we = {living.pid, os.getpid()}
-    assert {owner_of(disk, path.stem) for path in folder.iterdir()} == living_and_we
+    lock.with_suffix(".new").write_bytes(b"half-written")
+    lock.with_suffix(".new-wal").write_bytes(b"half-written")
+    disk.claim(b"other job", IMAGES)
+    alive = {living.pid, os.getpid()}
+    assert {owner_of(disk, path.stem) for path in folder.iterdir()} == alive
     query = "SELECT DISTINCT pid FROM claims JOIN owners ON owner = owners.id"
-    assert {pid for (pid,) in ask(disk, query)} == living_and_we
+    assert {pid for (pid,) in ask(disk, query)} == alive
     assert ask(disk, "SELECT count(*) FROM claims") == [(1 + len(IMAGES),)]
     finish(living)
     assert [owner_of(disk, path.stem) for path in folder.iterdir()] == [os.getpid()]
 
 
-def test_a_file_is_made_whole_or_not_at_all(tmp_path, start, put, found_in, owner_of):
-    """A maker that is killed half-way leaves nothing that stays."""
+def test_a_file_is_created_whole_or_not_at_all(tmp_path, start, put, found_in, owner_of):
+    """Whatever is left by a process killed on the way is removed."""
     script = """
         import sqlite3
-        from deepfeat._cache import disk as _store
-        _store.os.link = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
+        from deepfeat._cache import disk as disk_module
+        disk_module.os.link = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
         put(cache, IMAGES)
         """
     kill_itself = start(script, tmp_path)
     kill_itself.communicate()
     assert kill_itself.returncode == -signal.SIGKILL
-    folder = tmp_path / _store.LOCK_FOLDER
+    folder = tmp_path / disk_module.LOCK_FOLDER
     assert {path.suffix for path in folder.iterdir()} >= {".lock", ".new"}
     cache = FeatureCache(tmp_path)
     put(cache, IMAGES)
@@ -269,19 +258,19 @@ def test_a_file_is_made_whole_or_not_at_all(tmp_path, start, put, found_in, owne
 
 
 def test_holders_are_named(disk, owner, worker):
-    """Who waits is told which process and which thread it waits for."""
-    assert disk.find_holders(WORK, IMAGES) == []
+    """The processes and threads that hold images are described, except for this thread."""
+    assert disk.find_holders(JOB, IMAGES) == []
     process = owner(Path(disk.path))
-    worker(disk.claim, WORK, [*IMAGES, b"more"])
-    holders = disk.find_holders(WORK, [*IMAGES, b"more"])
+    worker(disk.claim, JOB, [*IMAGES, b"more"])
+    holders = disk.find_holders(JOB, [*IMAGES, b"more"])
     assert holders[0] == f"process {process.pid} on {platform.node()}"
     assert holders[1].startswith("thread 'ThreadPoolExecutor")
     assert holders[1].endswith("of this process")
-    assert worker(disk.find_holders, WORK, [b"more"]) == []
+    assert worker(disk.find_holders, JOB, [b"more"]) == []
 
 
-def test_two_processes_are_never_granted_the_same(disk, start, kill):
-    """Between them they are granted each image once, however they race."""
+def test_two_processes_are_never_granted_the_same_image(disk, start, kill):
+    """However they race, each image is granted to one of them."""
     script = """
         import random
         images = [b"%d" % i for i in range(600)]
@@ -289,7 +278,7 @@ def test_two_processes_are_never_granted_the_same(disk, start, kill):
         sys.stdin.readline()
         for i in range(0, 600, 5):
             batch = images[i:i + 5]
-            granted = cache.claim(WORK, batch)
+            granted = cache.claim(JOB, batch)
             for image in np.array(batch)[granted]:
                 say(image.decode())
         say("end")
@@ -309,7 +298,7 @@ def test_two_processes_are_never_granted_the_same(disk, start, kill):
 
 @pytest.fixture
 def restless_threads():
-    """Let threads take turns as often as can be."""
+    """Make threads switch as often as possible."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -317,15 +306,15 @@ def restless_threads():
 
 
 @pytest.mark.usefixtures("restless_threads")
-def test_two_threads_are_never_granted_the_same(cache):
-    """Threads that claim the same images at the same moment are granted each image once."""
+def test_threads_are_never_granted_the_same_image(cache):
+    """Of threads that claim an image at the same moment, one is granted it."""
     images = [b"%d" % i for i in range(1_000)]
     together = threading.Barrier(4)
 
     def claim(_):
         together.wait()
-        granted = cache.claim(WORK, images)
-        together.wait()  # all live until all have claimed
+        granted = cache.claim(JOB, images)
+        together.wait()  # stay alive until all have claimed
         return granted
 
     with ThreadPoolExecutor(4) as pool:
@@ -333,27 +322,27 @@ def test_two_threads_are_never_granted_the_same(cache):
 
 
 @pytest.mark.usefixtures("restless_threads")
-def test_threads_share_the_work(cache, found_in, put):
-    """Four threads that claim, put and look again compute each image once and find all of them."""
+def test_threads_share_a_job(cache, found_in, put):
+    """Four threads that claim, look again and store compute each image once, and find all."""
     images = [b"%d" % i for i in range(200)]
     computed: list[bytes] = []
     together = threading.Barrier(4)
 
-    def work(seed):
+    def run(seed):
         mine = random.Random(seed).sample(images, len(images))
         together.wait()
         for i in range(0, len(mine), 10):
             batch = mine[i : i + 10]
-            granted = cache.claim(WORK, batch)
+            granted = cache.claim(JOB, batch)
             todo = [image for image, is_mine in zip(batch, granted, strict=True) if is_mine]
             there = found_in(cache, todo)
             todo = [image for image in todo if image not in there]
             computed.extend(todo)
-            put(cache, todo, work=WORK)
-            cache.release(WORK, there)
+            put(cache, todo, job=JOB)
+            cache.release(JOB, there)
         together.wait()
         return found_in(cache, images)
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(work, range(4))) == [images] * 4
+        assert list(pool.map(run, range(4))) == [images] * 4
     assert sorted(computed) == sorted(images)

@@ -1,4 +1,4 @@
-"""Folders of images, and 15-Scene in small."""
+"""Folders of images, and a small copy of 15-Scene."""
 
 import csv
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 
 from deepfeat.datasets import _scene15
 
-# What Lazebnik, Schmid and Ponce published, in the order of their folders' names.
+# As published by Lazebnik, Schmid and Ponce, in the order of the folder names.
 SCENES = {
     "CALsuburb": 241,
     "MITcoast": 360,
@@ -27,7 +27,7 @@ SCENES = {
     "livingroom": 289,
     "store": 315,
 }
-# As different in number, and as ordered, but sooner made.
+# Also all different, and in the same order, but faster to create.
 FEW = {name: 13 + sorted(SCENES.values()).index(count) for name, count in SCENES.items()}
 
 
@@ -39,14 +39,14 @@ def published() -> dict[str, int]:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Have a data set of some hundred images published instead of 15-Scene."""
+    """Replace the published data set by one of a few hundred images."""
     monkeypatch.setattr(_scene15, "_SCENES", FEW)
     return FEW
 
 
 @pytest.fixture(scope="session")
 def touch() -> Callable[..., Path]:
-    """Make empty files, and the folders that they are in."""
+    """Create empty files and their folders."""
 
     def touch(root: Path, *names: str) -> Path:
         for name in names:
@@ -60,13 +60,13 @@ def touch() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def names_in() -> Callable[[Path, np.ndarray], list[str]]:
-    """Name files from a folder on."""
+    """Return paths relative to a folder."""
     return lambda root, paths: [Path(path).relative_to(root).as_posix() for path in paths]
 
 
 @pytest.fixture(scope="session")
 def scene_files() -> Callable[..., list[str]]:
-    """Name the files of a data set, by default of the smaller one."""
+    """Return the names of the files of a data set, by default the small one."""
 
     def scene_files(rename: Callable[[str], str] = str, scenes: dict[str, int] = FEW) -> list[str]:
         return [
@@ -80,7 +80,7 @@ def scene_files() -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def is_training() -> Callable[[str], bool]:
-    """Make a split of 5 a class that no rule of the library would make."""
+    """A split with 5 training images per class that the library would not draw."""
     return lambda file: 7 < int(file[-8:-4]) <= 12
 
 
@@ -91,13 +91,13 @@ def own_root(
     touch: Callable[..., Path],
     scene_files: Callable[..., list[str]],
 ) -> Path:
-    """A folder of the smaller data set, which a test may change."""
+    """A folder with the small data set, which a test may change."""
     return touch(tmp_path / "own", *scene_files())
 
 
 @pytest.fixture(scope="session")
 def write_split(is_training: Callable[[str], bool]) -> Callable[[Path, list[str]], None]:
-    """Write the file of a split."""
+    """Write a split file."""
 
     def write_split(path: Path, files: list[str]) -> None:
         with path.open("w", newline="") as file:

@@ -1,4 +1,4 @@
-"""Images in folders, one folder per class."""
+"""Images in one folder per class."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ from deepfeat.datasets._scene15 import load_scene15
 def test_images_are_listed_by_class_in_sorted_order(
     tmp_path: Path, touch: Callable[..., Path], names_in: Callable[..., list[str]]
 ) -> None:
-    """Paths, labels and names, whatever order the disk has; numbers are sorted as text."""
+    """Whatever the order on disk, paths and names are sorted, numbers in them as text."""
     touch(tmp_path, "dog/2.png", "dog/10.JPG", "cat/b/1.jpeg", "cat/z.jpg", "cat/a.tif")
     images = load_image_folder(tmp_path)
     expected = ["cat/a.tif", "cat/b/1.jpeg", "cat/z.jpg", "dog/10.JPG", "dog/2.png"]
@@ -30,8 +30,10 @@ def test_images_are_listed_by_class_in_sorted_order(
     assert (images.n_hidden, images.n_links, images.n_other) == (0, 0, 0)
 
 
-def test_folders_are_those_of_scikit_learn(tmp_path: Path, touch: Callable[..., Path]) -> None:
-    """`sklearn.datasets.load_files` lists the same files and labels of plain class folders."""
+def test_images_and_labels_are_those_of_scikit_learn(
+    tmp_path: Path, touch: Callable[..., Path]
+) -> None:
+    """`sklearn.datasets.load_files` lists the same files and labels for plain class folders."""
     touch(tmp_path, *(f"{name}/{number}.jpg" for name in ("b", "a", "ö", "C") for number in "312"))
     expected = load_files(tmp_path, load_content=False, shuffle=False)
     images = load_image_folder(tmp_path)
@@ -42,13 +44,13 @@ def test_folders_are_those_of_scikit_learn(tmp_path: Path, touch: Callable[..., 
 
 
 @given(names=st.lists(st.tuples(*[st.text("abAB.é", min_size=1, max_size=3)] * 2), min_size=1))
-def test_nothing_is_lost_uncounted(
+def test_every_file_is_listed_or_counted(
     tmp_path_factory: pytest.TempPathFactory,
     names: list,
     touch: Callable[..., Path],
     names_in: Callable[..., list[str]],
 ) -> None:
-    """Every file in a class folder is listed, or counted among those left out."""
+    """Files in class folders are listed, or counted among those skipped."""
     root = tmp_path_factory.mktemp("root")
     files = {(folder, f"{name}.png") for folder, name in names}
     files = {pair for pair in files if set(pair[0]) != {"."}}
@@ -57,7 +59,7 @@ def test_nothing_is_lost_uncounted(
     visible = {(a, b) for a, b in files if a not in hidden} - hidden_files
     touch(root, *(f"{folder}/{name}" for folder, name in files))
     if not visible or {a for a, _ in visible} != {a for a, _ in files} - hidden:
-        with pytest.raises(ValueError, match="class folders"):
+        with pytest.raises(ValueError, match=r"class folders|each class folder"):
             load_image_folder(root)
         return
     images = load_image_folder(root)
@@ -65,10 +67,10 @@ def test_nothing_is_lost_uncounted(
     assert images.n_hidden == len(hidden) + len(hidden_files)
 
 
-def test_what_is_left_out_is_counted(
+def test_skipped_files_are_counted(
     tmp_path: Path, touch: Callable[..., Path], names_in: Callable[..., list[str]]
 ) -> None:
-    """Hidden files and folders, files with other endings, and files that are in no class."""
+    """Hidden files and folders, files with other extensions, and files outside of classes."""
     touch(tmp_path, "cat/1.jpg", "cat/.2.jpg", "cat/notes.txt", "cat/jpg", ".git/3.jpg", "4.jpg")
     touch(tmp_path, "__MACOSX/cat/._1.jpg", "cat/.thumbs/1.jpg", "cat/deep/5.gif.txt")
     images = load_image_folder(tmp_path)
@@ -79,7 +81,7 @@ def test_what_is_left_out_is_counted(
 def test_extensions_can_be_chosen(
     tmp_path: Path, touch: Callable[..., Path], names_in: Callable[..., list[str]]
 ) -> None:
-    """Small letters or capitals are the same."""
+    """Their case does not matter."""
     touch(tmp_path, "cat/1.jpg", "cat/2.JP2", "cat/3.jp2")
     images = load_image_folder(tmp_path, extensions=[".Jp2"])
     assert names_in(tmp_path, images.data) == ["cat/2.JP2", "cat/3.jp2"]
@@ -92,14 +94,16 @@ def test_extensions_without_a_dot_are_refused(
 ) -> None:
     """They would find nothing, or too much."""
     touch(tmp_path, "cat/1.jpg")
-    with pytest.raises(ValueError, match=r"a list of endings with their dot"):
+    with pytest.raises(
+        ValueError, match=r"^extensions must be a list of .* with their dot, .*; got "
+    ):
         load_image_folder(tmp_path, extensions=extensions)
 
 
 def test_links_are_followed_on_request(
     tmp_path: Path, touch: Callable[..., Path], names_in: Callable[..., list[str]]
 ) -> None:
-    """To files, to folders and to classes; else they are counted."""
+    """Links to files, folders and classes are followed if requested, and otherwise counted."""
     store = touch(tmp_path / "store", "a/1.jpg", "b/2.jpg")
     root = touch(tmp_path / "root", "cat/0.jpg")
     (root / "cat/link.jpg").symlink_to(store / "a/1.jpg")
@@ -123,10 +127,10 @@ def test_links_are_followed_on_request(
     ("link", "target"),
     [("cat/again", "cat"), ("cat/up", "."), ("dog", "."), ("cat/x/up", "cat")],
 )
-def test_links_in_a_circle_are_an_error(
+def test_links_that_form_a_cycle_are_an_error(
     tmp_path: Path, link: str, target: str, touch: Callable[..., Path]
 ) -> None:
-    """Rather than images without end."""
+    """They would give endless images."""
     touch(tmp_path, "cat/1.jpg", "cat/x/2.jpg")
     (tmp_path / link).symlink_to(tmp_path / target)
     with pytest.raises(ValueError, match=r"leads back to"):
@@ -137,7 +141,7 @@ def test_links_in_a_circle_are_an_error(
 def test_two_folders_that_link_to_each_other_are_an_error(
     tmp_path: Path, touch: Callable[..., Path]
 ) -> None:
-    """A circle of two."""
+    """They form a cycle of two."""
     touch(tmp_path, "a/1.jpg", "b/2.jpg")
     (tmp_path / "a/b").symlink_to(tmp_path / "b")
     (tmp_path / "b/a").symlink_to(tmp_path / "a")
@@ -146,32 +150,37 @@ def test_two_folders_that_link_to_each_other_are_an_error(
 
 
 def test_a_folder_without_classes_is_an_error(tmp_path: Path, touch: Callable[..., Path]) -> None:
-    """Images that lie loose are mentioned."""
+    """Images outside of class folders are mentioned."""
     touch(tmp_path, "1.jpg", "2.jpg", ".hidden")
-    with pytest.raises(ValueError, match=r"no class folders; .* Left out: 1 hidden, 2 other files"):
+    message = r"which has no class folders\. Skipped: 1 hidden, 2 other files\.$"
+    with pytest.raises(ValueError, match=message):
         load_image_folder(tmp_path)
 
 
 def test_a_class_without_images_is_an_error(tmp_path: Path, touch: Callable[..., Path]) -> None:
-    """It could not be learned, and its images are probably called otherwise."""
+    """It could not be learned, and its images probably have other extensions."""
     touch(tmp_path, "cat/1.jpg", "dog/1.jp2")
-    with pytest.raises(ValueError, match=r"class folders without an image: 'dog'.*extensions="):
+    with pytest.raises(ValueError, match=r"without an image in 'dog'\..*extensions="):
         load_image_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["nothing", "file.jpg"])
-def test_no_folder_is_an_error(tmp_path: Path, name: str, touch: Callable[..., Path]) -> None:
-    """Neither a file nor nothing is a folder."""
+def test_a_root_that_is_not_a_folder_is_an_error(
+    tmp_path: Path, name: str, touch: Callable[..., Path]
+) -> None:
+    """It may be a file, or not exist."""
     touch(tmp_path, "file.jpg")
     for load in (load_image_folder, load_scene15):
-        with pytest.raises(NotADirectoryError, match=f"there is no folder .*{name}"):
+        with pytest.raises(
+            NotADirectoryError, match=rf"^root must be an existing folder; got .*{name}"
+        ):
             load(tmp_path / name)
 
 
 def test_paths_begin_with_the_root_as_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, touch: Callable[..., Path]
 ) -> None:
-    """Relative stays relative, and ~ is the home."""
+    """Relative paths stay relative, and ~ stands for the home directory."""
     touch(tmp_path, "photos/cat/1.jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -180,7 +189,7 @@ def test_paths_begin_with_the_root_as_given(
     assert load_image_folder("~/photos").data[0] == str(tmp_path / "photos/cat/1.jpg")
 
 
-def test_listing_loads_no_torch() -> None:
-    """`import deepfeat.datasets` takes no seconds."""
+def test_import_loads_no_torch() -> None:
+    """`import deepfeat.datasets` is quick."""
     code = "import sys, deepfeat.datasets; assert not {'torch', 'PIL', 'pooch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -134,19 +134,19 @@ class TestOnce:
 
     def test_without_prefetch_only_what_is_asked_is_kept(self, cache, pictures, forwards):
         extractor(cache, "stage2", prefetch=None).transform(pictures)
-        assert cache.info().contexts == 1
+        assert cache.info().namespaces == 1
         extractor(cache, "stage3", prefetch=None).transform(pictures)
         assert sum(forwards) == 2 * len(pictures)
 
     def test_a_list_names_what_is_prefetched(self, cache, pictures, forwards):
         extractor(cache, "stage2", prefetch=["features.3", -1]).transform(pictures)
-        assert cache.info().contexts == 3
+        assert cache.info().namespaces == 3
         extractor(cache, ["features.3", "classifier.3"]).transform(pictures)
         assert sum(forwards) == len(pictures)
 
     def test_flattened_maps_are_never_prefetched(self, cache, pictures):
         extractor(cache, "stage4", pooling="flatten").transform(pictures)
-        assert cache.info().contexts == 1
+        assert cache.info().namespaces == 1
 
     def test_norm_and_order_of_layers_share_the_rows(self, cache, pictures, forwards):
         for norm in ("l2", "l1", None):
@@ -550,12 +550,12 @@ class TestSecondPass:
 
     def test_new_images_among_known_ones_keep_the_stages_alone(self, cache, pictures, forwards):
         extractor(cache, "stage2").transform(pictures[:10])
-        contexts = cache.info().contexts
+        namespaces = cache.info().namespaces
         extractor(cache, "features.6").transform(pictures)
         assert sum(forwards) == 10 + len(pictures)
         listed = len(list_layers("squeezenet1_1", image_size=32))
-        assert cache.info().contexts == listed > contexts
-        rows = 10 * listed + (len(pictures) - 10) * (contexts + 1)
+        assert cache.info().namespaces == listed > namespaces
+        rows = 10 * listed + (len(pictures) - 10) * (namespaces + 1)
         assert cache.info().rows == rows
 
     def test_both_passes_of_a_call_load_the_network_once(self, cache, pictures, monkeypatch):
@@ -586,7 +586,7 @@ class TestSecondPass:
         for layer in ("features.3", "features.5", "features.6"):
             extractor(cache, layer, prefetch=None).transform(pictures)
         assert sum(forwards) == 3 * len(pictures)
-        assert cache.info().contexts == 3
+        assert cache.info().namespaces == 3
 
     def test_no_pass_keeps_flattened_maps_that_nobody_asked_for(self, cache, pictures):
         """All of a VGG16 would take 58 MB an image."""
@@ -595,7 +595,7 @@ class TestSecondPass:
             rows = extractor(cache, layer, pooling="flatten").transform(pictures[:4])
             expected = extractor(None, layer, pooling="flatten").transform(pictures[:4])
             np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-7)
-        assert cache.info().contexts == len(layers)
+        assert cache.info().namespaces == len(layers)
 
     @pytest.mark.parametrize("backbone", ["alexnet", "vgg11"])
     def test_relu8_follows_from_fc8_without_a_pass(self, cache, pictures, backbone):
@@ -777,8 +777,8 @@ class TestTampering:
         one = extractor(tmp_path / "cache", "stage2", prefetch=None)
         one.transform(paths)
         other = FeatureCache(tmp_path / "other")
-        for context, images in FeatureCache(tmp_path / "cache")._store.list_images().items():
-            other.put_many(images, {context: np.ones((len(images), 7), np.float32)})
+        for namespace, images in FeatureCache(tmp_path / "cache")._store.list_images().items():
+            other.put_many(images, {namespace: np.ones((len(images), 7), np.float32)})
         with pytest.raises(CacheFormatError, match="rows of 7 values for layer"):
             one.set_params(cache=other).transform(paths)
 
@@ -831,7 +831,7 @@ class TestPrecompute:
 
     def test_layers_can_be_named(self, cache, paths):
         extractor(cache, prefetch=None).precompute(paths, layers=["stage3"])
-        assert cache.info().contexts == 1
+        assert cache.info().namespaces == 1
 
     def test_caches_of_several_machines_become_one(self, cache, paths, tmp_path, forwards):
         other = FeatureCache(tmp_path / "of another machine")

@@ -9,14 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image, ImageOps
-from small_networks import (
-    assert_same_state,
-    make_classifier,
-    make_images,
-    seeded,
-    state_of,
-    to_16_pixels,
-)
 from torch import nn
 from torchvision import transforms
 
@@ -104,24 +96,35 @@ def seen():
     return Recording.seen
 
 
-def fit_recording(augment, X, y, **params):
+@pytest.fixture
+def fit_recording(seeded, make_classifier):
     """Train a network that records its input."""
-    params = {"max_epochs": 3, "unfreeze": "all"} | params
-    return make_classifier(seeded(Recording), augment=augment, **params).fit(
-        X, y, X_val=X[:2], y_val=y[:2]
-    )
+
+    def fit_recording(augment, X, y, **params):
+        params = {"max_epochs": 3, "unfreeze": "all"} | params
+        return make_classifier(seeded(Recording), augment=augment, **params).fit(
+            X, y, X_val=X[:2], y_val=y[:2]
+        )
+
+    return fit_recording
 
 
 def as_bytes(tensors):
     return [tensor.contiguous().numpy().tobytes() for tensor in tensors]
 
 
-def prepared(X, change=lambda image: image):
-    return as_bytes(to_16_pixels(change(Image.fromarray(pixels))) for pixels in X)
+@pytest.fixture
+def prepared(to_16_pixels):
+    def prepared(X, change=lambda image: image):
+        return as_bytes(to_16_pixels(change(Image.fromarray(pixels))) for pixels in X)
+
+    return prepared
 
 
 @pytest.mark.parametrize("augment", [None, "flip", "crop", ImageOps.flip])
-def test_images_are_augmented_for_training_alone(seen, augment):
+def test_images_are_augmented_for_training_alone(
+    seen, augment, make_images, fit_recording, prepared
+):
     """Validation images, and those that are predicted, are not."""
     X, y = make_images()
     classifier = fit_recording(augment, X, y)
@@ -147,7 +150,9 @@ def test_images_are_augmented_for_training_alone(seen, augment):
 
 @pytest.mark.parametrize("augment", ["flip", "crop"])
 @pytest.mark.parametrize("num_workers", [2, "auto"])
-def test_chance_is_the_same_in_any_number_of_threads(seen, augment, num_workers):
+def test_chance_is_the_same_in_any_number_of_threads(
+    seen, augment, num_workers, make_images, fit_recording
+):
     """A crop depends on seed, epoch and index, not on which thread comes first."""
     X, y = make_images(8, 24)
     fit_recording(augment, X, y)
@@ -160,14 +165,16 @@ def test_chance_is_the_same_in_any_number_of_threads(seen, augment, num_workers)
     assert sorted(as_bytes(seen[True])) != sorted(alone)
 
 
-def test_a_crop_is_new_in_every_epoch(seen):
+def test_a_crop_is_new_in_every_epoch(seen, make_images, fit_recording):
     """No two crops of an image are equal."""
     X, y = make_images(2, 64)
     fit_recording("crop", X, y, max_epochs=10)
     assert len(set(as_bytes(seen[True]))) == 20
 
 
-def test_a_crop_takes_the_place_of_the_weights_own_crop(seen, monkeypatch):
+def test_a_crop_takes_the_place_of_the_weights_own_crop(
+    seen, monkeypatch, make_images, make_classifier, assert_same_state, state_of
+):
     """Nothing else is cropped: a whole image is squashed, not cropped in the middle."""
     monkeypatch.setattr(_sources, "crop_at_random", lambda image, rng: image)
     monkeypatch.setattr(_sources, "draw_flips", lambda *args: np.zeros(99, dtype=bool))
@@ -184,7 +191,9 @@ def test_a_crop_takes_the_place_of_the_weights_own_crop(seen, monkeypatch):
 # The user's functions ---------------------------------------------------------------------------
 
 
-def test_a_callable_gets_upright_pictures_one_after_the_other(scene_paths, scene_labels):
+def test_a_callable_gets_upright_pictures_one_after_the_other(
+    scene_paths, scene_labels, make_classifier
+):
     """In the thread of the caller, where torch's own generator is seeded."""
     sizes, drawn, threads = [], [], set()
 
@@ -209,7 +218,9 @@ def test_a_callable_gets_upright_pictures_one_after_the_other(scene_paths, scene
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_augmentation_that_raises_names_the_image(scene_paths, scene_labels, num_workers):
+def test_an_augmentation_that_raises_names_the_image(
+    scene_paths, scene_labels, num_workers, make_classifier
+):
     """As an error in reading it does."""
 
     def fail(image):
@@ -220,7 +231,7 @@ def test_an_augmentation_that_raises_names_the_image(scene_paths, scene_labels, 
         classifier.fit(scene_paths, scene_labels)
 
 
-def test_an_augmentation_must_return_images(images):
+def test_an_augmentation_must_return_images(images, make_classifier):
     """Grey images become RGB; anything else is an error that names the image."""
     grey = transforms.Grayscale()
     classifier = make_classifier("squeezenet1_0", unfreeze=None, augment=grey).fit(*images)

@@ -9,14 +9,6 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from sklearn.datasets import load_digits
-from small_networks import (
-    assert_same_state,
-    make_classifier,
-    make_images,
-    make_plain,
-    state_of,
-    to_16_pixels,
-)
 from torch.nn import functional as F
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -36,7 +28,9 @@ def copy_of(state):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("pickled", [False, True])
-def test_partial_fits_are_a_bare_loop(images, optimizer, pickled):
+def test_partial_fits_are_a_bare_loop(
+    images, optimizer, pickled, to_16_pixels, make_classifier, make_plain, state_of
+):
     """At constant learning rates, with moments that persist, also through a pickle."""
     X, y = images
     batch = torch.stack([to_16_pixels(Image.fromarray(image)) for image in X])
@@ -73,7 +67,7 @@ def test_partial_fits_are_a_bare_loop(images, optimizer, pickled):
     assert {epoch["learning_rate"] for epoch in classifier.history_} == {0.02}
 
 
-def test_partial_fit_needs_to_know_the_classes(images):
+def test_partial_fit_needs_to_know_the_classes(images, make_classifier):
     """From the first call on; later calls may have images of some only."""
     X, y = images
     with pytest.raises(ValueError, match="classes must be passed on the first call"):
@@ -91,7 +85,9 @@ def test_partial_fit_needs_to_know_the_classes(images):
         make_classifier().partial_fit(X[:1], y[:1], classes=["dark"])
 
 
-def test_partial_fit_resumes_after_fit_and_anew_with_other_blocks(images):
+def test_partial_fit_resumes_after_fit_and_anew_with_other_blocks(
+    images, make_classifier, state_of
+):
     """Moments of other parameters are ignored."""
     X, y = images
     classifier = make_classifier().fit(X, y)
@@ -102,7 +98,7 @@ def test_partial_fit_resumes_after_fit_and_anew_with_other_blocks(images):
     assert not torch.equal(before["fc.weight"], state_of(classifier)["fc.weight"])
 
 
-def test_partial_fit_takes_the_learning_rates_of_now(images):
+def test_partial_fit_takes_the_learning_rates_of_now(images, make_classifier):
     """Not those that the optimizer had when it was saved."""
     X, y = images
     classifier = make_classifier().partial_fit(X, y, classes=["dark", "light"])
@@ -111,7 +107,7 @@ def test_partial_fit_takes_the_learning_rates_of_now(images):
     assert rates == [(1e-3, 1e-4), (0.5, 0.25)]
 
 
-def test_fit_begins_anew_without_a_warm_start(images):
+def test_fit_begins_anew_without_a_warm_start(images, make_classifier, state_of, assert_same_state):
     """Even with other classes."""
     X, y = images
     classifier = make_classifier().fit(X, y)
@@ -123,7 +119,7 @@ def test_fit_begins_anew_without_a_warm_start(images):
     assert classifier.n_iter_ == 2
 
 
-def test_a_warm_start_resumes(images):
+def test_a_warm_start_resumes(images, make_classifier, state_of):
     """From the current weights, with epochs that keep counting."""
     X, y = images
     classifier = make_classifier(warm_start=True, optimizer="sgd").fit(X, y)
@@ -136,7 +132,7 @@ def test_a_warm_start_resumes(images):
     assert classifier.n_iter_ == 4
 
 
-def test_blocks_are_unfrozen_one_after_the_other(images):
+def test_blocks_are_unfrozen_one_after_the_other(images, make_classifier, make_plain, state_of):
     """By warm starts: frozen blocks stay as the previous fit left them."""
     X, y = images
     classifier = make_classifier(make_plain(norm=True), warm_start=True, unfreeze=None)
@@ -165,7 +161,9 @@ def test_blocks_are_unfrozen_one_after_the_other(images):
     ids=str,
 )
 @pytest.mark.parametrize("method", ["fit", "partial_fit"])
-def test_training_does_not_resume_with_another_network(change, method):
+def test_training_does_not_resume_with_another_network(
+    change, method, make_images, make_classifier
+):
     """Where the network comes from is fixed when training begins."""
     X, y = make_images(4, 32)
     classifier = make_classifier("squeezenet1_1", unfreeze=None, warm_start=True).fit(X, y)
@@ -174,7 +172,7 @@ def test_training_does_not_resume_with_another_network(change, method):
         getattr(classifier.set_params(**change), method)(X, y)
 
 
-def test_a_warm_start_has_no_new_classes(images):
+def test_a_warm_start_has_no_new_classes(images, make_classifier):
     """Fewer are allowed."""
     X, y = images
     classifier = make_classifier(warm_start=True).fit(X, y)
@@ -202,7 +200,7 @@ LABELS = {
 
 
 @pytest.mark.parametrize("kind", LABELS)
-def test_labels_come_back_as_they_came(kind):
+def test_labels_come_back_as_they_came(kind, make_images, make_classifier, make_plain):
     """In their own type; `classes_` is sorted."""
     X, _ = make_images()
     y = LABELS[kind]
@@ -215,7 +213,9 @@ def test_labels_come_back_as_they_came(kind):
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
-def test_probabilities_are_those_of_the_network_run_by_hand(scene_paths, n_classes):
+def test_probabilities_are_those_of_the_network_run_by_hand(
+    scene_paths, n_classes, make_classifier
+):
     """Through the preprocessing of the weights, as torchvision has it."""
     y = np.arange(12) % n_classes
     classifier = make_classifier("squeezenet1_1", image_size=None, unfreeze=None, max_epochs=1)
@@ -240,7 +240,9 @@ def test_probabilities_are_those_of_the_network_run_by_hand(scene_paths, n_class
 
 
 @pytest.mark.parametrize("augment", [None, "flip", "crop"])
-def test_every_kind_of_input_learns_the_same(tmp_path, augment):
+def test_every_kind_of_input_learns_the_same(
+    tmp_path, augment, make_images, make_classifier, assert_same_state, state_of
+):
     """Paths, pictures, arrays, columns: only the pixels matter."""
     X, y = make_images()
     paths = [tmp_path / f"{number}.png" for number in range(8)]
@@ -263,7 +265,7 @@ def test_every_kind_of_input_learns_the_same(tmp_path, augment):
         assert_array_equal(classifier.predict_proba(images), expected.predict_proba(X), kind)
 
 
-def test_rows_of_a_table_are_images_of_a_shape():
+def test_rows_of_a_table_are_images_of_a_shape(make_classifier, make_plain):
     """The digits of scikit-learn; column names are remembered."""
     X, y = load_digits(n_class=2, return_X_y=True, as_frame=True)
     X, y = X[:60] / 16, y[:60]
@@ -283,7 +285,8 @@ def test_rows_of_a_table_are_images_of_a_shape():
 
 # Errors -----------------------------------------------------------------------------------------
 
-X8, Y8 = make_images()
+X8 = list(np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8))
+Y8 = np.array(["dark", "light"] * 4)
 ERRORS = {
     "no labels": ({"y": None}, "requires y to be passed"),
     "one class": ({"y": ["a"] * 8}, "y must have at least 2 classes; got one class, .*'a'"),
@@ -319,7 +322,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_data_that_does_not_go_together_is_refused(case):
+def test_data_that_does_not_go_together_is_refused(case, make_classifier):
     """With what is allowed and what came; no network is trained."""
     changes, words = ERRORS[case]
     classifier = make_classifier()
@@ -330,7 +333,9 @@ def test_data_that_does_not_go_together_is_refused(case):
 
 @pytest.mark.parametrize("augment", [None, "flip", "crop", lambda image: image])
 @pytest.mark.parametrize("where", ["X", "X_val"])
-def test_an_image_that_cannot_be_read_is_named(scene_paths, scene_labels, tmp_path, augment, where):
+def test_an_image_that_cannot_be_read_is_named(
+    scene_paths, scene_labels, tmp_path, augment, where, make_classifier
+):
     """Whether activations are cached or not."""
     bad = tmp_path / "bad.jpg"
     bad.write_text("no image")
@@ -344,7 +349,7 @@ def test_an_image_that_cannot_be_read_is_named(scene_paths, scene_labels, tmp_pa
         classifier.predict([str(bad)])
 
 
-def test_a_device_that_is_not_there_is_refused(images):
+def test_a_device_that_is_not_there_is_refused(images, make_classifier):
     """Before anything is loaded."""
     with pytest.raises(ValueError, match="device 'cuda:99' cannot be used here"):
         make_classifier(device="cuda:99").fit(*images)
@@ -354,7 +359,7 @@ def test_a_device_that_is_not_there_is_refused(images):
 
 
 @pytest.mark.parametrize("layer", ["stage2", "features.12", ["stage1", "stage3"]])
-def test_features_are_those_of_the_tuned_network(scene_paths, scene_labels, layer):
+def test_features_are_those_of_the_tuned_network(scene_paths, scene_labels, layer, make_classifier):
     """Through the preprocessing of the weights, read by torchvision's own extractor."""
     classifier = make_classifier("squeezenet1_1", image_size=None, unfreeze="stage2", max_epochs=1)
     classifier.fit(scene_paths, scene_labels)
@@ -372,7 +377,9 @@ def test_features_are_those_of_the_tuned_network(scene_paths, scene_labels, laye
 
 
 @pytest.mark.parametrize("cache", ["memory", FeatureCache])
-def test_rows_of_different_weights_are_never_mixed_up(scene_paths, scene_labels, cache):
+def test_rows_of_different_weights_are_never_mixed_up(
+    scene_paths, scene_labels, cache, make_classifier
+):
     """Of the stock weights, the fine-tuned ones, and the same fine-tuned further."""
     cache = cache if cache == "memory" else cache()
     stock = DeepFeatureExtractor(
@@ -399,7 +406,7 @@ def test_rows_of_different_weights_are_never_mixed_up(scene_paths, scene_labels,
             assert np.abs(rows[index] - other).max() > 1e-4
 
 
-def test_an_extractor_stays_as_it_is_when_the_classifier_learns_on(images):
+def test_an_extractor_stays_as_it_is_when_the_classifier_learns_on(images, make_classifier):
     """It holds a copy of the network."""
     X, y = images
     classifier = make_classifier(warm_start=True, **RATES).fit(X, y)
@@ -412,7 +419,7 @@ def test_an_extractor_stays_as_it_is_when_the_classifier_learns_on(images):
     assert np.abs(rows).max() > 0
 
 
-def test_an_extractor_works_like_its_classifier():
+def test_an_extractor_works_like_its_classifier(make_classifier):
     """With its batch size, precision, shape of rows and threads."""
     X, y = load_digits(n_class=2, return_X_y=True)
     params = {"image_shape": (8, 8), "batch_size": 16, "precision": "bfloat16", "num_workers": 2}
@@ -425,7 +432,7 @@ def test_an_extractor_works_like_its_classifier():
 # Data of the user -------------------------------------------------------------------------------
 
 
-def test_the_data_of_the_user_stays_as_it_was(images):
+def test_the_data_of_the_user_stays_as_it_was(images, make_classifier):
     """Images, labels and weights."""
     X, y = images
     weights = np.linspace(1, 2, 8)
@@ -439,7 +446,9 @@ def test_the_data_of_the_user_stays_as_it_was(images):
 # Failures ----------------------------------------------------------------------------------------
 
 
-def test_a_call_that_fails_leaves_the_optimizer_as_it_was(images):
+def test_a_call_that_fails_leaves_the_optimizer_as_it_was(
+    images, make_classifier, assert_same_state, state_of
+):
     """After a failed call, doing what the error says helps: its moments are discarded."""
     X, y = images
     params = {"augment": None, **RATES}
@@ -454,7 +463,7 @@ def test_a_call_that_fails_leaves_the_optimizer_as_it_was(images):
     assert_same_state(state_of(classifier.partial_fit(X, y)), state_of(undisturbed))
 
 
-def test_columns_are_those_of_the_last_training_that_went_well():
+def test_columns_are_those_of_the_last_training_that_went_well(make_classifier):
     """A table of another width fails and leaves no trace."""
     X, y = load_digits(n_class=2, return_X_y=True)
     X, y = X[:12] / 16, y[:12]
@@ -469,7 +478,9 @@ def test_columns_are_those_of_the_last_training_that_went_well():
         assert len(fitted.predict(X)) == 12
 
 
-def test_gradients_are_on_whatever_the_caller_has_set(images):
+def test_gradients_are_on_whatever_the_caller_has_set(
+    images, make_classifier, assert_same_state, state_of
+):
     """Even in inference mode, and a network loaded there can be trained elsewhere."""
     X, y = images
     with torch.inference_mode():
@@ -485,7 +496,7 @@ def test_gradients_are_on_whatever_the_caller_has_set(images):
 # Splits ------------------------------------------------------------------------------------------
 
 
-def test_a_warm_start_holds_out_the_same_images(monkeypatch):
+def test_a_warm_start_holds_out_the_same_images(monkeypatch, make_images, make_classifier):
     """Also without a `random_state`: else images that were trained on would be used to validate."""
     splits = []
     apply_class_weight = _classifier.apply_class_weight
@@ -506,7 +517,7 @@ def test_a_warm_start_holds_out_the_same_images(monkeypatch):
 # Validation -------------------------------------------------------------------------------------
 
 
-def test_what_is_wrong_with_validation_images_is_said_of_them(images):
+def test_what_is_wrong_with_validation_images_is_said_of_them(images, make_classifier):
     """Rather than blamed on X and y."""
     X, y = images
     for params, words in (

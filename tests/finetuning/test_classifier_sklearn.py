@@ -8,6 +8,7 @@ import joblib
 import numpy as np
 import pytest
 import sklearn
+import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
@@ -18,29 +19,47 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import estimator_checks_generator, parametrize_with_checks
-from small_networks import (
-    LineNet,
-    assert_same_state,
-    make_classifier,
-    make_images,
-    make_plain,
-    seeded,
-    state_of,
-    to_a_line,
-)
 from torch import nn
+from torchvision.transforms import functional
 
 from deepfeat import FineTuneClassifier
 
 # The checks of scikit-learn ---------------------------------------------------------------------
 
+
+class LineNet(nn.Module):
+    """A network for images of one line, into which the tables of scikit-learn's checks turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, (1, 3), padding=(0, 1)), nn.ReLU(), nn.Flatten())
+        self.fc = nn.Linear(16 * 16, 10)
+
+    def forward(self, images):
+        return self.fc(self.body(images))
+
+
+class ToALine:
+    """Preprocessing that is named alike in all processes, as the ids of tests must be."""
+
+    def __call__(self, image):
+        return functional.to_tensor(image.resize((16, 1), 0))
+
+    def __repr__(self):
+        return "to_a_line"
+
+
+with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(0)
+    line_net = LineNet()
+
 # Its tables of random numbers become images of one line.
 of_tables = FineTuneClassifier(
-    seeded(LineNet),
-    preprocessing=to_a_line,
+    line_net,
+    preprocessing=ToALine(),
     unfreeze="all",
     image_shape=(1, -1),
-    max_epochs=20,
+    max_epochs=7,
     batch_size=16,
     learning_rate=0.03,
     backbone_learning_rate=0.03,
@@ -96,12 +115,12 @@ def test_the_checks_of_scikit_learn_really_run():
 
 
 @pytest.fixture(scope="module")
-def images():
+def images(make_images):
     return make_images()
 
 
 @pytest.fixture(scope="module")
-def fitted(images):
+def fitted(images, make_classifier):
     return make_classifier().fit(*images)
 
 
@@ -123,7 +142,7 @@ def test_nothing_is_checked_before_fit():
     assert params["max_epochs"] == "many"
 
 
-def test_a_clone_has_learned_nothing(fitted, images):
+def test_a_clone_has_learned_nothing(fitted, images, assert_same_state, state_of):
     """It has the parameters alone."""
     new = clone(fitted)
     assert not hasattr(new, "module_")
@@ -134,7 +153,7 @@ def test_a_clone_has_learned_nothing(fitted, images):
 
 
 @pytest.mark.parametrize("method", ["predict", "predict_proba", "decision_function"])
-def test_before_fit_there_is_nothing_to_predict_with(images, method):
+def test_before_fit_there_is_nothing_to_predict_with(images, method, make_classifier):
     """Also after a `fit` that failed when it knew the columns of X already."""
     classifier = make_classifier(image_shape=(16, 16, 3))
     with pytest.raises(NotFittedError):
@@ -172,7 +191,7 @@ def test_a_copy_predicts_the_same(fitted, images, tmp_path, kind):
     assert len(fitted.history_) == 2
 
 
-def test_a_pickle_has_its_tensors_on_the_cpu(images):
+def test_a_pickle_has_its_tensors_on_the_cpu(images, make_classifier):
     """What was trained on a device opens on a machine without; `meta` plays the device here."""
     classifier = make_classifier().partial_fit(*images, classes=["dark", "light"])
 
@@ -196,7 +215,7 @@ def test_a_pickle_has_its_tensors_on_the_cpu(images):
 
 
 @pytest.mark.parametrize("n_jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_search_chooses_what_to_unfreeze(n_jobs):
+def test_a_search_chooses_what_to_unfreeze(n_jobs, make_images, make_classifier, make_plain):
     """And how fast to learn, also in two processes."""
     X, y = make_images(12)
     search = GridSearchCV(
@@ -212,7 +231,7 @@ def test_a_search_chooses_what_to_unfreeze(n_jobs):
     assert search.score(X, y) == 1
 
 
-def test_scores_of_folds_are_those_of_classifiers_fitted_on_them(images):
+def test_scores_of_folds_are_those_of_classifiers_fitted_on_them(images, make_classifier):
     """Folds of a list are lists."""
     X, y = images
     scores = cross_validate(make_classifier(max_epochs=5), X, y, cv=2, scoring="accuracy")
@@ -226,7 +245,7 @@ def test_scores_of_folds_are_those_of_classifiers_fitted_on_them(images):
     assert_array_equal(scores["test_score"], expected)
 
 
-def test_probabilities_can_be_calibrated(images):
+def test_probabilities_can_be_calibrated(images, make_images, make_classifier):
     """By folds, and of a classifier that is fitted already."""
     X, y = make_images(12)
     calibrated = CalibratedClassifierCV(
@@ -238,7 +257,7 @@ def test_probabilities_can_be_calibrated(images):
     assert roc_auc_score(y == "light", probabilities[:, 1]) > 0.9
 
 
-def test_it_is_the_end_of_a_pipeline(images):
+def test_it_is_the_end_of_a_pipeline(images, make_classifier):
     """Before it comes what makes images of something else."""
     X, y = images
     pipe = make_pipeline(FunctionTransformer(lambda rows: [255 - row for row in rows]))
@@ -247,7 +266,7 @@ def test_it_is_the_end_of_a_pipeline(images):
     assert_array_equal(pipe.predict(X), pipe[-1].predict([255 - image for image in X]))
 
 
-def test_weights_are_routed(images):
+def test_weights_are_routed(images, make_images, make_classifier, assert_same_state, state_of):
     """To `fit` and to `score`, if that is asked for."""
     X, y = make_images(12)
     weights = np.linspace(0.1, 3, 12)
@@ -264,7 +283,7 @@ def test_weights_are_routed(images):
     assert_same_state(state_of(search.best_estimator_), state_of(expected))
 
 
-def test_the_tags_tell_what_it_takes():
+def test_the_tags_tell_what_it_takes(make_classifier):
     """A classifier of images, and of tables where rows have a shape."""
     for image_shape, tables in [(None, False), ((4, 4), True)]:
         tags = get_tags(make_classifier(image_shape=image_shape))

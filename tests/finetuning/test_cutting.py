@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small_networks import make_classifier, make_images, make_plain, make_vit, seeded, to_16_pixels
 from torch import nn
 
 from deepfeat._finetuning.cutting import find_cut
@@ -38,7 +37,9 @@ def cut_of(prepare):
     ],
     ids=str,
 )
-def test_a_network_is_cut_before_the_first_layer_that_changes(cut_of, unfreeze, boundary):
+def test_a_network_is_cut_before_the_first_layer_that_changes(
+    cut_of, unfreeze, boundary, make_plain
+):
     """A dropout changes with each draw; if nothing before is frozen, there is no cut."""
     _, cut = cut_of(make_plain(dropout=0.5, norm=True), unfreeze)
     found = cut and cut.boundary
@@ -46,7 +47,7 @@ def test_a_network_is_cut_before_the_first_layer_that_changes(cut_of, unfreeze, 
     assert found == boundary or f"{found}.".startswith(f"{boundary}.")
 
 
-def test_the_parts_give_what_the_whole_gives(cut_of):
+def test_the_parts_give_what_the_whole_gives(cut_of, make_vit):
     """For other images, and another number of them, than in the trial run."""
     module, cut = cut_of(make_vit(), "encoder.layers.encoder_layer_1")
     images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -58,7 +59,7 @@ def test_the_parts_give_what_the_whole_gives(cut_of):
         torch.testing.assert_close(parts, module(images), rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_is_left_behind_on_the_network(cut_of):
+def test_nothing_is_left_behind_on_the_network(cut_of, make_plain):
     """Neither hooks nor functions that replaced layers, not even after an error."""
     module, cut = cut_of(make_plain(), "hidden")
     images = torch.rand(2, 3, 16, 16)
@@ -74,7 +75,7 @@ def test_nothing_is_left_behind_on_the_network(cut_of):
     torch.testing.assert_close(module(images), expected, rtol=0, atol=0)
 
 
-def test_what_is_interrupted_leaves_nothing_behind(cut_of, monkeypatch):
+def test_what_is_interrupted_leaves_nothing_behind(cut_of, monkeypatch, make_plain):
     """Ctrl-C may come between any two lines: the parts have their own modules."""
     module, cut = cut_of(make_plain(), "hidden")
     images = torch.rand(2, 3, 16, 16)
@@ -98,7 +99,7 @@ def test_what_is_interrupted_leaves_nothing_behind(cut_of, monkeypatch):
     )
 
 
-def test_the_parts_follow_the_modes_of_the_network(prepare):
+def test_the_parts_follow_the_modes_of_the_network(prepare, make_plain):
     """A dropout is active in the second part while the network is in train mode."""
     module, index, trained = prepare(make_plain(dropout=0.5), None)
     cut = find_cut(module, index, trained, (3, 16, 16))
@@ -196,7 +197,9 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_a_network_that_cannot_be_cut_is_not_cut(cut_of, case):
+def test_a_network_that_cannot_be_cut_is_not_cut(
+    cut_of, case, seeded, make_images, make_classifier
+):
     """And is trained as a whole."""
     make, unfreeze = IMPOSSIBLE[case]
     assert cut_of(seeded(make), unfreeze)[1] is None
@@ -206,20 +209,22 @@ def test_a_network_that_cannot_be_cut_is_not_cut(cut_of, case):
     assert len(classifier.history_) == 3
 
 
-def test_the_trial_of_a_cut_does_not_hang_on_what_memory_holds(cut_of, monkeypatch):
+def test_the_trial_of_a_cut_does_not_hang_on_what_memory_holds(cut_of, monkeypatch, seeded):
     """Old memory may hold anything, even the right values: only NaN shows that it was used."""
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     assert cut_of(seeded(Skipping, 1e-12), "third")[1] is None
 
 
-def test_a_container_that_is_trained_begins_with_what_it_does_itself(cut_of):
+def test_a_container_that_is_trained_begins_with_what_it_does_itself(cut_of, make_vit):
     """A transformer adds its positions before its first layer; else they would not be trained."""
     _, cut = cut_of(make_vit(), "encoder")
     assert cut.boundary == "encoder"
     assert list(cut.skipped) == ["conv_proj"]
 
 
-def test_the_picture_of_the_input_may_be_prepared_in_any_way():
+def test_the_picture_of_the_input_may_be_prepared_in_any_way(
+    make_classifier, to_16_pixels, make_images
+):
     """The trial run takes noise of the shape that the preprocessing returns."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     classifier = make_classifier(net, preprocessing=to_16_pixels, unfreeze=None, max_epochs=3)

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from small_networks import assert_same_state, make_classifier, make_images, make_plain, state_of
 from torch.nn import functional as F
 
 from deepfeat._finetuning import training as _training
@@ -53,7 +52,17 @@ def planted(monkeypatch):
     ],
 )
 def test_training_stops_when_the_score_rises_no_more(
-    images, planted, scores, tol, patience, epochs, best
+    images,
+    planted,
+    scores,
+    tol,
+    patience,
+    epochs,
+    best,
+    make_classifier,
+    make_plain,
+    assert_same_state,
+    state_of,
 ):
     """And the network is that of the best epoch, including statistics."""
     states = planted(*scores, *[0.0] * 6)
@@ -72,7 +81,9 @@ def test_training_stops_when_the_score_rises_no_more(
     assert not torch.equal(states[0]["fc.weight"], states[-1]["fc.weight"])
 
 
-def test_without_early_stopping_scores_are_only_noted(images, planted):
+def test_without_early_stopping_scores_are_only_noted(
+    images, planted, make_classifier, assert_same_state, state_of
+):
     """The network of the last epoch is kept."""
     X, y = images
     states = planted(0.9, 0.1, 0.1, 0.2)
@@ -83,7 +94,9 @@ def test_without_early_stopping_scores_are_only_noted(images, planted):
     assert_same_state(state_of(classifier), states[-1])
 
 
-def test_validation_images_are_scored_as_the_classifier_would(images):
+def test_validation_images_are_scored_as_the_classifier_would(
+    images, make_images, make_classifier, make_plain
+):
     """Loss and accuracy of the last epoch are those of the final network."""
     X, y = images
     X_val, y_val = make_images(5, seed=1)
@@ -100,7 +113,7 @@ def test_validation_images_are_scored_as_the_classifier_would(images):
     )
 
 
-def test_the_history_is_plain_data(images):
+def test_the_history_is_plain_data(images, make_classifier):
     """One dict per epoch, of values that JSON can hold."""
     classifier = make_classifier(max_epochs=3).fit(*images)
     frame = pd.DataFrame(json.loads(json.dumps(classifier.history_)))
@@ -134,7 +147,7 @@ def interrupted_at(count):
 
 
 @pytest.mark.parametrize(("count", "epochs"), [(1, 0), (5, 0), (9, 1), (17, 2), (24, 2)])
-def test_what_was_learned_before_an_interruption_is_kept(images, count, epochs):
+def test_what_was_learned_before_an_interruption_is_kept(images, count, epochs, make_classifier):
     """With a warning, and the history of the epochs that were completed."""
     X, y = images
     classifier = make_classifier(augment=interrupted_at(count), max_epochs=3)
@@ -150,7 +163,9 @@ def test_what_was_learned_before_an_interruption_is_kept(images, count, epochs):
     assert not classifier.module_.training
 
 
-def test_an_interruption_leaves_the_best_network(images, planted):
+def test_an_interruption_leaves_the_best_network(
+    images, planted, make_classifier, assert_same_state, state_of
+):
     """With early stopping, that of the best epoch is restored."""
     X, y = images
     states = planted(0.9, 0.1)
@@ -160,7 +175,7 @@ def test_an_interruption_leaves_the_best_network(images, planted):
     assert_same_state(state_of(classifier), states[0])
 
 
-def test_a_training_that_was_interrupted_can_be_resumed(images):
+def test_a_training_that_was_interrupted_can_be_resumed(images, make_classifier):
     """By a warm start."""
     X, y = images
     classifier = make_classifier(augment=interrupted_at(9), max_epochs=3, warm_start=True)
@@ -173,7 +188,7 @@ def test_a_training_that_was_interrupted_can_be_resumed(images):
 # Progress and memory -----------------------------------------------------------------------------
 
 
-def test_progress_is_shown_if_asked_for(images, capsys):
+def test_progress_is_shown_if_asked_for(images, capsys, make_classifier):
     """With the loss; otherwise nothing is printed."""
     make_classifier(unfreeze="hidden", max_epochs=3).fit(*images).predict(images[0])
     assert capsys.readouterr() == ("", "")
@@ -185,7 +200,7 @@ def test_progress_is_shown_if_asked_for(images, capsys):
     assert "PlainNet" in shown
 
 
-def test_no_gradients_are_left(images):
+def test_no_gradients_are_left(images, make_classifier):
     """They take as much memory as the trained weights."""
     module = make_classifier().fit(*images).module_
     assert all(value.grad is None for value in module.parameters())

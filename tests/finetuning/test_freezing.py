@@ -2,14 +2,6 @@
 
 import pytest
 import torch
-from small_networks import (
-    make_classifier,
-    make_images,
-    make_plain,
-    make_vit,
-    seeded,
-    state_of,
-)
 from torch import nn
 from torchvision import models
 
@@ -86,15 +78,20 @@ def assert_frozen(before, after, trained):
             assert torch.equal(value, before[name]), f"{name} is not frozen"
 
 
-def check_frozen(case, **params):
+@pytest.fixture
+def check_frozen(seeded, make_images, make_classifier, state_of):
     """Fine-tune a torchvision network, and compare it with the same one before training."""
-    name, unfreeze = case
-    before = seeded(models.get_model, name, weights=None).state_dict()
-    X, y = make_images(6, 32)
-    unfreeze = list(unfreeze) if isinstance(unfreeze, tuple) else unfreeze
-    params = {"weight_decay": 0.1, "batch_size": 3, "backbone_learning_rate": 1e-3} | params
-    classifier = make_classifier(name, unfreeze=unfreeze, **params).fit(X, y)
-    assert_frozen(before, state_of(classifier), (TRAINED | SLOW_TRAINED)[case])
+
+    def check_frozen(case, **params):
+        name, unfreeze = case
+        before = seeded(models.get_model, name, weights=None).state_dict()
+        X, y = make_images(6, 32)
+        unfreeze = list(unfreeze) if isinstance(unfreeze, tuple) else unfreeze
+        params = {"weight_decay": 0.1, "batch_size": 3, "backbone_learning_rate": 1e-3} | params
+        classifier = make_classifier(name, unfreeze=unfreeze, **params).fit(X, y)
+        assert_frozen(before, state_of(classifier), (TRAINED | SLOW_TRAINED)[case])
+
+    return check_frozen
 
 
 @pytest.mark.parametrize(
@@ -102,25 +99,25 @@ def check_frozen(case, **params):
     [*TRAINED, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_TRAINED)],
     ids=str,
 )
-def test_frozen_means_frozen(case):
+def test_frozen_means_frozen(case, check_frozen):
     """Weights and statistics, with weight decay, dropout and cached activations."""
     check_frozen(case, augment=None, max_epochs=3)
 
 
 @pytest.mark.parametrize("case", BY_SGD, ids=str)
-def test_frozen_means_frozen_for_each_optimizer(case):
+def test_frozen_means_frozen_for_each_optimizer(case, check_frozen):
     """Also when each image runs through the whole network in every epoch."""
     check_frozen(case, augment="crop", optimizer="sgd")
 
 
-def test_freezing_by_requires_grad_alone_would_not_pass(monkeypatch):
+def test_freezing_by_requires_grad_alone_would_not_pass(monkeypatch, check_frozen):
     """The statistics of BatchNorm drift in train mode: the law above sees that."""
     monkeypatch.setattr(_training, "set_train_mode", lambda module, trained: module.train())
     with pytest.raises(AssertionError, match=r"features.0.1.running_mean is not frozen"):
         check_frozen(("mobilenet_v2", "features.17"), augment="crop")
 
 
-def test_a_frozen_parameter_without_weight_decay_would_not_pass(monkeypatch):
+def test_a_frozen_parameter_without_weight_decay_would_not_pass(monkeypatch, check_frozen):
     """The law above sees a single weight that decays."""
 
     def freeze_gradients(module, trained):
@@ -158,7 +155,9 @@ VIT_TRAINED = {
 
 @pytest.mark.parametrize("augment", [None, "crop"])
 @pytest.mark.parametrize("unfreeze", VIT_TRAINED, ids=str)
-def test_frozen_means_frozen_in_a_transformer(unfreeze, augment):
+def test_frozen_means_frozen_in_a_transformer(
+    unfreeze, augment, make_vit, make_images, make_classifier, state_of
+):
     """Positions and the class token belong to the module that holds them."""
     vit = make_vit(dropout=0.1, attention_dropout=0.1)
     before = make_vit().state_dict()
@@ -172,7 +171,9 @@ def test_frozen_means_frozen_in_a_transformer(unfreeze, augment):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unfreeze", [None, "encoder.layers.encoder_layer_11"])
-def test_frozen_means_frozen_in_a_large_transformer(unfreeze):
+def test_frozen_means_frozen_in_a_large_transformer(
+    unfreeze, make_images, seeded, make_classifier, state_of
+):
     """In those of torchvision too."""
     trained = ("heads.",) if unfreeze is None else (f"{unfreeze}.", "encoder.ln.", "heads.")
     X, y = make_images(4, 64)
@@ -205,7 +206,9 @@ def test_frozen_means_frozen_in_a_large_transformer(unfreeze):
     ],
     ids=str,
 )
-def test_a_name_means_it_and_all_that_follows_and_a_list_just_these(prepare, unfreeze, trained):
+def test_a_name_means_it_and_all_that_follows_and_a_list_just_these(
+    prepare, unfreeze, trained, make_plain
+):
     """Only their parameters require gradients."""
     module, _, _ = prepare(make_plain(norm=True), unfreeze)
     wanted = [name for name, value in module.named_parameters() if value.requires_grad]
@@ -259,13 +262,15 @@ def test_what_follows_is_a_matter_of_computation_not_of_definition(prepare, unfr
     ],
     ids=str,
 )
-def test_a_wrong_name_says_what_there_is(unfreeze, error, words):
+def test_a_wrong_name_says_what_there_is(unfreeze, error, words, make_classifier):
     """Also from `fit`, before any image is opened."""
     with pytest.raises(error, match=words):
         make_classifier(unfreeze=unfreeze).fit(["nowhere.png"] * 2, [0, 1])
 
 
-def test_a_typo_in_a_named_backbone_is_found_before_weights_are_loaded(monkeypatch):
+def test_a_typo_in_a_named_backbone_is_found_before_weights_are_loaded(
+    monkeypatch, make_classifier, make_images
+):
     """The error does not wait for a download."""
     monkeypatch.setattr("deepfeat._backbones.torchvision.PublishedWeights.state", pytest.fail)
     with pytest.raises(LayerNotFoundError, match=r"Close matches: .*'layer4'"):
@@ -275,7 +280,7 @@ def test_a_typo_in_a_named_backbone_is_found_before_weights_are_loaded(monkeypat
 # Modes and groups -------------------------------------------------------------------------------
 
 
-def test_what_is_frozen_is_in_eval_mode(prepare):
+def test_what_is_frozen_is_in_eval_mode(prepare, make_plain):
     """Between two trained blocks as well, except for the dropout before a trained layer."""
     module, _, trained = prepare(make_plain(dropout=0.5, norm=True), ["blocks.1"])
     set_train_mode(module.train(), trained)
@@ -317,7 +322,7 @@ class Masking(nn.Dropout):
     [*(nn.Dropout, nn.Dropout1d, nn.AlphaDropout, nn.FeatureAlphaDropout), Masking],
     ids=lambda kind: kind.__name__,
 )
-def test_any_dropout_before_a_new_head_acts(prepare, kind):
+def test_any_dropout_before_a_new_head_acts(prepare, kind, seeded):
     """Of any kind, and of a class derived from one of torch's."""
     net = seeded(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(), kind(0.5), nn.Linear(64, 5))
@@ -329,7 +334,7 @@ def test_any_dropout_before_a_new_head_acts(prepare, kind):
     assert find_cut(module, index, trained, (3, 16, 16)).boundary == "2"
 
 
-def test_the_head_has_a_group_of_its_own(prepare):
+def test_the_head_has_a_group_of_its_own(prepare, make_plain):
     """Each trained parameter is in one group, and no frozen one is in any."""
     module, _, trained = prepare(make_plain(), "hidden")
     head, backbone = group_parameters(module, trained)
@@ -349,7 +354,7 @@ def test_a_path_lies_in_a_module_not_in_one_of_a_longer_name(path, is_trained):
 # What cannot be trained ---------------------------------------------------------------------------
 
 
-def test_weights_shared_with_a_frozen_module_cannot_be_trained(images):
+def test_weights_shared_with_a_frozen_module_cannot_be_trained(images, make_plain, make_classifier):
     """They would be both trained and frozen."""
     net = make_plain()
     net.blocks[2][0].bias = net.blocks[1][0].bias
@@ -359,7 +364,7 @@ def test_weights_shared_with_a_frozen_module_cannot_be_trained(images):
         make_classifier(net, unfreeze="blocks.2").fit(*images)
 
 
-def test_auxiliary_classifiers_need_images_of_some_size(images):
+def test_auxiliary_classifiers_need_images_of_some_size(images, make_classifier):
     """That of Inception does not take images of 96 pixels: it is dropped, with a warning."""
     params = {"image_size": 96, "unfreeze": "Mixed_6e", "max_epochs": 1}
     classifier = make_classifier("inception_v3", **params)

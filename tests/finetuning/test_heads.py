@@ -4,14 +4,6 @@ import copy
 
 import pytest
 import torch
-from small_networks import (
-    PlainNet,
-    assert_same_state,
-    make_classifier,
-    make_images,
-    make_plain,
-    seeded,
-)
 from torch import nn
 from torchvision import models
 
@@ -135,7 +127,7 @@ def test_no_family_is_missing():
 # What the head computes -------------------------------------------------------------------------
 
 
-def test_an_appended_head_is_relu_and_a_matrix():
+def test_an_appended_head_is_relu_and_a_matrix(make_plain):
     """On the output of the network."""
     net, images = make_plain().eval(), torch.rand(4, *SHAPE)
     expected = net(images).relu()
@@ -144,7 +136,7 @@ def test_an_appended_head_is_relu_and_a_matrix():
     torch.testing.assert_close(net(images), expected @ new.weight.T + new.bias)
 
 
-def test_pooling_at_the_end_comes_before_an_appended_head():
+def test_pooling_at_the_end_comes_before_an_appended_head(seeded):
     """SqueezeNet classifies each position, and then pools."""
     net = seeded(models.squeezenet1_1, weights=None).eval()
     images = torch.rand(2, 3, 64, 64)
@@ -154,7 +146,7 @@ def test_pooling_at_the_end_comes_before_an_appended_head():
     torch.testing.assert_close(net(images), expected @ new.weight.T + new.bias)
 
 
-def test_new_weights_are_drawn_as_torch_draws_them():
+def test_new_weights_are_drawn_as_torch_draws_them(make_plain, assert_same_state):
     """Within the same bounds, from a generator with the given seed."""
     heads = []
     for seed in (0, 0, 1):
@@ -172,7 +164,7 @@ def test_new_weights_are_drawn_as_torch_draws_them():
         assert abs(values.std().item() - bound / 3**0.5) < 0.01
 
 
-def test_the_head_has_type_and_device_of_the_network():
+def test_the_head_has_type_and_device_of_the_network(make_plain):
     """A network in double precision gets a head in double precision."""
     net = make_plain().double()
     add_head(net, find_head(net, SHAPE), "replace", 3, 0)
@@ -193,7 +185,9 @@ AUXILIARIES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unfreeze", AUXILIARIES)
-def test_auxiliary_classifiers_learn_where_what_they_teach_does(unfreeze):
+def test_auxiliary_classifiers_learn_where_what_they_teach_does(
+    unfreeze, make_images, make_classifier
+):
     """Others would have no effect, and are dropped."""
     X, y = make_images(4, 32)
     classifier = make_classifier("googlenet", unfreeze=unfreeze, max_epochs=1).fit(X, y)
@@ -207,7 +201,7 @@ def test_auxiliary_classifiers_learn_where_what_they_teach_does(unfreeze):
     ("name", "side", "layers"),
     [("googlenet", 64, ["aux1.fc2", "aux2.fc1"]), ("inception_v3", 299, ["AuxLogits.fc"])],
 )
-def test_auxiliary_classifiers_learn(name, side, layers):
+def test_auxiliary_classifiers_learn(name, side, layers, make_images, make_classifier):
     """With the whole network: their weights change, but they do not take part in predictions."""
     X, y = make_images(4, side)
     params = {"unfreeze": "all", "image_size": side, "augment": None, "batch_size": 2}
@@ -246,14 +240,14 @@ def chain(*layers):
     ],
     ids=lambda value: None if isinstance(value, str) else type(value[-1]).__name__,
 )
-def test_a_network_without_a_place_for_a_head_is_refused(net, words):
+def test_a_network_without_a_place_for_a_head_is_refused(net, words, make_classifier, make_images):
     """With the reason, before training."""
     with pytest.raises(ValueError, match=words):
         make_classifier(net).fit(*make_images())
 
 
 @pytest.mark.parametrize("last", [nn.BatchNorm1d(4), nn.PReLU(), nn.Identity(), nn.Dropout()])
-def test_any_vector_can_have_a_head_appended(last):
+def test_any_vector_can_have_a_head_appended(last, make_images, make_classifier, seeded):
     """Also features, of a network without a classification layer to replace."""
     X, y = make_images()
     classifier = make_classifier(seeded(chain, nn.Linear(4, 4), last), head="append").fit(X, y)
@@ -267,7 +261,7 @@ class Softmax(nn.Module):
         return 2 * scores
 
 
-def test_what_is_called_softmax_need_not_be_one():
+def test_what_is_called_softmax_need_not_be_one(seeded):
     """Layers are recognised by their class, or one derived from it, not by its name."""
     net = seeded(chain, nn.Linear(4, 2), Softmax())
     assert find_head(net, SHAPE).layer == "3"
@@ -276,19 +270,20 @@ def test_what_is_called_softmax_need_not_be_one():
         find_head(chain(nn.Linear(4, 2), derived), SHAPE)
 
 
-class NetWithAux1(PlainNet):
+class NetWithAux1(nn.Module):
     """A network with a hidden layer of that name."""
 
     def __init__(self):
         super().__init__()
-        self.aux1 = self.hidden
-        del self.hidden
+        self.conv = nn.Conv2d(3, 4, 4, stride=4)
+        self.aux1 = nn.Linear(4 * 4 * 4, 16)
+        self.fc = nn.Linear(16, 7)
 
     def forward(self, batch):
-        return self.fc(self.aux1(self.blocks(batch).flatten(1)).relu())
+        return self.fc(self.aux1(self.conv(batch).flatten(1)).relu())
 
 
-def test_a_module_called_like_an_auxiliary_classifier_is_none(images):
+def test_a_module_called_like_an_auxiliary_classifier_is_none(images, make_classifier):
     """Of a network that is neither GoogLeNet nor Inception."""
     net = NetWithAux1()
     classifier = make_classifier(net).fit(*images)

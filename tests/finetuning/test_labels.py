@@ -4,14 +4,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from small_networks import (
-    assert_same_state,
-    make_classifier,
-    make_images,
-    make_plain,
-    state_of,
-    to_16_pixels,
-)
 
 RATES = {"learning_rate": 0.02, "backbone_learning_rate": 0.01}
 
@@ -19,7 +11,9 @@ RATES = {"learning_rate": 0.02, "backbone_learning_rate": 0.01}
 # Weights ------------------------------------------------------------------------------------------
 
 
-def test_class_weights_count_in_the_loss_like_sample_weights(images):
+def test_class_weights_count_in_the_loss_like_sample_weights(
+    images, make_classifier, assert_same_state, state_of
+):
     """ "balanced" gives each class the same total weight."""
     X, y = images
     X, y = X[:6] + X[6:7], np.append(y[:6], "dark")
@@ -35,7 +29,9 @@ def test_class_weights_count_in_the_loss_like_sample_weights(images):
     assert not torch.equal(state_of(none)["fc.weight"], state_of(by_class)["fc.weight"])
 
 
-def test_the_scale_of_sample_weights_does_not_matter(images):
+def test_the_scale_of_sample_weights_does_not_matter(
+    images, make_classifier, assert_same_state, state_of
+):
     """Only their ratios matter."""
     plain = make_classifier().fit(*images)
     scaled = make_classifier().fit(*images, sample_weight=np.full(8, 128.0))
@@ -43,7 +39,9 @@ def test_the_scale_of_sample_weights_does_not_matter(images):
 
 
 @pytest.mark.parametrize("augment", [None, "flip", "crop"])
-def test_an_image_of_weight_zero_is_dropped(images, augment):
+def test_an_image_of_weight_zero_is_dropped(
+    images, augment, make_plain, make_classifier, assert_same_state, state_of
+):
     """It does not even count in the statistics of BatchNorm."""
     X, y = images
     params = {"augment": augment, "max_epochs": 3, "backbone": make_plain(norm=True)}
@@ -53,7 +51,9 @@ def test_an_image_of_weight_zero_is_dropped(images, augment):
     assert_same_state(state_of(without), state_of(weighted))
 
 
-def test_partial_fits_keep_the_scale_of_weights(images):
+def test_partial_fits_keep_the_scale_of_weights(
+    images, make_classifier, state_of, assert_same_state
+):
     """Half the weight of all classes is half the learning rate, for SGD; `fit` scales to mean 1."""
     X, y = images
     params = {"optimizer": "sgd", "augment": None, "weight_decay": 0}
@@ -86,7 +86,7 @@ def test_partial_fits_keep_the_scale_of_weights(images):
         ),
     ],
 )
-def test_class_weights_that_make_no_sense_are_refused(images, weights, words):
+def test_class_weights_that_make_no_sense_are_refused(images, weights, words, make_classifier):
     """Rather than trained with."""
     with pytest.raises(ValueError, match=words):
         make_classifier(class_weight=weights).fit(*images)
@@ -95,7 +95,7 @@ def test_class_weights_that_make_no_sense_are_refused(images, weights, words):
 # Hold-out split -----------------------------------------------------------------------------------
 
 
-def test_a_stratified_part_is_held_out():
+def test_a_stratified_part_is_held_out(make_images, to_16_pixels, make_classifier):
     """A quarter of each class, which is not trained on."""
     X, y = make_images(16)
     seen, checked = [], []
@@ -142,7 +142,7 @@ def test_a_stratified_part_is_held_out():
         ),
     ],
 )
-def test_early_stopping_needs_images_to_hold_out(images, y, fraction, words):
+def test_early_stopping_needs_images_to_hold_out(images, y, fraction, words, make_classifier):
     """Unless it is given validation images."""
     X, _ = images
     params = {"early_stopping": True, "validation_fraction": fraction}
@@ -152,7 +152,9 @@ def test_early_stopping_needs_images_to_hold_out(images, y, fraction, words):
     assert classifier.best_validation_score_ is not None
 
 
-def test_an_image_of_weight_zero_is_not_held_out(images):
+def test_an_image_of_weight_zero_is_not_held_out(
+    images, make_images, assert_same_state, state_of, make_classifier
+):
     """Its score would not count, and a score without any weight is undefined."""
     X, y = make_images(24)
     weights = np.zeros(24)

@@ -3,14 +3,6 @@
 import pytest
 import torch
 from numpy.testing import assert_array_equal
-from small_networks import (
-    assert_same_state,
-    make_classifier,
-    make_images,
-    make_plain,
-    seeded,
-    state_of,
-)
 from torch import nn
 from torchvision import models
 
@@ -19,7 +11,9 @@ from deepfeat import FineTuneClassifier
 # From a backbone ----------------------------------------------------------------------------------
 
 
-def test_the_network_of_the_user_stays_as_it_was():
+def test_the_network_of_the_user_stays_as_it_was(
+    make_plain, make_classifier, make_images, assert_same_state
+):
     """Weights, mode, gradients and hooks: a copy is trained."""
     net = make_plain(norm=True).train()
     net.fc.weight.requires_grad_(False)
@@ -36,7 +30,9 @@ def test_the_network_of_the_user_stays_as_it_was():
     assert net.fc.out_features == 7
 
 
-def test_a_named_network_is_not_shared_with_what_is_trained():
+def test_a_named_network_is_not_shared_with_what_is_trained(
+    make_images, make_classifier, seeded, state_of, assert_same_state
+):
     """The next classifier, and the extractor, get the pretrained network."""
     X, y = make_images(4, 32)
     params = {"unfreeze": "all", "learning_rate": 0.1, "backbone_learning_rate": 0.1}
@@ -59,7 +55,7 @@ class PoolingByFunction(nn.Module):
         return self.conv(images).mean((2, 3))
 
 
-def test_a_head_replaces_a_layer_before_pooling_by_function():
+def test_a_head_replaces_a_layer_before_pooling_by_function(make_images, make_classifier, seeded):
     """A 1 x 1 convolution is a classification layer too."""
     X, y = make_images()
     classifier = make_classifier(seeded(PoolingByFunction)).fit(X, y)
@@ -67,7 +63,7 @@ def test_a_head_replaces_a_layer_before_pooling_by_function():
     assert classifier.predict_proba(X).shape == (8, 2)
 
 
-def test_a_head_cannot_be_appended_before_pooling_by_function():
+def test_a_head_cannot_be_appended_before_pooling_by_function(make_classifier, make_images, seeded):
     """It would come after feature maps."""
     with pytest.raises(
         ValueError, match=r"head='append' is not possible for PoolingByFunction: Poo"
@@ -75,7 +71,7 @@ def test_a_head_cannot_be_appended_before_pooling_by_function():
         make_classifier(seeded(PoolingByFunction), head="append").fit(*make_images())
 
 
-def test_a_network_of_two_branches_has_no_layer_to_replace():
+def test_a_network_of_two_branches_has_no_layer_to_replace(make_classifier, make_images, seeded):
     """One branch would have three outputs and the other five."""
     with pytest.raises(ValueError, match=r"head='replace' is not possible for Branches: Branches"):
         make_classifier(seeded(Branches)).fit(*make_images())
@@ -94,7 +90,9 @@ class Branches(nn.Module):
 
 
 @pytest.mark.parametrize("unfreeze", [None, "inception4c", "all"])
-def test_auxiliary_classifiers_are_rebuilt_where_there_are_any(tmp_path, unfreeze):
+def test_auxiliary_classifiers_are_rebuilt_where_there_are_any(
+    tmp_path, unfreeze, make_images, make_classifier, assert_same_state, state_of
+):
     """And can be trained again."""
     file = tmp_path / "classifier.safetensors"
     X, y = make_images(2, 32)
@@ -110,7 +108,9 @@ def test_auxiliary_classifiers_are_rebuilt_where_there_are_any(tmp_path, unfreez
 @pytest.mark.parametrize("name", ["squeezenet1_1", "googlenet", "mnasnet0_5"])
 @pytest.mark.parametrize("head", ["replace", "append"])
 @pytest.mark.parametrize("n_outputs", [1000, 10])
-def test_a_weights_file_is_not_needed_again(tmp_path, name, head, n_outputs):
+def test_a_weights_file_is_not_needed_again(
+    tmp_path, name, head, n_outputs, seeded, make_images, make_classifier
+):
     """Nor its number of classes; GoogLeNet rescales its input for pretrained weights only."""
     options = {"init_weights": False} if name == "googlenet" else {}
     net = seeded(models.get_model, name, weights=None, num_classes=n_outputs, **options)

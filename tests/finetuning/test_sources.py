@@ -1,22 +1,10 @@
 """Tests of the two sources: cached activations train the same network as images do."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
 from PIL import Image
-from small_networks import (
-    assert_same_state,
-    make_classifier,
-    make_images,
-    make_plain,
-    make_vit,
-    seeded,
-    state_of,
-    to_16_pixels,
-)
 from torch import nn
 
 from deepfeat._backbones.preprocessing import preprocess_with
@@ -68,7 +56,7 @@ def assert_same_fit(first, second, rtol=1e-4, atol=1e-5):
             else:
                 assert_allclose(mine[key], other[key], rtol=rtol, atol=atol, err_msg=key)
     for (path, value), expected in zip(
-        state_of(first).items(), state_of(second).values(), strict=True
+        first.module_.state_dict().items(), second.module_.state_dict().values(), strict=True
     ):
         assert_allclose(value, expected, rtol=rtol, atol=atol, err_msg=path)
 
@@ -78,7 +66,9 @@ def assert_same_fit(first, second, rtol=1e-4, atol=1e-5):
 
 @pytest.mark.parametrize("cache", [False, True], ids=["images", "activations"])
 @pytest.mark.parametrize("augment", [None, "flip"])
-def test_a_batch_has_the_inputs_targets_and_weights_of_its_images(prepare, cache, augment):
+def test_a_batch_has_the_inputs_targets_and_weights_of_its_images(
+    prepare, cache, augment, make_images, make_plain, to_16_pixels
+):
     """From both sources, in the order of the indices."""
     X, y = make_images()
     weights = np.linspace(1, 2, 8)
@@ -119,11 +109,11 @@ def test_a_batch_has_the_inputs_targets_and_weights_of_its_images(prepare, cache
 # The frozen part is computed once ---------------------------------------------------------------
 
 CASES = {
-    "plain": (functools.partial(make_plain, dropout=0.5, norm=True), "blocks.2"),
-    "plain, head alone": (functools.partial(make_plain, dropout=0.5, norm=True), None),
-    "plain, a list": (functools.partial(make_plain, norm=True), ["blocks.1.1", "hidden"]),
-    "vit": (functools.partial(make_vit, dropout=0.2), "encoder.layers.encoder_layer_1"),
-    "vit, with its positions": (functools.partial(make_vit, dropout=0.2), "encoder"),
+    "plain": (("plain", {"dropout": 0.5, "norm": True}), "blocks.2"),
+    "plain, head alone": (("plain", {"dropout": 0.5, "norm": True}), None),
+    "plain, a list": (("plain", {"norm": True}), ["blocks.1.1", "hidden"]),
+    "vit": (("vit", {"dropout": 0.2}), "encoder.layers.encoder_layer_1"),
+    "vit, with its positions": (("vit", {"dropout": 0.2}), "encoder"),
     "squeezenet1_1": ("squeezenet1_1", "stage4"),
     "squeezenet1_1, head alone": ("squeezenet1_1", None),
     "mobilenet_v2": ("mobilenet_v2", "features.17"),
@@ -142,17 +132,25 @@ SLOW = {
 }
 
 
-def make_case(case, **params):
-    make, unfreeze = (CASES | SLOW)[case]
-    net = make if isinstance(make, str) else make()
-    return make_classifier(net, unfreeze=unfreeze, **{"optimizer": "sgd"} | RATES | params)
+@pytest.fixture
+def make_case(make_classifier, make_plain, make_vit):
+    """Make the classifier of a case."""
+
+    def make_case(case, **params):
+        net, unfreeze = (CASES | SLOW)[case]
+        if not isinstance(net, str):
+            kind, options = net
+            net = {"plain": make_plain, "vit": make_vit}[kind](**options)
+        return make_classifier(net, unfreeze=unfreeze, **{"optimizer": "sgd"} | RATES | params)
+
+    return make_case
 
 
 @pytest.mark.parametrize("augment", [None, "flip"])
 @pytest.mark.parametrize(
     "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 )
-def test_caching_changes_nothing(without_cut, cached, case, augment):
+def test_caching_changes_nothing(without_cut, cached, case, augment, make_images, make_case):
     """The same history and the same weights, with dropout, weights and validation images."""
     # On maps of one pixel BatchNorm makes much of rounding.
     side = {"alexnet": 64, "swin_t": 64, "densenet121": 96}.get(case, 32)
@@ -172,7 +170,7 @@ def test_caching_changes_nothing(without_cut, cached, case, augment):
     assert_same_fit(with_it, without_it, rtol=2e-3, atol=2e-4)
 
 
-def test_other_activations_would_be_noticed(without_cut):
+def test_other_activations_would_be_noticed(without_cut, make_images, make_case):
     """Those of other views train another network: flips matter to it."""
     X, y = make_images(7)
     plain, flipped = (
@@ -207,7 +205,9 @@ class Counting(nn.Conv2d):
         (Image.Image.copy, 3, 3 * 8 + 3),
     ],
 )
-def test_frozen_layers_see_each_view_of_an_image_once(augment, epochs, expected):
+def test_frozen_layers_see_each_view_of_an_image_once(
+    augment, epochs, expected, make_images, make_plain, seeded, make_classifier
+):
     """However many epochs there are: 8 training images and 3 validation images."""
     X, y = make_images()
     X_val, y_val = make_images(3, seed=1)
@@ -237,7 +237,9 @@ def uncounted(function):
     return call
 
 
-def test_beyond_a_limit_activations_are_cached_in_a_file(monkeypatch, cached):
+def test_beyond_a_limit_activations_are_cached_in_a_file(
+    monkeypatch, cached, make_images, make_case, assert_same_state, state_of
+):
     """And train the same network."""
     X, y = make_images()
     in_memory = make_case("plain", max_epochs=4).fit(X, y)
@@ -248,7 +250,7 @@ def test_beyond_a_limit_activations_are_cached_in_a_file(monkeypatch, cached):
     assert_same_state(state_of(in_memory), state_of(in_file))
 
 
-def test_no_file_is_left_behind(monkeypatch, tmp_path):
+def test_no_file_is_left_behind(monkeypatch, tmp_path, make_images, make_case):
     """Neither after training nor after an error."""
     monkeypatch.setattr(_sources, "MEMORY_LIMIT", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -259,7 +261,9 @@ def test_no_file_is_left_behind(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_on_a_full_disk_nothing_is_cached(monkeypatch, cached, without_cut):
+def test_on_a_full_disk_nothing_is_cached(
+    monkeypatch, cached, without_cut, make_images, make_case, assert_same_state, state_of
+):
     """And training works without."""
     monkeypatch.setattr(_sources, "MEMORY_LIMIT", 0)
     room = type("Usage", (), {"free": 1000})
@@ -273,7 +277,9 @@ def test_on_a_full_disk_nothing_is_cached(monkeypatch, cached, without_cut):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_activations_have_the_precision_of_the_training(without_cut, precision):
+def test_activations_have_the_precision_of_the_training(
+    without_cut, precision, make_images, make_case
+):
     """The fit is as close to one without caching as these types allow."""
     X, y = make_images()
     params = {"precision": precision, "max_epochs": 4}
@@ -281,7 +287,9 @@ def test_activations_have_the_precision_of_the_training(without_cut, precision):
     assert_same_fit(first, without_cut(make_case("plain", **params), X, y), rtol=0.1, atol=0.02)
 
 
-def test_out_of_memory_activations_are_trained_on_in_parts(monkeypatch):
+def test_out_of_memory_activations_are_trained_on_in_parts(
+    monkeypatch, make_images, make_classifier, make_plain
+):
     """The rest of the network takes parts of a batch too."""
     X, y = make_images()
     params = {"augment": None, "max_epochs": 4, "batch_size": 8}

@@ -8,15 +8,6 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from PIL import Image
-from small_networks import (
-    assert_same_state,
-    make_classifier,
-    make_images,
-    make_plain,
-    make_vit,
-    state_of,
-    to_16_pixels,
-)
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
@@ -33,17 +24,22 @@ OUT_OF_MEMORY = {
 
 
 @pytest.fixture
-def batch(images):
+def batch(images, to_16_pixels):
     """The images as a batch of tensors, and the labels as numbers."""
     pictures = [Image.fromarray(pixels) for pixels in images[0]]
     return torch.stack([to_16_pixels(picture) for picture in pictures]), torch.tensor([0, 1] * 4)
 
 
-def start_of(**params):
+@pytest.fixture
+def start_of(make_classifier, make_images):
     """Return the network as it is before training, up to a step at a learning rate near zero."""
-    classifier = make_classifier(learning_rate=1e-30, backbone_learning_rate=1e-30, **params)
-    classifier.set_params(weight_decay=0.0, max_epochs=1, batch_size=8, optimizer="sgd")
-    return classifier.fit(*make_images()).module_
+
+    def start_of(**params):
+        classifier = make_classifier(learning_rate=1e-30, backbone_learning_rate=1e-30, **params)
+        classifier.set_params(weight_decay=0.0, max_epochs=1, batch_size=8, optimizer="sgd")
+        return classifier.fit(*make_images()).module_
+
+    return start_of
 
 
 # Against a bare loop ----------------------------------------------------------------------------
@@ -116,7 +112,9 @@ RECIPES = {
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "BatchNorm"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_weights_are_those_of_a_bare_loop(images, batch, name, norm):
+def test_weights_are_those_of_a_bare_loop(
+    images, batch, name, norm, start_of, make_plain, make_classifier, state_of
+):
     """Ten full batches: the weights, the losses and the learning rates are the same."""
     recipe = RECIPES[name]
     net = start_of(backbone=make_plain(norm=norm), unfreeze="all")
@@ -143,7 +141,7 @@ def test_weights_are_those_of_a_bare_loop(images, batch, name, norm):
             assert_allclose(value, expected, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
-def test_the_loop_by_hand_tells_recipes_apart(batch):
+def test_the_loop_by_hand_tells_recipes_apart(batch, start_of, make_plain):
     """Their weights differ by much more than the tolerance of the law above."""
     trained = {}
     for name, recipe in RECIPES.items():
@@ -156,7 +154,7 @@ def test_the_loop_by_hand_tells_recipes_apart(batch):
             assert (trained[name] - trained[other]).abs().max() > 4e-4, (name, other)
 
 
-def test_the_last_batch_may_be_smaller(images):
+def test_the_last_batch_may_be_smaller(images, make_classifier):
     """Losses are averaged over images: without training, the loss is that of all of them."""
     X, y = images
     params = {"learning_rate": 1e-30, "backbone_learning_rate": 1e-30, "optimizer": "sgd"}
@@ -286,7 +284,9 @@ def limited(monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
-def test_parts_learn_what_the_whole_batch_would(images, limited, kind, optimizer):
+def test_parts_learn_what_the_whole_batch_would(
+    images, limited, kind, optimizer, make_classifier, make_plain, state_of
+):
     """The step stays the same, with weights, smoothing and clipping; a warning explains it."""
     params = {"optimizer": optimizer, "batch_size": 8, "label_smoothing": 0.1, "augment": None}
     params |= {"max_epochs": 3, "max_grad_norm": 0.1}
@@ -309,7 +309,9 @@ def test_parts_learn_what_the_whole_batch_would(images, limited, kind, optimizer
     assert_allclose(*losses, rtol=1e-5)
 
 
-def test_gradients_of_a_pass_that_failed_half_way_are_dropped(images, limited):
+def test_gradients_of_a_pass_that_failed_half_way_are_dropped(
+    images, limited, make_classifier, make_plain, state_of
+):
     """Memory may run out in the backward pass of a later part."""
     params = {"optimizer": "sgd", "batch_size": 8, "augment": None}
     whole = make_classifier(Limited(make_plain()), **params).fit(*images)
@@ -320,7 +322,7 @@ def test_gradients_of_a_pass_that_failed_half_way_are_dropped(images, limited):
         assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_single_image_that_does_not_fit_is_an_error(images, limited):
+def test_a_single_image_that_does_not_fit_is_an_error(images, limited, make_classifier, make_plain):
     """There is nothing left to halve."""
     limited(0)
     with (
@@ -334,7 +336,7 @@ def test_a_single_image_that_does_not_fit_is_an_error(images, limited):
     assert SIZES == [4, 2, 1]
 
 
-def test_other_errors_pass_through(images, limited):
+def test_other_errors_pass_through(images, limited, make_classifier, make_plain):
     """A fault in the network is not hidden behind smaller and smaller batches."""
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     limited(0, error)
@@ -349,7 +351,7 @@ def test_other_errors_pass_through(images, limited):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 7, 8])
 @pytest.mark.parametrize("name", ["own", "squeezenet1_1", "resnet18"])
-def test_a_batch_may_have_one_image(name, batch_size):
+def test_a_batch_may_have_one_image(name, batch_size, make_images, make_plain, make_classifier):
     """With nine images the last batch often has one: a trained BatchNorm accepts it."""
     side = 16 if name == "own" else 32
     X, y = make_images(9, side)
@@ -360,7 +362,9 @@ def test_a_batch_may_have_one_image(name, batch_size):
     assert np.isfinite(classifier.fit(X, y).predict_proba(X)).all()
 
 
-def test_a_batch_of_one_image_leaves_statistics_as_they_are():
+def test_a_batch_of_one_image_leaves_statistics_as_they_are(
+    make_images, make_plain, make_classifier, state_of
+):
     """It is normalised with running statistics: a single image may not have any variance."""
     X, y = make_images(5)
     net = make_plain(norm=True)
@@ -372,7 +376,7 @@ def test_a_batch_of_one_image_leaves_statistics_as_they_are():
             torch.testing.assert_close(state_of(alone)[name], value, rtol=0, atol=0)
 
 
-def test_one_image_a_class_is_enough():
+def test_one_image_a_class_is_enough(make_images, make_classifier):
     """Without early stopping, which needs some to hold out."""
     X, y = make_images(2)
     classifier = make_classifier(max_epochs=30, **RATES).fit(X, y)
@@ -389,7 +393,9 @@ def without_times(history):
 
 @pytest.mark.parametrize("augment", [None, "flip", "crop"])
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_one_seed_gives_one_network(images, augment, num_workers):
+def test_one_seed_gives_one_network(
+    images, augment, num_workers, make_classifier, make_plain, assert_same_state, state_of
+):
     """To the bit, with dropout, for any number of threads and any state of global generators."""
     params = {"augment": augment, "max_epochs": 3, "early_stopping": True}
     params |= {"validation_fraction": 0.25}
@@ -403,19 +409,19 @@ def test_one_seed_gives_one_network(images, augment, num_workers):
 
 
 @pytest.mark.parametrize("seed", [1, np.int64(2), 2**31 + 5])
-def test_another_seed_gives_another_network(images, seed):
+def test_another_seed_gives_another_network(images, seed, make_classifier, state_of):
     """The head, the order and the dropout all depend on it."""
     first, second = (make_classifier(random_state=seed).fit(*images) for seed in (0, seed))
     assert not torch.equal(state_of(first)["fc.weight"], state_of(second)["fc.weight"])
 
 
-def test_without_a_seed_two_fits_differ(images):
+def test_without_a_seed_two_fits_differ(images, make_classifier, state_of):
     """As in scikit-learn."""
     first, second = (make_classifier(random_state=None).fit(*images) for _ in range(2))
     assert not torch.equal(state_of(first)["fc.weight"], state_of(second)["fc.weight"])
 
 
-def test_generators_of_others_are_left_alone(images, monkeypatch):
+def test_generators_of_others_are_left_alone(images, monkeypatch, make_plain, make_classifier):
     """Those of torch, of NumPy, and of devices that are not used."""
     net = make_plain(dropout=0.5)
     for name in ("manual_seed_all", "manual_seed"):
@@ -428,7 +434,7 @@ def test_generators_of_others_are_left_alone(images, monkeypatch):
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
 
 
-def test_the_order_changes_from_epoch_to_epoch(images):
+def test_the_order_changes_from_epoch_to_epoch(images, make_classifier):
     """And each epoch sees every image once."""
     seen = []
 
@@ -446,7 +452,7 @@ def test_the_order_changes_from_epoch_to_epoch(images):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_loss_that_is_no_number_ends_the_training(images, optimizer):
+def test_a_loss_that_is_no_number_ends_the_training(images, optimizer, make_classifier):
     """The error says what to lower."""
     words = r"The (loss|weights) became .* in epoch [12]: lower learning_rate \(1e\+36\) or backb"
     classifier = make_classifier(
@@ -459,7 +465,9 @@ def test_a_loss_that_is_no_number_ends_the_training(images, optimizer):
     assert not hasattr(classifier, "module_")
 
 
-def test_a_training_that_fails_leaves_what_was_learned_before(images):
+def test_a_training_that_fails_leaves_what_was_learned_before(
+    images, make_classifier, state_of, assert_same_state
+):
     """A warm start trains a copy."""
     X, y = images
     classifier = make_classifier(warm_start=True).fit(X, y)
@@ -478,7 +486,9 @@ def test_a_training_that_fails_leaves_what_was_learned_before(images):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
-def test_a_lower_precision_learns_as_well(images, precision, max_grad_norm):
+def test_a_lower_precision_learns_as_well(
+    images, precision, max_grad_norm, make_classifier, make_plain
+):
     """Weights stay float32; the loss is close to that of float32."""
     params = {"max_epochs": 4, "max_grad_norm": max_grad_norm, "augment": None, **RATES}
     with warnings.catch_warnings():
@@ -492,7 +502,7 @@ def test_a_lower_precision_learns_as_well(images, precision, max_grad_norm):
     assert losses[0] != losses[1]
 
 
-def test_gradients_of_float16_are_clipped_without_their_scale(images):
+def test_gradients_of_float16_are_clipped_without_their_scale(images, make_plain, make_classifier):
     """Clipped with it, SGD would hardly move."""
     params = {"optimizer": "sgd", "max_grad_norm": 1.0, "max_epochs": 6, "augment": None}
     params |= {"learning_rate": 0.1, "backbone_learning_rate": 0.1, "schedule": "constant"}
@@ -506,14 +516,14 @@ def test_gradients_of_float16_are_clipped_without_their_scale(images):
     assert_allclose(falls[1], falls[0], rtol=0.2)
 
 
-def test_the_error_of_float16_names_bfloat16(images):
+def test_the_error_of_float16_names_bfloat16(images, make_classifier):
     """Which has the range of float32."""
     classifier = make_classifier(learning_rate=1e36, precision="float16", max_epochs=20)
     with pytest.raises(ValueError, match="or precision='bfloat16'"):
         classifier.set_params(schedule="constant").fit(*images)
 
 
-def test_steps_that_float16_leaves_out_are_none_of_the_schedule(images):
+def test_steps_that_float16_leaves_out_are_none_of_the_schedule(images, make_classifier):
     """The scale starts too high for these losses: learning rates wait for it."""
     weights = np.ones(8)
     classifier = make_classifier(precision="float16", batch_size=8, max_epochs=3)
@@ -521,7 +531,7 @@ def test_steps_that_float16_leaves_out_are_none_of_the_schedule(images):
     assert rates == sorted(rates, reverse=True)
 
 
-def test_a_transformer_learns_too(images):
+def test_a_transformer_learns_too(images, make_vit, make_classifier):
     """With dropout, and a head that gets the class token."""
     vit = make_vit(dropout=0.1)
     classifier = make_classifier(vit, max_epochs=30, batch_size=8, augment=None, **RATES)
@@ -530,7 +540,7 @@ def test_a_transformer_learns_too(images):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_what_diverges_in_the_last_step_is_an_error_too(images, optimizer):
+def test_what_diverges_in_the_last_step_is_an_error_too(images, optimizer, make_classifier):
     """No loss comes after it; with weights of NaN, every prediction would be "dark"."""
     X, y = images
     rates = {"learning_rate": 1e36, "backbone_learning_rate": 1e36}

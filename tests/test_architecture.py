@@ -154,7 +154,7 @@ def test_a_pickle_of_parameters_names_no_room(make):
 
 @pytest.mark.parametrize("name", deepfeat.__all__)
 def test_no_example_of_a_public_class_is_lost(name):
-    """doctest skips classes with the `__module__` of another module, unless they are listed."""
+    """doctest skips classes whose `__module__` is another module, unless `__test__` has them."""
     finder = doctest.DocTestFinder()
     tests = finder.find(getattr(deepfeat, name), name, module=False)
     written = [test.docstring for test in tests if test.examples]

@@ -46,7 +46,7 @@ _DESCRIPTORS = (
     WrapperDescriptorType,
 )
 _PYTHON = f"{sys.implementation.name} {sys.version_info[:3]}"
-# Attributes that do not affect what a class does: its place in a file, its docs, what Python adds.
+# Attributes that do not affect what a class does: its location, its docs, what Python adds.
 _NO_BEHAVIOUR = {
     *("__module__", "__doc__", "__annotations__", "__annotations_cache__", "__annotate_func__"),
     *("__dict__", "__weakref__", "__slotnames__", "__abstractmethods__", "_abc_impl"),

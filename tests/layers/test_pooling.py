@@ -98,7 +98,7 @@ def test_pooling_computes_in_float32(dtype):
 
 
 def test_pooling_leaves_the_output_alone(rng):
-    """The network goes on computing with it."""
+    """The network still computes with it."""
     output = torch.from_numpy(rng.normal(size=(2, 3, 4, 5)).astype(np.float32))
     before = output.clone()
     layer = ResolvedLayer("maps", "maps", (3, 4, 5))

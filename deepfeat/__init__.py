@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
-# Each name is imported when it is first asked for: torch and torchvision take seconds to load.
+# Names are imported when they are first used, since torch and torchvision take seconds to load.
 _ROOM_OF = {
     "CacheFormatError": "_cache.disk",
     "DeepFeatureExtractor": "_extraction.extractor",

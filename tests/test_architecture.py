@@ -1,4 +1,4 @@
-"""The architecture: floors that imports keep to, and a door that loads nothing heavy."""
+"""The architecture: the floors that imports respect, and the public names, which load lazily."""
 
 import doctest
 import importlib
@@ -37,7 +37,7 @@ PUBLIC = {
 
 @pytest.fixture
 def copy_of_the_package(tmp_path):
-    """The package and its contracts, to plant an import in."""
+    """A copy of the package and its contracts, in which to plant an import."""
     caches = shutil.ignore_patterns("__pycache__", "*.safetensors")
     shutil.copytree(ROOT / "deepfeat", tmp_path / "deepfeat", ignore=caches)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -45,7 +45,7 @@ def copy_of_the_package(tmp_path):
 
 
 def lint_imports(folder):
-    """Check the contracts of pyproject.toml on the package in a folder."""
+    """Check the contracts of pyproject.toml for the package in a folder."""
     command = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"
     return subprocess.run(
         [sys.executable, "-c", command],
@@ -56,8 +56,8 @@ def lint_imports(folder):
     )
 
 
-def test_imports_keep_to_their_floors(copy_of_the_package):
-    """Each room imports only what lies below it, also inside functions."""
+def test_imports_respect_the_floors(copy_of_the_package):
+    """Each room imports only from the floors below it, also inside functions."""
     run = lint_imports(copy_of_the_package)
     assert run.returncode == 0, run.stdout
 
@@ -78,7 +78,7 @@ def test_imports_keep_to_their_floors(copy_of_the_package):
     ],
 )
 def test_a_planted_import_is_caught(file, planted, copy_of_the_package):
-    """What a contract forbids is found, and named."""
+    """An import that a contract forbids is reported with its module."""
     path = copy_of_the_package / "deepfeat" / file
     with path.open("a", encoding="utf-8") as stream:
         stream.write(f"\n{planted}\n")
@@ -97,12 +97,12 @@ def draw_rooms():
 
 
 def test_the_picture_of_the_design_is_that_of_the_code(draw_rooms):
-    """Where this fails, run docs/draw_rooms.py."""
+    """If this fails, run docs/draw_rooms.py."""
     assert draw_rooms.PICTURE.read_text(encoding="utf-8") == draw_rooms.draw()
 
 
 def test_the_design_names_every_file(draw_rooms):
-    """Its table tells what is in each of them, and in no other."""
+    """Its table has one row per room, which names the files of that room."""
     text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.M))
     rooms = {room: files for room, files in draw_rooms.find_rooms().items() if files}
@@ -113,8 +113,8 @@ def test_the_design_names_every_file(draw_rooms):
         assert set(re.findall(r"`(\w+)`", table[room])) == set(files)
 
 
-def test_the_door_loads_nothing_heavy(tmp_path):
-    """`import deepfeat` shows the public names without loading torch, torchvision or sklearn."""
+def test_importing_the_package_loads_nothing_heavy(tmp_path):
+    """`import deepfeat` provides the public names without loading torch, torchvision or sklearn."""
     code = "import json, sys, deepfeat; print(json.dumps([dir(deepfeat), sorted(sys.modules)]))"
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -129,24 +129,24 @@ def test_the_door_loads_nothing_heavy(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_every_name_at_the_door_opens(name):
-    """What `dir(deepfeat)` shows can be had."""
+def test_every_public_name_can_be_imported(name):
+    """Each name in `dir(deepfeat)` is an attribute."""
     assert getattr(deepfeat, name) is not None
 
 
-@pytest.mark.parametrize("door", ["deepfeat", "deepfeat.plotting"])
-def test_public_classes_name_the_door(door):
-    """A pickle that names `deepfeat` alone can be read wherever a class has moved."""
-    module = importlib.import_module(door)
+@pytest.mark.parametrize("package", ["deepfeat", "deepfeat.plotting"])
+def test_public_classes_belong_to_a_public_module(package):
+    """A pickle that only names `deepfeat` can be loaded after a class has moved."""
+    module = importlib.import_module(package)
     values = (getattr(module, name) for name in module.__all__)
     classes = [value for value in values if inspect.isclass(value)]
     assert len(classes) >= 5
-    assert {value.__module__ for value in classes} == {door}
+    assert {value.__module__ for value in classes} == {package}
 
 
 @pytest.mark.parametrize("make", [deepfeat.DeepFeatureExtractor, deepfeat.FineTuneClassifier])
 def test_a_pickle_of_parameters_names_no_room(make):
-    """It holds the public class and plain values."""
+    """It contains the public class and plain values."""
     words = [word for _, word, _ in pickletools.genops(pickle.dumps(make())) if word]
     assert "deepfeat" in words
     assert not [word for word in words if isinstance(word, str) and word.startswith("deepfeat._")]
@@ -154,7 +154,7 @@ def test_a_pickle_of_parameters_names_no_room(make):
 
 @pytest.mark.parametrize("name", deepfeat.__all__)
 def test_no_example_of_a_public_class_is_lost(name):
-    """doctest passes over a class that says it is in another module, unless told of it."""
+    """doctest skips classes whose `__module__` is another module, unless `__test__` has them."""
     finder = doctest.DocTestFinder()
     tests = finder.find(getattr(deepfeat, name), name, module=False)
     written = [test.docstring for test in tests if test.examples]

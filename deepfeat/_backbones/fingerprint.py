@@ -46,7 +46,7 @@ _DESCRIPTORS = (
     WrapperDescriptorType,
 )
 _PYTHON = f"{sys.implementation.name} {sys.version_info[:3]}"
-# Attributes that do not affect what a class does: its place in a file, its docs, what Python adds.
+# Attributes that do not affect what a class does: its location, its docs, what Python adds.
 _NO_BEHAVIOUR = {
     *("__module__", "__doc__", "__annotations__", "__annotations_cache__", "__annotate_func__"),
     *("__dict__", "__weakref__", "__slotnames__", "__abstractmethods__", "_abc_impl"),
@@ -62,12 +62,12 @@ class UnknownContentError(TypeError):
 
 
 def fingerprint(value: Any) -> bytes:
-    """Digest a value down to its tensors and to the code that it brings.
+    """Digest a value, including its tensors and its code.
 
     Raises
     ------
     UnknownContentError
-        If part of it cannot be taken apart.
+        If part of it cannot be digested.
     """
     try:
         return _Digester().of(value)
@@ -88,7 +88,7 @@ class _Digester:
         self._path: dict[int, int] = {}
 
     def of(self, value: Any) -> bytes:
-        if type(value) is int:  # in hexadecimal, which has no limit
+        if type(value) is int:  # `repr` raises for more than 4300 digits
             return _hash("int", hex(value))
         if type(value) in _ATOMS:
             return _hash(type(value).__name__, repr(value))
@@ -122,7 +122,10 @@ class _Digester:
         if isinstance(value, Tensor):
             yield from ("tensor", self.of(kind), str(value.dtype), str(tuple(value.shape)))
             yield _content(value)
-            if kind not in (Tensor, nn.Parameter):  # these read nothing of what is put on them
+            if kind not in (
+                Tensor,
+                nn.Parameter,
+            ):  # these do not use attributes that are set on them
                 yield self.of(vars(value))
         elif kind is np.ndarray:
             yield from ("array", str(value.dtype.descr), str(value.shape))
@@ -216,7 +219,7 @@ class _Digester:
                 )
 
     def _of_whole_module(self, module: ModuleType) -> Iterator[bytes | str]:
-        """Yield what a module is to code that may read any of its attributes."""
+        """Yield the content of a module for code that may read any of its attributes."""
         yield "module"
         if origin := _find_origin(module.__name__):
             yield from (module.__name__, origin)
@@ -230,7 +233,7 @@ class _Digester:
         if origin := _find_origin(module.__name__):
             return _hash("module", module.__name__, origin)
         names = frozenset(names)
-        if (module, names) in self._known:  # modules that import each other meet in many ways
+        if (module, names) in self._known:  # modules that import each other are met many times
             return self._known[module, names][1]
         key = id(module)
         if key in self._path:
@@ -253,7 +256,7 @@ def _hash(*parts: bytes | str) -> bytes:
     digest = hashlib.blake2b(digest_size=32)
     for part in parts:
         data = part.encode(errors="backslashreplace") if isinstance(part, str) else part
-        digest.update(len(data).to_bytes(8, "little"))  # so that parts do not run together
+        digest.update(len(data).to_bytes(8, "little"))  # so that parts are delimited
         digest.update(data)
     return digest.digest()
 
@@ -271,13 +274,13 @@ def _content(tensor: Tensor) -> bytes:
 
 
 def _take_apart(value: Any) -> tuple[Any, ...]:
-    """Return what an object is made of, for the most part as pickle would."""
-    if isinstance(value, nn.Module):  # pickle would refuse one with parametrizations
+    """Return the parts of an object, mostly as pickle would."""
+    if isinstance(value, nn.Module):  # pickle refuses modules with parametrizations
         return (vars(value),)
-    if isinstance(value, Graph):  # a list of nodes that are nested as deeply as it is long
+    if isinstance(value, Graph):  # its nodes are nested as deeply as there are nodes
         code = value.python_code("self")
         return code.src, code.globals
-    if isinstance(value, (set, frozenset)):  # of a subclass: pickle would write it in any order
+    if isinstance(value, (set, frozenset)):  # of a subclass, which pickle would write in any order
         return frozenset(value), getattr(value, "__dict__", None)
     if isinstance(value, MethodType):
         return value.__func__, value.__self__
@@ -289,7 +292,7 @@ def _take_apart(value: Any) -> tuple[Any, ...]:
     if isinstance(value, CellType):
         try:
             return (value.cell_contents,)
-        except ValueError:  # not filled yet
+        except ValueError:  # still empty
             return ()
     if isinstance(value, property):
         return value.fget, value.fset, value.fdel
@@ -313,7 +316,7 @@ def _take_apart(value: Any) -> tuple[Any, ...]:
     if isinstance(reduced, str):  # the name of a global
         module: str = pickle.whichmodule(value, reduced)  # type: ignore[attr-defined]
         if _look_up(module, reduced) is not value:
-            raise UnknownContentError(f"{reduced!r} is known by a name that it does not have")
+            raise UnknownContentError(f"{reduced!r} does not have the name that it is pickled by")
         return reduced, _release_of(module, value)
     function, arguments, *rest = reduced
     rest = [list(part) if isinstance(part, Iterator) else part for part in rest]
@@ -325,8 +328,8 @@ def _release_of(module: str, value: Any) -> str:
     if origin := _find_origin(module):
         return origin
     raise UnknownContentError(
-        f"a {type(value).__name__} of the module {module!r}, which is not installed, has nothing "
-        "but a name"
+        f"a {type(value).__name__} of the module {module!r}, which is not installed, is only known "
+        "by its name"
     )
 
 
@@ -350,7 +353,7 @@ def _names_in(code: CodeType) -> _Names:
     imported: set[tuple[str, int]] = set()
     attributes: set[str] = set()
     constants: list[Any] = [0, None]
-    latest = None  # the global that was loaded just before
+    latest = None  # the global loaded by the previous instruction
     for step in dis.get_instructions(code):
         if step.opname == "EXTENDED_ARG":
             continue
@@ -364,7 +367,7 @@ def _names_in(code: CodeType) -> _Names:
             latest = step.argval
             loaded.add(latest)
         elif step.opname == "IMPORT_NAME":
-            imported.add((step.argval, constants[-2]))  # the level and the names come just before
+            imported.add((step.argval, constants[-2]))  # the level is loaded before the names
         elif is_attribute or step.opname == "IMPORT_FROM":
             attributes.add(step.argval)
     for constant in code.co_consts:
@@ -393,7 +396,7 @@ def _is_user_function(value: Any) -> bool:
     )
 
 
-# Where code comes from --------------------------------------------------------------------------
+# Origins of code --------------------------------------------------------------------------------
 
 
 def _find_origin(module: str) -> str | None:
@@ -425,7 +428,7 @@ def _find_release(package: str, file: str) -> str | None:
     for name in _distributions().get(package, ()):
         distribution = importlib.metadata.distribution(name)
         folder = os.path.realpath(str(distribution.locate_file("")))
-        # A checkout may hold metadata too, of a build or a development install.
+        # A checkout may contain metadata, too, from a build or a development install.
         is_installed = folder in sites or distribution.read_text("WHEEL") is not None
         if is_installed and _lies_in(file, [folder]):
             return f"{name} {distribution.version}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import GoogLeNet, Inception3
 
-from .._layers.head import HeadPlace
+from .._layers.head import HeadLocation
 
 Head: TypeAlias = Literal["replace", "append"]
 
@@ -15,7 +15,9 @@ Head: TypeAlias = Literal["replace", "append"]
 AUXILIARY = {"aux1": "inception4a", "aux2": "inception4d", "AuxLogits": "Mixed_6e"}
 
 
-def add_head(module: nn.Module, place: HeadPlace, head: Head, n_classes: int, seed: int) -> str:
+def add_head(
+    module: nn.Module, location: HeadLocation, head: Head, n_classes: int, seed: int
+) -> str:
     """Give a network `n_classes` outputs, in place; return the path of its new layer.
 
     "replace" replaces the classification layer, and that of each auxiliary classifier. "append"
@@ -30,23 +32,23 @@ def add_head(module: nn.Module, place: HeadPlace, head: Head, n_classes: int, se
     generator = torch.Generator().manual_seed(seed)
     if head == "append":
         drop_auxiliary(module, list(AUXILIARY))
-        end, layer = module.get_submodule(place.end), module.get_submodule(place.layer)
+        end, layer = module.get_submodule(location.end), module.get_submodule(location.layer)
         reference = next(module.parameters())
-        linear = nn.Linear(place.n_outputs, n_classes, device="meta")
+        linear = nn.Linear(location.n_outputs, n_classes, device="meta")
         _fill(linear, reference, generator)
         if not reference.is_meta and not any(bool(value.any()) for value in layer.parameters()):
             _fill(layer, reference, generator)  # a new ViT's is all zero: no gradient passes ReLU
         steps = nn.Sequential(end, nn.ReLU(), linear)
-        if place.end != place.layer:  # pooling at the end leaves maps of one pixel
+        if location.end != location.layer:  # pooling at the end leaves maps of one pixel
             steps = nn.Sequential(end, nn.Flatten(), nn.ReLU(), linear)
-        module.set_submodule(place.end, steps)
-        return f"{place.end}.{len(steps) - 1}"
-    _replace(module, place.layer, place.n_outputs, n_classes, generator)
+        module.set_submodule(location.end, steps)
+        return f"{location.end}.{len(steps) - 1}"
+    _replace(module, location.layer, location.n_outputs, n_classes, generator)
     for name in auxiliary_of(module):
         layers = module.get_submodule(name).named_modules()
         linears = [path for path, layer in layers if isinstance(layer, nn.Linear)]
-        _replace(module, f"{name}.{linears[-1]}", place.n_outputs, n_classes, generator)
-    return place.layer
+        _replace(module, f"{name}.{linears[-1]}", location.n_outputs, n_classes, generator)
+    return location.layer
 
 
 def auxiliary_of(module: nn.Module) -> list[str]:

@@ -38,13 +38,13 @@ def build_network(
         If the weights cannot be downloaded.
     """
     input_shape = backbone.preprocessing.input_shape
-    place = find_head(backbone.skeleton, input_shape)
+    location = find_head(backbone.skeleton, input_shape)
     module = load_network(backbone, device)
     module = copy.deepcopy(module) if backbone.shared else module
-    path = add_head(module, place, head, n_classes, seed)
+    path = add_head(module, location, head, n_classes, seed)
     if not backbone.shared:  # a user's network may compute in ways that its modules do not show
         _check_head(module, head, input_shape)
-    return Network(module, path, place.n_outputs)
+    return Network(module, path, location.n_outputs)
 
 
 def rebuild_network(
@@ -66,11 +66,11 @@ def rebuild_network(
     module = copy.deepcopy(backbone.skeleton)
     if hasattr(module, "transform_input"):  # it rescales inputs for its weights
         module.transform_input = pretrained  # type: ignore[assignment]
-    place = find_head(module, backbone.preprocessing.input_shape)
-    if n_outputs != place.n_outputs:  # from a weights file of another size
-        add_head(module, place, "replace", n_outputs, 0)
-        place = replace(place, n_outputs=n_outputs)
-    path = add_head(module, place, head, n_classes, 0)
+    location = find_head(module, backbone.preprocessing.input_shape)
+    if n_outputs != location.n_outputs:  # from a weights file of another size
+        add_head(module, location, "replace", n_outputs, 0)
+        location = replace(location, n_outputs=n_outputs)
+    path = add_head(module, location, head, n_classes, 0)
     drop_auxiliary(module, _missing_auxiliary(state))
     loaded = module.state_dict()  # for its metadata, which MNASNet needs
     loaded.clear()

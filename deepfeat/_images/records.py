@@ -80,7 +80,7 @@ class Record:
     def error(self, cause: Exception) -> ImageError:
         """Return an error that names this image and is caused by `cause`.
 
-        An `ImageError` is returned as it is.
+        An `ImageError` is returned unchanged.
         """
         if isinstance(cause, ImageError):
             return cause

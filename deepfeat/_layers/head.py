@@ -1,4 +1,4 @@
-"""The place in a network at which it classifies."""
+"""The head of a network: where it classifies, and its number of outputs."""
 
 import copy
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ _PROBABILITIES = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Sigmoid, nn.LogSig
 
 
 @dataclass(frozen=True)
-class HeadPlace:
-    """Where a network classifies.
+class HeadLocation:
+    """The modules with which a network classifies, and its number of outputs.
 
-    `layer` is the path of its last module with weights and `end` that of its last module of all:
-    SqueezeNet pools after its last convolution. `n_outputs` is the length of what it puts out.
+    `layer` is the path of the last module with weights, `end` that of the last module of all. They
+    differ in SqueezeNet, for instance, which pools after its last convolution.
     """
 
     layer: str
@@ -24,33 +24,33 @@ class HeadPlace:
     n_outputs: int
 
 
-def find_head(module: nn.Module, input_shape: tuple[int, ...]) -> HeadPlace:
-    """Find where a network classifies; on the meta device nothing is computed for it.
+def find_head(module: nn.Module, input_shape: tuple[int, ...]) -> HeadLocation:
+    """Find the head of a network; nothing is computed if it is on the meta device.
 
     Raises
     ------
     ValueError
-        If the network does not put out one vector an image, has no weights, or ends in
+        If the network does not return one vector per image, has no weights, or returns
         probabilities.
     """
     network = type(module).__name__
     calls = trace_calls(module, input_shape).calls
     leaves = [path for path in calls if not any(other.startswith(f"{path}.") for other in calls)]
-    learned = [path for path in leaves if calls[path].parameters]
-    if not learned:
-        raise ValueError(f"{network} has no weights that could be trained.")
+    with_weights = [path for path in leaves if calls[path].parameters]
+    if not with_weights:
+        raise ValueError(f"{network} has no weights to train.")
     if isinstance(module.get_submodule(leaves[-1]), _PROBABILITIES):
         raise ValueError(
-            f"{network} ends in {calls[leaves[-1]].kind}: the network must put out logits, which "
-            "the loss turns into probabilities by itself."
+            f"{network} ends in {calls[leaves[-1]].kind}: the network must return logits, which "
+            "the loss itself converts to probabilities."
         )
     shape = _output_shape(module, input_shape)
     if len(shape) != 1:
         raise ValueError(
-            f"{network} puts out {shape} for an image, and one vector is needed: add pooling and "
+            f"{network} must return one vector per image; got shape {shape}: add pooling and "
             "torch.nn.Flatten() at its end."
         )
-    return HeadPlace(learned[-1], leaves[-1], shape[0])
+    return HeadLocation(with_weights[-1], leaves[-1], shape[0])
 
 
 def _output_shape(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -60,6 +60,6 @@ def _output_shape(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int,
         return tuple(first_tensor(output).shape[1:])
     except TypeError as error:
         raise ValueError(
-            f"{type(module).__name__} puts out a {type(output).__name__}, and a tensor of logits "
-            "is needed: wrap it in a module that returns these."
+            f"{type(module).__name__} must return a tensor of logits; got "
+            f"{type(output).__name__}: wrap it in a module that returns the logits."
         ) from error

@@ -1,4 +1,4 @@
-"""Names of layers: Caffe's, stages, and the containers that share an output."""
+"""Names of layers: Caffe's names, stages, and containers with the same output."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from torchvision.models.vision_transformer import Encoder
 
 from .trace import Call
 
-# The layers of a network lie inside these. What is derived from them is a block with a name.
+# Classes that only contain layers; a class derived from one of them is a layer of its own.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, AnyStage, Encoder, MaxVitBlock)
 _POOLINGS = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
@@ -27,13 +27,10 @@ _NORMS = (
 _HEADS = ("classifier", "fc", "head", "heads")
 
 
-# Names ------------------------------------------------------------------------------------------
-
-
 def find_units(module: nn.Module, calls: Mapping[str, Call], path: str = "") -> Iterator[str]:
     """Yield the paths of a network's layers: whole blocks, but never containers of blocks.
 
-    What gives no tensor, or is never called itself, is a container as well.
+    A module that does not return a tensor, or is not called itself, counts as a container.
     """
     if path in calls and type(module) not in _CONTAINERS:
         yield path
@@ -42,28 +39,28 @@ def find_units(module: nn.Module, calls: Mapping[str, Call], path: str = "") -> 
         yield from find_units(child, calls, f"{path}.{name}" if path else name)
 
 
-def share_out(module: nn.Module, units: Sequence[str]) -> dict[str, int]:
-    """Count the parameters of each layer, so that every parameter is counted once."""
+def count_parameters(module: nn.Module, units: Sequence[str]) -> dict[str, int]:
+    """Count the parameters of each layer, such that every parameter is counted once."""
     counts = dict.fromkeys(units, 0)
-    left_out: list[nn.Parameter] = []
+    unassigned: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        unit = _owner(name, units)
+        unit = _find_unit(name, units)
         if unit is None:
-            left_out.append(parameter)
+            unassigned.append(parameter)
         else:
             counts[unit] += parameter.numel()
     if counts:
-        learned = [unit for unit in units if counts[unit]]
-        last = learned[-1] if learned else units[-1]
-        counts[last] += sum(parameter.numel() for parameter in left_out)
+        with_weights = [unit for unit in units if counts[unit]]
+        last = with_weights[-1] if with_weights else units[-1]
+        counts[last] += sum(parameter.numel() for parameter in unassigned)
     return counts
 
 
-def _owner(parameter: str, units: Sequence[str]) -> str | None:
-    """Return the layer that a parameter counts with; None if its module has no layer at all."""
-    holder = parameter.rpartition(".")[0]
-    around = [unit for unit in units if f"{holder}.".startswith(f"{unit}.")]
-    inside = [unit for unit in units if not holder or unit.startswith(f"{holder}.")]
+def _find_unit(parameter: str, units: Sequence[str]) -> str | None:
+    """Return the layer that a parameter is counted with; None if its module has no layer."""
+    owner = parameter.rpartition(".")[0]
+    around = [unit for unit in units if f"{owner}.".startswith(f"{unit}.")]
+    inside = [unit for unit in units if not owner or unit.startswith(f"{owner}.")]
     return next(iter(around + inside), None)
 
 
@@ -79,23 +76,24 @@ def caffe_names(module: nn.Module, paths: list[str]) -> dict[str, str]:
             conv += 1
         if isinstance(layer, nn.Linear):
             fc += 1
-        place = f"{block}_{conv}" if isinstance(module, VGG) else f"{conv}"
+        position = f"{block}_{conv}" if isinstance(module, VGG) else f"{conv}"
         kinds = {nn.Conv2d: "conv", nn.BatchNorm2d: "bn", nn.ReLU: "relu", nn.Linear: "fc"}
         short = next((short for kind, short in kinds.items() if isinstance(layer, kind)), None)
         if short:
-            names[path] = f"{short}{fc if path.startswith('classifier') else place}"
+            names[path] = f"{short}{fc if path.startswith('classifier') else position}"
         elif isinstance(layer, nn.MaxPool2d):
             names[path] = f"pool{block if isinstance(module, VGG) else conv}"
             block, conv = block + 1, conv if isinstance(module, AlexNet) else 0
     return names
 
 
-def kept_layers(
+def choose_stages(
     caffe: dict[str, str], paths: list[str], aliases: dict[str, list[str]]
 ) -> list[str]:
+    """Return the paths of the layers of `LayerIndex.stages`."""
     if caffe:
-        kept = ("pool", "relu6", "relu7", "fc8")
-        return [path for path in paths if caffe.get(path, "").startswith(kept)]
+        stages = ("pool", "relu6", "relu7", "fc8")
+        return [path for path in paths if caffe.get(path, "").startswith(stages)]
     return [
         path
         for path in paths
@@ -104,7 +102,7 @@ def kept_layers(
 
 
 def container_aliases(paths: list[str], calls: dict[str, Call]) -> dict[str, list[str]]:
-    """Give a container's path to its last layer, where both put out the same."""
+    """Make each container an alias of its last layer if both return the same output."""
     aliases: dict[str, list[str]] = {path: [] for path in paths}
     for path in paths:
         container = path.rpartition(".")[0]
@@ -116,7 +114,7 @@ def container_aliases(paths: list[str], calls: dict[str, Call]) -> dict[str, lis
 
 
 def find_stages(module: nn.Module, paths: list[str], calls: dict[str, Call]) -> list[str]:
-    """Return the last layer before each down-sampling of the network's trunk."""
+    """Return the last layer before each downsampling in the trunk of a network."""
     stages: list[str] = []
     group: list[str] = []
     for path in paths:
@@ -124,21 +122,21 @@ def find_stages(module: nn.Module, paths: list[str], calls: dict[str, Call]) -> 
         if path.split(".")[0] in _HEADS or len(call.shape) == 1:
             break
         if group and _resolution(call) * 2 < _resolution(calls[group[-1]]):
-            if _opens_down_sampler(module, group, path):
+            if _starts_downsampling(module, group, path):
                 group.pop()
-            stages += _last_learned(module, group)
+            stages += _last_before_pooling(module, group)
             group = []
         group.append(path)
-    return stages + _last_learned(module, group)
+    return stages + _last_before_pooling(module, group)
 
 
-def _last_learned(module: nn.Module, group: list[str]) -> list[str]:
-    """Return the end of a group of one resolution, before what only pools there."""
+def _last_before_pooling(module: nn.Module, group: list[str]) -> list[str]:
+    """Return the last layer of a group of one resolution, apart from poolings, as a list."""
     return [path for path in group if not isinstance(module.get_submodule(path), _POOLINGS)][-1:]
 
 
-def _opens_down_sampler(module: nn.Module, group: list[str], path: str) -> bool:
-    """Tell whether a group ends on the norm of the block that down-samples next (ConvNeXt)."""
+def _starts_downsampling(module: nn.Module, group: list[str], path: str) -> bool:
+    """Return whether a group ends with the norm of the block that downsamples next (ConvNeXt)."""
     block = path.rpartition(".")[0]
     inside = [other for other in group if other.rpartition(".")[0] == block]
     is_norm = isinstance(module.get_submodule(group[-1]), _NORMS)
@@ -146,6 +144,5 @@ def _opens_down_sampler(module: nn.Module, group: list[str], path: str) -> bool:
 
 
 def _resolution(call: Call) -> int:
-    """Return the number of places: those of maps, tokens or a sequence."""
-    places = call.raw_shape[:-1] if call.channels_last else call.raw_shape[1:]
-    return math.prod(places)
+    """Return the number of positions in maps, tokens or a sequence."""
+    return math.prod(call.raw_shape[:-1] if call.channels_last else call.raw_shape[1:])

@@ -14,10 +14,10 @@ _GEM_POWER = 3.0
 def pool(layer: ResolvedLayer, output: Tensor, pooling: Pooling) -> Tensor:
     """Turn the output of a layer into one float32 row per image.
 
-    Maps (n, C, H, W) are pooled over H and W, tokens (n, N, D) over those of patches, sequences
-    (n, C, L) over L; vectors (n, D) stay. "gem" is the generalised mean of Radenovic et al. (2019),
-    "Fine-tuning CNN Image Retrieval with No Human Annotation", with power 3: values below 1e-6
-    count as 1e-6.
+    Maps (n, C, H, W) are pooled over H and W, tokens (n, N, D) over the patches, sequences
+    (n, C, L) over L; vectors (n, D) are returned unchanged. "gem" is the generalised mean of
+    Radenovic et al. (2019), "Fine-tuning CNN Image Retrieval with No Human Annotation", with power
+    3; values below 1e-6 are raised to 1e-6.
     """
     output = output.float()
     if output.ndim == 4 and layer.channels_last:
@@ -28,21 +28,21 @@ def pool(layer: ResolvedLayer, output: Tensor, pooling: Pooling) -> Tensor:
         return output[:, 0]
     if output.ndim == 3 and layer.channels_last:
         output = output[:, layer.prefix_tokens :].movedim(-1, 1)
-    places = tuple(range(2, output.ndim))
+    axes = tuple(range(2, output.ndim))
     if pooling == "max":
-        return output.amax(places)
+        return output.amax(axes)
     if pooling == "gem":
-        return output.clamp(min=1e-6).pow(_GEM_POWER).mean(places).pow(1 / _GEM_POWER)
-    return output.mean(places)
+        return output.clamp(min=1e-6).pow(_GEM_POWER).mean(axes).pow(1 / _GEM_POWER)
+    return output.mean(axes)
 
 
 def count_features(layer: ResolvedLayer, pooling: Pooling) -> int:
-    """Tell how many features a layer has after pooling.
+    """Return the number of features of a layer after pooling.
 
     Raises
     ------
     ValueError
-        If the layer cannot be pooled so.
+        If the output of the layer does not allow this pooling.
     """
     shape = layer.output_shape
     if pooling == "flatten" or len(shape) == 1:
@@ -54,6 +54,7 @@ def count_features(layer: ResolvedLayer, pooling: Pooling) -> int:
         )
     if len(shape) not in (2, 3):
         raise ValueError(
-            f"layer {layer.name!r} of output shape {shape} can be pooled by 'flatten' alone."
+            f"pooling must be 'flatten' for layer {layer.name!r} (output shape {shape}); "
+            f"got {pooling!r}."
         )
     return count_channels(layer)

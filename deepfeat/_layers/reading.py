@@ -1,4 +1,4 @@
-"""Reading layers: one forward pass, as far as the deepest layer asked for."""
+"""Reading of layers: a forward pass that ends at the deepest requested layer."""
 
 import copy
 import functools
@@ -15,23 +15,25 @@ from .trace import find_tensors, first_tensor, make_blank
 
 
 class ForwardPass:
-    """A forward pass that reads layers of a network and ends with the deepest of them.
+    """A forward pass that reads layers of a network and stops after the deepest of them.
 
-    If a module is called more than once, its first call is read; of a tuple, its first element.
-    The hooks are on a copy of the modules, which shares the weights: whatever happens, the network
-    itself is never touched. One thread at a time can use a pass; a network can have many passes.
+    If a module is called more than once, its first output is read; if an output is a tuple, its
+    first element. The hooks are registered on a copy of the modules that shares their weights, so
+    that the network itself never changes, not even when a pass is interrupted. Instances are not
+    thread-safe, but every thread may have its own for the same network.
 
     Parameters
     ----------
     module : torch.nn.Module
         The network.
     layers : sequence of ResolvedLayer
-        What to read.
+        The layers to read.
     reduce : callable
-        Turns a layer and its output into what is kept of it.
+        Function of a layer and its output that returns the tensor to keep, such as a pooled row
+        per image.
     optional : collection of str, optional
-        Names of layers that are left out of a batch for which the network does not call them, or
-        does not give one output per image.
+        Names of layers that may be missing from the result: those that the network does not call
+        for a batch, or that do not return one output per image.
     """
 
     def __init__(
@@ -42,40 +44,40 @@ class ForwardPass:
         optional: Collection[str] = (),
     ):
         self._module = share_weights(module)
-        self._kept = _Kept(layers, reduce)
+        self._outputs = _Outputs(layers, reduce)
         self._optional = optional
-        for path in self._kept.layers:
-            hook = functools.partial(self._kept.keep, path)
+        for path in self._outputs.layers:
+            hook = functools.partial(self._outputs.record, path)
             self._module.get_submodule(path).register_forward_hook(hook)
 
     def __call__(self, batch: Tensor) -> dict[str, Tensor]:
-        """Run a batch; return what `reduce` makes of each output, by name.
+        """Run a batch; return the reduced outputs by layer name.
 
         Raises
         ------
         ValueError
-            If a layer that is not optional is not called, or does not give one output per image.
+            If a layer that is not optional is not called, or does not return one output per image.
         """
-        kept = self._kept
-        kept.start()
+        self._outputs.start()
         try:
             with suppress(_AllRead):
                 self._module(batch)
-            outputs = kept.outputs
+            found = self._outputs.found
         finally:
-            kept.outputs = {}
-        good = {name: output for name, output in outputs.items() if len(output) == len(batch)}
-        for name in kept.names:
-            if name not in good and name not in self._optional:
-                fault = (
-                    "does not give one output per image" if name in outputs else "gives no tensor"
-                )
-                raise ValueError(f"layer {name!r} {fault} in the forward pass.")
-        return good
+            self._outputs.found = {}
+        valid = {name: output for name, output in found.items() if len(output) == len(batch)}
+        for name in self._outputs.names:
+            if name not in valid and name not in self._optional:
+                problem = "one output per image" if name in found else "a tensor"
+                raise ValueError(f"Layer {name!r} does not return {problem} in the forward pass.")
+        return valid
 
 
-class _Kept:
-    """What hooks keep of a forward pass. It knows nothing of the modules, which know it."""
+class _Outputs:
+    """The outputs that hooks record in a forward pass.
+
+    It does not refer to the modules, whose hooks refer to it, so that there is no reference cycle.
+    """
 
     def __init__(
         self,
@@ -91,46 +93,46 @@ class _Kept:
 
     def start(self) -> None:
         self.unread = set(self.layers)
-        self.outputs: dict[str, Tensor] = {}
+        self.found: dict[str, Tensor] = {}
 
-    def keep(self, path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    def record(self, path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if path not in self.unread:
             return
         self.unread.remove(path)
         try:
-            given = first_tensor(output)
-        except TypeError:  # not what its trace has shown
+            tensor = first_tensor(output)
+        except TypeError:  # unlike in the trace
             return
         for layer in self.layers[path]:
-            self.outputs[layer.name] = _detached(self.reduce(layer, given), given)
+            self.found[layer.name] = _copy_if_shared(self.reduce(layer, tensor), tensor)
         if not self.unread:
-            raise _AllRead  # nothing after the deepest layer is needed
+            raise _AllRead
 
 
 class _AllRead(Exception):
-    """Leaves a forward pass once every layer asked for has been read."""
+    """Ends a forward pass when every requested layer has been read."""
 
 
-def _detached(kept: Tensor, output: Tensor) -> Tensor:
-    """Copy what still shares memory with the output: an in-place ReLU may overwrite that next."""
-    shared = kept.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
-    return kept.clone() if shared else kept
+def _copy_if_shared(reduced: Tensor, output: Tensor) -> Tensor:
+    """Copy a tensor that shares memory with an output, which an in-place ReLU may overwrite."""
+    shared = reduced.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
+    return reduced.clone() if shared else reduced
 
 
 def share_weights(module: nn.Module) -> nn.Module:
-    """Copy the modules of a network, but none of its parameters and buffers.
+    """Copy the modules of a network, but share its parameters and buffers.
 
-    What is done to the copy, hooks for instance, is never seen by the network.
+    Changes to the modules of the copy, such as hooks, do not affect the network.
     """
     weights = itertools.chain(module.parameters(), module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in weights})
 
 
 def prefer_channels_last(module: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
-    """Lay a network's weights out with the channels last, which is faster, if it allows for that.
+    """Copy a network to the channels-last memory format, which is faster, if it allows that.
 
-    Some code takes maps to lie in memory channel by channel (`x.view(len(x), -1)`). A trial run
-    must give the same output, to rounding; else the network is returned as it is.
+    Some code requires maps to be contiguous channel by channel (`x.view(len(x), -1)`). Unless a
+    trial run gives the same output, up to rounding, the network itself is returned.
     """
     if not any(weight.ndim == 4 for weight in module.parameters()):
         return module
@@ -140,17 +142,17 @@ def prefer_channels_last(module: nn.Module, input_shape: tuple[int, ...]) -> nn.
     try:
         with torch.no_grad():
             expected, found = list(find_tensors(module(noise))), list(find_tensors(changed(noise)))
-    except Exception:  # also where it fails in any layout: then whoever runs it is told
+    except Exception:  # a network that fails in any format raises when the caller runs it
         return module
     pairs = itertools.zip_longest(expected, found)
-    return changed if expected and all(_is_close(one, other) for one, other in pairs) else module
+    return changed if expected and all(itertools.starmap(_is_close, pairs)) else module
 
 
-def _is_close(one: Tensor | None, other: Tensor | None) -> bool:
-    """Tell whether two outputs are the same, to rounding, as measured by the largest value."""
-    if one is None or other is None or one.shape != other.shape:
+def _is_close(expected: Tensor | None, found: Tensor | None) -> bool:
+    """Return whether two outputs are equal up to rounding, relative to the largest value."""
+    if expected is None or found is None or expected.shape != found.shape:
         return False
-    one, other = one.double(), other.double()
-    finite = one[one.isfinite()].abs()
+    expected, found = expected.double(), found.double()
+    finite = expected[expected.isfinite()].abs()
     scale = float(finite.max()) if finite.numel() else 0.0
-    return torch.allclose(one, other, rtol=0, atol=1e-4 * scale, equal_nan=True)
+    return torch.allclose(expected, found, rtol=0, atol=1e-4 * scale, equal_nan=True)

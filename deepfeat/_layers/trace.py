@@ -1,4 +1,4 @@
-"""The trace of a forward pass: which modules are called, and what they give."""
+"""The trace of a forward pass: which modules are called, and what they return."""
 
 import copy
 import functools
@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-# What these give has its channels second, and so first in each image.
+# Functions that return their channels on axis 1, the first of each image.
 _CHANNELS_FIRST = {
     *(F.conv1d, F.conv2d, F.conv3d),
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
     *(F.unfold, F.batch_norm, F.group_norm, F.instance_norm),
 }
-# And what these give has them last.
+# Functions that return their channels on the last axis.
 _CHANNELS_LAST = {F.linear, F.layer_norm, F.embedding}
-# Grids of places that may become tokens come from these.
+# Functions that return grids of positions, which may become tokens.
 _GRIDS = {F.conv1d, F.conv2d, F.conv3d, F.unfold}
 
 
@@ -29,22 +29,22 @@ _GRIDS = {F.conv1d, F.conv2d, F.conv3d, F.unfold}
 class Call:
     """The first call of a module in a forward pass.
 
-    `shape` is that of one image: (C, H, W) of maps, also where they come as (H, W, C); (N, D) of
-    tokens; (C, L) of a sequence with its channels first. `passes_on` tells that the module gave
-    what it got, at most in another arrangement.
+    `shape` is the shape for one image: (C, H, W) for maps, even if the module returns (H, W, C);
+    (N, D) for tokens; (C, L) for a sequence with its channels first. `is_passthrough` is whether
+    the module returned its input, at most rearranged.
     """
 
     kind: str
     shape: tuple[int, ...]
-    channels_last: bool  # maps come as (H, W, C); tokens always have theirs last
+    channels_last: bool  # maps are returned as (H, W, C); always true of tokens
     parameters: int
     multiply_adds: int
-    output: int  # the same number where modules put out the same tensor
-    passes_on: bool = False
+    output: int  # the same number if two modules return the same tensor
+    is_passthrough: bool = False
 
     @property
     def raw_shape(self) -> tuple[int, ...]:
-        """The shape as the module gives it."""
+        """The shape as the module returns it."""
         if len(self.shape) == 3 and self.channels_last:
             return (*self.shape[1:], self.shape[0])
         return self.shape
@@ -52,9 +52,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """What was seen of a forward pass: the first call of every module, in order of return.
+    """The first call of every module in a forward pass, in the order in which they return.
 
-    `grids` has the numbers of places that convolutions gave.
+    `grids` holds the numbers of positions in the outputs of convolutions.
     """
 
     calls: dict[str, Call]
@@ -62,10 +62,10 @@ class Trace:
 
 
 def trace_calls(module: nn.Module, input_shape: tuple[int, ...]) -> Trace:
-    """Run one image through a copy; note what every module gives."""
-    # Versions of tensors, which tell what was changed in place, are not kept in inference mode.
+    """Run one image through a copy of a network and record what every module returns."""
+    # Inference mode does not keep the versions of tensors, which show changes made in place.
     with torch.inference_mode(False), torch.no_grad():
-        # Without gradients: the counter of operations fails on parameters handed to a module.
+        # Without gradients, since FlopCounterMode fails on parameters that are passed to a module.
         module = copy.deepcopy(module).eval().requires_grad_(False)
         tracer, axes = _Tracer(module), _ChannelAxes()
         blank = make_blank(module, input_shape)
@@ -75,30 +75,30 @@ def trace_calls(module: nn.Module, input_shape: tuple[int, ...]) -> Trace:
                 module(blank)
         except Exception as error:  # a module of the user may raise anything
             raise ValueError(
-                f"{type(module).__name__} does not take an image of shape {input_shape}: {error}"
+                f"{type(module).__name__} does not accept an image of shape {input_shape}: {error}"
             ) from error
     return Trace(tracer.calls, frozenset(axes.grids))
 
 
 def make_blank(module: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
-    """Make a batch of one black image, of the type and on the device of a network's weights."""
-    anywhere = next(module.parameters(), torch.empty(0))
-    return torch.zeros(1, *input_shape, dtype=anywhere.dtype, device=anywhere.device)
+    """Make a batch of one black image, with the dtype and device of a network's weights."""
+    reference = next(module.parameters(), torch.empty(0))
+    return torch.zeros(1, *input_shape, dtype=reference.dtype, device=reference.device)
 
 
 def first_tensor(output: Any) -> Tensor:
     first = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(first, Tensor):
-        raise TypeError(f"a layer gave {type(output).__name__}, not a tensor")
+        raise TypeError(f"A module must return a tensor; got {type(output).__name__}.")
     return first
 
 
 class _Tracer:
-    """Hooks that note the calls of a network's modules while an image runs through it."""
+    """Hooks that record the calls of a network's modules during a forward pass."""
 
     def __init__(self, module: nn.Module):
         self.calls: dict[str, Call] = {}
-        # Of its counts only the total is one thread's own: modules are told apart by hooks of all.
+        # Only its total is confined to one thread: it counts per module with global hooks.
         self.counter = FlopCounterMode(display=False)
         self._entered: dict[nn.Module, tuple[int, list[tuple[Tensor, int]]]] = {}
         self._numbers = itertools.count()
@@ -109,11 +109,11 @@ class _Tracer:
                 child.register_forward_hook(functools.partial(self._leave, path))
 
     def _enter(self, called: nn.Module, inputs: Any, options: Any) -> None:
-        given = [(tensor, tensor._version) for tensor in find_tensors((inputs, options))]
-        self._entered[called] = self.counter.get_total_flops(), given
+        tensors = [(tensor, tensor._version) for tensor in find_tensors((inputs, options))]
+        self._entered[called] = self.counter.get_total_flops(), tensors
 
     def _leave(self, path: str, called: nn.Module, _inputs: Any, output: Any) -> None:
-        flops, given = self._entered.pop(called)
+        flops, inputs = self._entered.pop(called)
         spent = (self.counter.get_total_flops() - flops) // 2
         if path in self.calls:
             call = self.calls[path]
@@ -127,7 +127,7 @@ class _Tracer:
             return
         shape = tuple(first.shape[1:])
         axis = _ChannelAxes.of(first)
-        # Where nothing is known, three dimensions are those of tokens, four those of maps.
+        # If the axis is unknown, three dimensions are taken for tokens, four for (C, H, W) maps.
         is_last = axis in (None, 2) if first.ndim == 3 else first.ndim == 4 and axis == 3
         self.calls[path] = Call(
             type(called).__name__,
@@ -136,12 +136,12 @@ class _Tracer:
             sum(parameter.numel() for parameter in called.parameters()),
             spent,
             number,
-            # Flattening may copy, according to how its input lies in memory.
-            type(called) in (nn.Flatten, nn.Unflatten) or _is_passed_on(given, first),
+            # Flattening may copy, depending on the memory layout of its input.
+            type(called) in (nn.Flatten, nn.Unflatten) or _is_unchanged(inputs, first),
         )
 
     def _number(self, output: Tensor) -> int:
-        """Give an output its number: the last one's if it is that very tensor, unchanged since."""
+        """Return the number of an output; the previous one if it is the same, unchanged tensor."""
         latest, version, number = self._latest
         if output is not latest or output._version != version:
             number = next(self._numbers)
@@ -149,18 +149,18 @@ class _Tracer:
         return number
 
 
-def _is_passed_on(given: list[tuple[Tensor, int]], output: Tensor) -> bool:
-    """Tell whether an output is an input, unchanged since it had its version, or a view of it."""
+def _is_unchanged(inputs: list[tuple[Tensor, int]], output: Tensor) -> bool:
+    """Return whether an output is an input, or a view of one, that still has its version."""
     return any(
         tensor.numel() == output.numel()
         and _share_memory(tensor, output)
         and tensor._version == version
-        for tensor, version in given
+        for tensor, version in inputs
     )
 
 
 class _ChannelAxes(TorchFunctionMode):
-    """Follows through all functions which axis of a tensor has the channels of an image."""
+    """Tracks, through all functions, the axis of a tensor that holds the channels of an image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,21 +198,21 @@ class _ChannelAxes(TorchFunctionMode):
         return _follow(*known[0], output) if known else None
 
 
-def _follow(given: Tensor, axis: int, output: Tensor) -> int | None:
-    """Find the axis of the channels in what a function made of a tensor."""
-    size = given.shape[axis]
-    if output.shape == given.shape and output.stride() == given.stride():
+def _follow(source: Tensor, axis: int, output: Tensor) -> int | None:
+    """Find the axis of the channels in the output of a function from that of its input."""
+    size = source.shape[axis]
+    if output.shape == source.shape and output.stride() == source.stride():
         return axis
     axes = [other for other in range(1, output.ndim) if output.shape[other] == size]
-    if _share_memory(given, output):  # permuted, cut or reshaped
-        step = given.stride(axis)
+    if _share_memory(source, output):  # permuted, sliced or reshaped
+        step = source.stride(axis)
         return next((other for other in axes if output.stride(other) == step), None)
-    if output.shape == given.shape:
+    if output.shape == source.shape:
         return axis
-    if output.numel() == given.numel():  # reshaped into a copy
-        before = given.shape[:axis].numel()
+    if output.numel() == source.numel():  # reshaped into a copy
+        before = source.shape[:axis].numel()
         return next((other for other in axes if output.shape[:other].numel() == before), None)
-    return axis if output.ndim == given.ndim else None
+    return axis if output.ndim == source.ndim else None
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
@@ -223,10 +223,10 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def find_tensors(values: Any) -> Iterator[Tensor]:
-    """Yield the tensors among arguments or results, also those in lists and dictionaries."""
+    """Yield the tensors in arguments or results, including those in lists and dictionaries."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, (list, tuple, dict)):
-        inside: Iterable[Any] = values.values() if isinstance(values, dict) else values
-        for value in inside:
+        items: Iterable[Any] = values.values() if isinstance(values, dict) else values
+        for value in items:
             yield from find_tensors(value)

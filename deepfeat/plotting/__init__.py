@@ -1,7 +1,7 @@
-"""Knows the names of the displays: pictures of layers, predictions, searches and training.
+"""Displays of layers, predictions, searches and training.
 
-Each follows scikit-learn's convention: `from_extractor`, `from_search` and the like gather the
-data and draw it, `plot` draws it again. Matplotlib comes with the extra `plot`.
+They follow scikit-learn's conventions: `from_extractor`, `from_search` and the like compute the
+data and plot it, and `plot` plots it again. They need Matplotlib, which the extra `plot` installs.
 """
 
 from ._activation_maps import ActivationMapDisplay

@@ -1,4 +1,4 @@
-"""Knows how to show what the channels of one layer make of one image."""
+"""`ActivationMapDisplay`: the channels of a layer for one image."""
 
 import math
 from collections.abc import Sequence
@@ -15,27 +15,27 @@ from ._checks import check_extractor
 
 
 class ActivationMapDisplay:
-    """Activation maps of one layer for one image, beside the image as the network sees it.
+    """Activation maps of a layer for one image, next to the image as the network sees it.
 
     It is recommended to use `from_extractor`. All parameters are stored as attributes.
 
     Parameters
     ----------
     maps : ndarray of shape (n, H, W)
-        One map a channel.
+        One map per channel.
     image : PIL image
-        The input.
+        The input of the network.
     layer : str
         Name of the layer.
     channels : sequence of int
-        Number of each map's channel.
+        Index of the channel of each map.
 
     Attributes
     ----------
     figure_ : matplotlib Figure
-        Figure of the picture.
+        Figure that contains the display.
     axes_ : ndarray of matplotlib Axes of shape (1 + n,)
-        The input's axes, and those of the maps.
+        Axes of the input, followed by those of the maps.
 
     See Also
     --------
@@ -80,19 +80,19 @@ class ActivationMapDisplay:
         cmap: str = "viridis",
         im_kw: dict[str, Any] | None = None,
     ) -> "ActivationMapDisplay":
-        """Run one image through the network and draw the maps of a layer.
+        """Run an image through the network and plot the maps of a layer.
 
         Parameters
         ----------
         extractor : DeepFeatureExtractor
-            Network, weights and preprocessing. Its `pooling`, `norm` and `cache` are of no effect.
+            Network, weights and preprocessing. Its `pooling`, `norm` and `cache` are ignored.
         image : path, PIL image, array, tensor or bytes
             A single image.
         layer : str or int, default=None
             The layer, one of `list_layers`; by default that of the extractor.
         channels : int or sequence of int, default=16
-            How many channels to show, from the first on, or which ones.
-        ax : matplotlib Axes or sequence of these, default=None
+            Number of channels to show, starting with the first, or their indices.
+        ax : matplotlib Axes or sequence of Axes, default=None
             As for `plot`.
         cmap : str, default="viridis"
             As for `plot`.
@@ -102,14 +102,14 @@ class ActivationMapDisplay:
         Returns
         -------
         display : ActivationMapDisplay
-            The display, drawn.
+            The plotted display.
 
         Raises
         ------
         ValueError
-            If the layer gives no maps, is a list of layers or has no such channel.
+            If the layer does not return maps, does not have these channels, or is a list of layers.
         LayerNotFoundError
-            If the network has no such layer.
+            If the network does not have the layer.
         """
         check_extractor(extractor)
         given = extractor.layer if layer is None else layer
@@ -121,18 +121,19 @@ class ActivationMapDisplay:
     def plot(
         self, ax: Any = None, *, cmap: str = "viridis", im_kw: dict[str, Any] | None = None
     ) -> "ActivationMapDisplay":
-        """Draw the input and the maps.
+        """Plot the input and the maps.
 
-        Each map has a colour scale of its own, from its smallest value to its largest.
+        Each map has its own colour scale, from its smallest to its largest value.
 
         Parameters
         ----------
-        ax : matplotlib Axes or sequence of these, default=None
-            A subplot, which is divided; or 1 + n Axes; by default a new figure.
+        ax : matplotlib Axes or sequence of Axes, default=None
+            A subplot to divide, or 1 + n Axes. If None, a new figure is created.
         cmap : str, default="viridis"
             Name of a matplotlib colour map.
         im_kw : dict, default=None
-            Further words for `imshow` of the maps; `vmin` and `vmax` give all of them one scale.
+            Keyword arguments passed to `imshow` for the maps; `vmin` and `vmax` give all of them
+            the same scale.
 
         Returns
         -------
@@ -142,14 +143,14 @@ class ActivationMapDisplay:
         count = len(self.maps)
         columns = math.ceil(math.sqrt(count))
         rows = math.ceil(count / columns)
-        # The input is a square as high as the maps: `rows` columns beside theirs.
-        places = [np.s_[number // columns, rows + number % columns] for number in range(count)]
-        cell = max(2.5 / rows, min(1.2, 6 / rows))
+        # The input is a square as high as all maps, and takes `rows` columns to their left.
+        cells = [np.s_[index // columns, rows + index % columns] for index in range(count)]
+        side = max(2.5 / rows, min(1.2, 6 / rows))
         self.figure_, axes = find_axes(
             ax,
             (rows, rows + columns),
-            [np.s_[:, :rows], *places],
-            figsize=(cell * (rows + columns), cell * rows + 0.4),
+            [np.s_[:, :rows], *cells],
+            figsize=(side * (rows + columns), side * rows + 0.4),
         )
         self.axes_: NDArray[Any] = np.array(axes, dtype=object)
         axes[0].imshow(self.image, cmap="gray")
@@ -166,10 +167,10 @@ class ActivationMapDisplay:
 def _read_maps(
     extractor: DeepFeatureExtractor, image: Any, layer: Any
 ) -> tuple[str, NDArray[np.float32]]:
-    """Return the name of a layer and its maps (C, H, W), neither pooled nor scaled."""
+    """Return the name of a layer and its maps (C, H, W), neither pooled nor normalised."""
     if isinstance(layer, (list, tuple)):
-        raise ValueError(f"layer={layer!r}: a single layer is expected; choose one with layer=.")
-    # A new extractor rather than a clone, which would copy a network of the user.
+        raise ValueError(f"layer must be a single layer; got {layer!r}.")
+    # A new extractor instead of a clone, which would copy a user's network.
     params = extractor.get_params(deep=False)
     raw = {"layer": layer, "pooling": "flatten", "norm": None, "cache": None, "on_error": "raise"}
     reader = type(extractor)(**params | raw).fit([image])
@@ -184,12 +185,16 @@ def _read_maps(
         found = [listed[layer]]
     maps = [entry.name for entry in listed if len(entry.output_shape) == 3]
     if not found or len(found[0].output_shape) != 3:
-        what = f"an output of shape {found[0].output_shape}" if found else "an unlisted output"
+        got = f" with shape {found[0].output_shape}" if found else ", which is not in list_layers"
         raise ValueError(
-            f"layer {layer!r} gives {what}; of list_layers one with maps (C, H, W) is expected"
-            + (f": {maps[0]!r}, ..., {maps[-1]!r}." if maps else ", and this network has none.")
+            f"layer must return maps (C, H, W); got {layer!r}{got}. "
+            + (
+                f"The layers with maps are {maps[0]!r}, ..., {maps[-1]!r}."
+                if maps
+                else "This network has no layers with maps."
+            )
         )
-    # The number of channels is that of the row: weights from a file may have other classes.
+    # The number of channels is inferred, since weights from a file may have other classes.
     return str(found[0].name if not isinstance(layer, str) else layer), reader.transform(
         [image]
     ).reshape(-1, *found[0].output_shape[1:])
@@ -198,12 +203,13 @@ def _read_maps(
 def _choose_channels(channels: int | Sequence[int], count: int, layer: str) -> list[int]:
     if not isinstance(channels, Sequence | np.ndarray):
         if channels < 1:
-            raise ValueError(f"channels={channels}: at least one channel is needed.")
+            raise ValueError(f"channels must be at least 1; got {channels!r}.")
         return list(range(min(channels, count)))
     chosen = [int(channel) for channel in channels]
     wrong = [channel for channel in chosen if not 0 <= channel < count]
     if wrong or not chosen:
         raise ValueError(
-            f"channels={channels!r}: layer {layer!r} has {count} channels, from 0 to {count - 1}."
+            f"channels must be indices from 0 to {count - 1}, since layer {layer!r} has {count} "
+            f"channels; got {channels!r}."
         )
     return chosen

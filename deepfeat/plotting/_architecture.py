@@ -1,4 +1,4 @@
-"""Knows how to show a network: its layers in order, what each gives, where its parameters are."""
+"""`ArchitectureDisplay`: the layers of a network, their outputs and their parameters."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ _COLORS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 
 
 class ArchitectureDisplay:
-    """Layers of a network from the input down: the size of their outputs, and their parameters.
+    """Layers of a network, from top to bottom: the size of their outputs, and their parameters.
 
     It is recommended to use `from_backbone` or `from_extractor`. All parameters are stored as
     attributes.
@@ -26,20 +26,20 @@ class ArchitectureDisplay:
     Parameters
     ----------
     layers : LayerTable
-        What `list_layers` returns.
+        The layers, as returned by `list_layers`.
     name : str
         Name of the network.
 
     Attributes
     ----------
     figure_ : matplotlib Figure
-        Figure of the picture.
+        Figure that contains the display.
     axes_ : ndarray of matplotlib Axes of shape (2,)
-        The outputs' axes and the parameters'.
+        Axes of the outputs and of the parameters.
 
     See Also
     --------
-    deepfeat.list_layers : The same as a table.
+    deepfeat.list_layers : The same information as a table.
 
     Examples
     --------
@@ -65,17 +65,17 @@ class ArchitectureDisplay:
         ax: Any = None,
         merge_repeats: bool = True,
     ) -> "ArchitectureDisplay":
-        """Draw the layers of a backbone. No weights are loaded.
+        """Plot the layers of a backbone, without loading weights.
 
         Parameters
         ----------
         backbone : str or torch.nn.Module
             As for `list_layers`.
         preprocessing : callable, default=None
-            As for `list_layers`; needed for a module.
+            As for `list_layers`; required for a module.
         image_size : int, default=None
             As for `list_layers`.
-        ax : matplotlib Axes or sequence of these, default=None
+        ax : matplotlib Axes or sequence of Axes, default=None
             As for `plot`.
         merge_repeats : bool, default=True
             As for `plot`.
@@ -83,7 +83,7 @@ class ArchitectureDisplay:
         Returns
         -------
         display : ArchitectureDisplay
-            The display, drawn.
+            The plotted display.
         """
         layers = list_layers(backbone, preprocessing=preprocessing, image_size=image_size)
         name = backbone if isinstance(backbone, str) else type(backbone).__name__
@@ -93,14 +93,14 @@ class ArchitectureDisplay:
     def from_extractor(
         cls, extractor: DeepFeatureExtractor, *, ax: Any = None, merge_repeats: bool = True
     ) -> "ArchitectureDisplay":
-        """Draw the layers of an extractor's backbone.
+        """Plot the layers of an extractor's backbone.
 
         Parameters
         ----------
         extractor : DeepFeatureExtractor
-            Its backbone, preprocessing and image size are taken. The classes are those of the
+            Its backbone, preprocessing and image size are used. The classes are those of the
             default weights.
-        ax : matplotlib Axes or sequence of these, default=None
+        ax : matplotlib Axes or sequence of Axes, default=None
             As for `plot`.
         merge_repeats : bool, default=True
             As for `plot`.
@@ -108,7 +108,7 @@ class ArchitectureDisplay:
         Returns
         -------
         display : ArchitectureDisplay
-            The display, drawn.
+            The plotted display.
         """
         check_extractor(extractor)
         return cls.from_backbone(
@@ -120,18 +120,19 @@ class ArchitectureDisplay:
         )
 
     def plot(self, ax: Any = None, *, merge_repeats: bool = True) -> "ArchitectureDisplay":
-        """Draw the layers from the input down.
+        """Plot the layers, with the first at the top.
 
-        On the left a bar is as wide as a square of the layer's places: those of maps, of tokens or
-        of a sequence; a vector has the width of a single place. On the right it is as long as the
-        layer has parameters, and the legend sums them up by kind of layer.
+        On the left, the width of a bar is the square root of the number of positions in the
+        output: those of maps, of tokens or of a sequence; a vector counts as a single position. On
+        the right, its length is the number of parameters, and the legend has the total for each
+        kind of layer.
 
         Parameters
         ----------
-        ax : matplotlib Axes or sequence of these, default=None
-            A subplot, which is divided; or two Axes; by default a new figure.
+        ax : matplotlib Axes or sequence of Axes, default=None
+            A subplot to divide, or two Axes. If None, a new figure is created.
         merge_repeats : bool, default=True
-            Whether layers of one kind and one output shape that follow each other share a row.
+            Whether consecutive layers of the same kind and output shape share a row.
 
         Returns
         -------
@@ -159,35 +160,35 @@ class ArchitectureDisplay:
 
     def _draw_outputs(self, axis: Any, rows: "list[_Row]", colors: dict[str, str]) -> None:
         """Draw a bar as wide as the output, with its shape, for each row."""
-        widths = [math.sqrt(row.places) for row in rows]
-        places = range(len(rows))
+        widths = [math.sqrt(row.n_positions) for row in rows]
+        indices = range(len(rows))
         bar_colors = [colors[row.kind] for row in rows]
-        axis.barh(places, widths, left=[-width / 2 for width in widths], color=bar_colors)
-        axis.set_yticks(places, [row.label for row in rows], fontsize="small")
+        axis.barh(indices, widths, left=[-width / 2 for width in widths], color=bar_colors)
+        axis.set_yticks(indices, [row.label for row in rows], fontsize="small")
         edge = max(widths) / 2
-        for place, row in zip(places, rows, strict=True):
+        for index, row in enumerate(rows):
             shape = " × ".join(map(str, row.output_shape))
-            axis.text(1.1 * edge, place, shape, va="center", fontsize="small")
+            axis.text(1.1 * edge, index, shape, va="center", fontsize="small")
         axis.set_xlim(-edge, 2.6 * edge)
         axis.set_title(f"{self.name}: outputs", fontsize="medium", loc="left")
 
     def _draw_parameters(self, axis: Any, rows: "list[_Row]", colors: dict[str, str]) -> None:
-        """Draw a bar as long as there are parameters, with their number, for each row."""
+        """Draw a bar as long as the number of parameters, and this number, for each row."""
         counts = [row.parameters for row in rows]
         total = sum(counts)
         legend = {}
         for kind, color in colors.items():
-            own = {place: row.parameters for place, row in enumerate(rows) if row.kind == kind}
+            own = {index: row.parameters for index, row in enumerate(rows) if row.kind == kind}
             bars = axis.barh(list(own), list(own.values()), color=color)
-            number = sum(own.values())
-            # Without its underscore, which would keep a private class out of the legend.
-            label = f"{kind.lstrip('_')}  {number:,} ({number / max(total, 1):.1%})"
-            legend[label if number else "no parameters"] = bars
-        for place, row in enumerate(rows):
+            subtotal = sum(own.values())
+            # Matplotlib leaves labels with a leading underscore out of the legend.
+            label = f"{kind.lstrip('_')}  {subtotal:,} ({subtotal / max(total, 1):.1%})"
+            legend[label if subtotal else "no parameters"] = bars
+        for index, row in enumerate(rows):
             if row.parameters:
                 axis.text(
                     row.parameters + 0.01 * max(counts),
-                    place,
+                    index,
                     f"{row.parameters:,}",
                     va="center",
                     fontsize="small",
@@ -199,43 +200,43 @@ class ArchitectureDisplay:
 
 
 class _Row(NamedTuple):
-    """One layer, or several alike that follow each other."""
+    """A layer, or several consecutive ones of the same kind and output shape."""
 
     label: str
     kind: str
     output_shape: tuple[int, ...]
-    places: int
+    n_positions: int
     parameters: int
 
 
 def _as_row(layer: Any) -> _Row:
-    places = math.prod(layer.output_shape) // layer.n_features
-    return _Row(layer.name, layer.kind, layer.output_shape, places, layer.parameters)
+    n_positions = math.prod(layer.output_shape) // layer.n_features
+    return _Row(layer.name, layer.kind, layer.output_shape, n_positions, layer.parameters)
 
 
 def _merge(layers: Sequence[Any]) -> list[_Row]:
     rows = []
     for _, group in itertools.groupby(layers, lambda layer: (layer.kind, layer.output_shape)):
-        alike = [_as_row(layer) for layer in group]
-        first, last = alike[0], alike[-1]
-        if len(alike) > 1:
+        repeats = [_as_row(layer) for layer in group]
+        first, last = repeats[0], repeats[-1]
+        if len(repeats) > 1:
             label = f"{first.label}–{_ending(first.label, last.label)}"
-            first = first._replace(label=label, parameters=sum(row.parameters for row in alike))
+            first = first._replace(label=label, parameters=sum(row.parameters for row in repeats))
         rows.append(first)
     return rows
 
 
 def _ending(first: str, last: str) -> str:
-    """Return what the last of two names has of its own: 5 of layer3.0 and layer3.5."""
+    """Return the part of the last name that differs: 5 for layer3.0 and layer3.5."""
     stem = last.rstrip("0123456789")
     return last.removeprefix(stem) if first.rstrip("0123456789") == stem else last
 
 
 def _color_kinds(rows: Sequence[_Row]) -> dict[str, str]:
-    """Give a colour to each kind of layer that has parameters, the one with most first."""
+    """Assign a colour to each kind of layer with parameters, starting with the most."""
     totals: dict[str, int] = {}
     for row in rows:
         totals[row.kind] = totals.get(row.kind, 0) + row.parameters
-    learned = sorted((kind for kind in totals if totals[kind]), key=lambda kind: -totals[kind])
-    colors = dict(zip(learned, itertools.chain(_COLORS, itertools.repeat("black")), strict=False))
+    kinds = sorted((kind for kind in totals if totals[kind]), key=lambda kind: -totals[kind])
+    colors = dict(zip(kinds, itertools.chain(_COLORS, itertools.repeat("black")), strict=False))
     return colors | {kind: GREY for kind in totals if not totals[kind]}

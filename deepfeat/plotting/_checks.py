@@ -1,4 +1,4 @@
-"""Knows which objects a display can be made from, and says so of any other."""
+"""Checks of the objects that displays are made from."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from deepfeat import DeepFeatureExtractor
 
 
 def check_extractor(extractor: Any) -> None:
-    """Raise unless it is an extractor."""
+    """Raise unless an object is an extractor."""
     if not isinstance(extractor, DeepFeatureExtractor):
         raise TypeError(
-            f"extractor is a {type(extractor).__name__}; a DeepFeatureExtractor is expected. Of a "
-            "pipeline take the step that is one, such as pipeline[0]."
+            f"extractor must be a DeepFeatureExtractor; got {type(extractor).__name__}. If it is a "
+            "step of a pipeline, pass that step, such as pipeline[0]."
         )

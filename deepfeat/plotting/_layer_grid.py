@@ -1,4 +1,4 @@
-"""Knows how to show the scores of a search over layers and C."""
+"""`LayerGridDisplay`: the scores of a search over layers and C."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,14 +11,14 @@ from ._axes import VERMILION, find_axes
 
 
 class LayerGridDisplay:
-    """Mean test scores of a search, one row a layer and one column a value of C.
+    """Mean test scores of a search, with one row per layer and one column per value of C.
 
     It is recommended to use `from_search`. All parameters are stored as attributes.
 
     Parameters
     ----------
     scores : ndarray of shape (n_layers, n_C)
-        Mean test scores; NaN where the search has no candidate.
+        Mean test scores; NaN for combinations without a candidate.
     layers : sequence of str
         Names of the rows.
     C : sequence of float
@@ -31,13 +31,13 @@ class LayerGridDisplay:
     Attributes
     ----------
     figure_ : matplotlib Figure
-        Figure of the picture.
+        Figure that contains the display.
     ax_ : matplotlib Axes
-        Axes of the picture.
+        Axes that contain the heat map.
     im_ : matplotlib AxesImage
         The heat map.
     text_ : ndarray of matplotlib Text of shape (n_layers, n_C)
-        The scores in the cells; None where there is no candidate.
+        The scores in the cells; None for cells without a candidate.
 
     Examples
     --------
@@ -92,20 +92,20 @@ class LayerGridDisplay:
         values_format: str = ".3f",
         colorbar: bool = True,
     ) -> "LayerGridDisplay":
-        """Draw the results of a fitted search.
+        """Plot the results of a fitted search.
 
-        Where more than the layer and C was searched, a cell has the best score over the rest.
+        If other parameters were searched, too, a cell has the best score over all their values.
 
         Parameters
         ----------
         search : GridSearchCV or another search with `cv_results_`
             The fitted search.
         layer_param : str, default=None
-            Name of the parameter of the rows; by default the one that ends in `layer`.
+            Name of the parameter in the rows; by default the one whose name ends in `layer`.
         C_param : str, default=None
-            Name of the parameter of the columns; by default the one that ends in `C`.
+            Name of the parameter in the columns; by default the one whose name ends in `C`.
         score_name : str, default=None
-            Which score, where `scoring` names several; by default the one that `refit` names.
+            Name of the score, if `scoring` has several; by default the one that `refit` names.
         ax : matplotlib Axes, default=None
             As for `plot`.
         cmap : str, default="viridis"
@@ -118,14 +118,14 @@ class LayerGridDisplay:
         Returns
         -------
         display : LayerGridDisplay
-            The display, drawn.
+            The plotted display.
 
         Raises
         ------
         NotFittedError
             If the search is not fitted.
         ValueError
-            If it has no such parameters or score, or several between which none was chosen.
+            If a parameter or the score is not in the results, or must be chosen from several.
         """
         results = _check_results(search)
         score_name = _find_score(search, score_name)
@@ -134,19 +134,19 @@ class LayerGridDisplay:
         C_param = C_param or _find_parameter(candidates, "C", "C_param")
         means = dict(enumerate(results[f"mean_test_{score_name}"]))
         cells = {
-            number: (_layer_label(params[layer_param]), params[C_param])
-            for number, params in enumerate(candidates)
+            index: (_layer_label(params[layer_param]), params[C_param])
+            for index, params in enumerate(candidates)
             if layer_param in params and C_param in params
         }
         if not cells:
-            raise ValueError(f"no candidate has both of {layer_param!r} and {C_param!r}.")
+            raise ValueError(f"No candidate has both {layer_param!r} and {C_param!r}.")
         layers = list(dict.fromkeys(layer for layer, _ in cells.values()))
         Cs = sorted({C for _, C in cells.values()})
         scores = np.full((len(layers), len(Cs)), np.nan)
-        for number, (layer, C) in cells.items():
+        for index, (layer, C) in cells.items():
             cell = layers.index(layer), Cs.index(C)
-            scores[cell] = np.fmax(scores[cell], means[number])
-        best = cells[min(cells, key=lambda number: results[f"rank_test_{score_name}"][number])]
+            scores[cell] = np.fmax(scores[cell], means[index])
+        best = cells[min(cells, key=lambda index: results[f"rank_test_{score_name}"][index])]
         display = cls(
             scores,
             layers=layers,
@@ -164,18 +164,18 @@ class LayerGridDisplay:
         values_format: str = ".3f",
         colorbar: bool = True,
     ) -> "LayerGridDisplay":
-        """Draw the heat map, with the best candidate framed.
+        """Plot the heat map, with a frame around the best candidate.
 
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            Where to draw; by default a new figure.
+            Axes to plot on. If None, a new figure is created.
         cmap : str, default="viridis"
             Name of a matplotlib colour map.
         values_format : str, default=".3f"
-            How a score is written in its cell.
+            Format specification of the scores in the cells.
         colorbar : bool, default=True
-            Whether to draw the scale of colours.
+            Whether to add a colour bar.
 
         Returns
         -------
@@ -198,7 +198,7 @@ class LayerGridDisplay:
                     va="center",
                     fontsize="small",
                     fontweight="bold" if (row, column) == self.best else "normal",
-                    color=_ink(colors[row, column]),
+                    color=_text_color(colors[row, column]),
                 )
         self._frame_best()
         self.ax_.set_xticks(range(n_C), [f"{C:g}" for C in self.C])
@@ -213,7 +213,7 @@ class LayerGridDisplay:
 
     def _frame_best(self) -> None:
         from_left, from_top = self.best[1] - 0.5, self.best[0] - 0.5
-        # White beside the colour, so that the frame stands out from every colour of the map.
+        # White around the colour, so that the frame stands out from every colour of the map.
         for color, width in (("white", 5), (VERMILION, 2.5)):
             self.ax_.plot(
                 from_left + np.array([0, 1, 1, 0, 0]),
@@ -226,38 +226,35 @@ class LayerGridDisplay:
 
 
 def _check_results(search: Any) -> Mapping[str, Any]:
-    """Return the results of a fitted search; complain of anything else."""
+    """Return the results of a fitted search; raise for anything else."""
     results = getattr(search, "cv_results_", None)
     if results is not None and "params" in results:
         return dict(results)
     if results is None and hasattr(search, "refit") and hasattr(search, "estimator"):
-        raise NotFittedError(f"this {type(search).__name__} is not fitted: call fit first.")
+        raise NotFittedError(f"This {type(search).__name__} is not fitted: call fit first.")
     raise TypeError(
-        f"search is a {type(search).__name__}; a fitted search such as GridSearchCV is expected."
+        f"search must be a fitted search such as GridSearchCV; got {type(search).__name__}."
     )
 
 
 def _find_score(search: Any, score_name: str | None) -> str:
-    """Return the name of a score in the results: the one asked for, the only one, or refit's."""
+    """Return the name of a score in the results: `score_name`, the only one, or refit's."""
     prefix = "mean_test_"
-    known = [key.removeprefix(prefix) for key in search.cv_results_ if key.startswith(prefix)]
+    names = [key.removeprefix(prefix) for key in search.cv_results_ if key.startswith(prefix)]
     if score_name is None:
-        score_name = known[0] if len(known) == 1 else search.refit
-    if score_name not in known:
-        raise ValueError(f"score_name={score_name!r}: the search has the scores {known}; name one.")
+        score_name = names[0] if len(names) == 1 else search.refit
+    if score_name not in names:
+        raise ValueError(f"score_name must be one of {names}; got {score_name!r}.")
     return score_name
 
 
 def _find_parameter(candidates: Sequence[Mapping[str, Any]], word: str, argument: str) -> str:
-    """Return the one searched parameter whose last word is `word`."""
+    """Return the only searched parameter whose name ends in `word`."""
     searched = list(dict.fromkeys(name for params in candidates for name in params))
     found = [name for name in searched if name.split("__")[-1] == word]
     if len(found) != 1:
-        number = "several parameters end" if found else "no parameter ends"
-        raise ValueError(
-            f"{number} in {word!r} among those searched, {found or searched}: name one with "
-            f"{argument}=."
-        )
+        problem = "Several searched parameters end" if found else "No searched parameter ends"
+        raise ValueError(f"{problem} in {word!r}: set {argument} to one of {found or searched}.")
     return found[0]
 
 
@@ -265,7 +262,7 @@ def _layer_label(layer: Any) -> str:
     return " + ".join(map(str, layer)) if isinstance(layer, (list, tuple)) else str(layer)
 
 
-def _ink(color: NDArray[Any]) -> str:
-    """Choose black or white, whichever is read better on a colour, by its relative luminance."""
+def _text_color(color: NDArray[Any]) -> str:
+    """Choose black or white, whichever is easier to read on a colour, by its luminance."""
     luminance = float(np.dot(color[:3], (0.299, 0.587, 0.114)))
     return "black" if luminance > 0.5 else "white"

@@ -1,4 +1,4 @@
-"""Knows how to show the training of a classifier: loss and accuracy of each epoch."""
+"""`LearningCurveDisplay`: the loss and the accuracy of each epoch of training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from sklearn.exceptions import NotFittedError
 from ._axes import BLUE, VERMILION, find_axes
 
 _LABELS = {"loss": "loss", "score": "accuracy"}
-_PARTS = {"train": ("training", BLUE, "o"), "validation": ("validation", VERMILION, "s")}
+_SETS = {"train": ("training", BLUE, "o"), "validation": ("validation", VERMILION, "s")}
 
 
 class LearningCurveDisplay:
@@ -21,21 +21,21 @@ class LearningCurveDisplay:
     Parameters
     ----------
     history : sequence of dict
-        The `history_` of a `FineTuneClassifier`. Of each epoch are drawn "train_loss",
-        "train_score", "validation_loss" and "validation_score", the last two unless they are None.
+        The `history_` of a `FineTuneClassifier`. The curves show "train_loss", "train_score",
+        "validation_loss" and "validation_score" of each epoch, the last two unless they are None.
 
     Attributes
     ----------
     figure_ : matplotlib Figure
-        Figure of the picture.
+        Figure that contains the display.
     axes_ : ndarray of matplotlib Axes of shape (2,)
         Axes of the losses and of the accuracies.
     lines_ : dict of str to matplotlib Line2D
-        The curves, by their names in the history.
+        The curves, by their keys in the history.
 
     See Also
     --------
-    deepfeat.FineTuneClassifier : What all the entries of a history are.
+    deepfeat.FineTuneClassifier : Documents all entries of a history.
 
     Examples
     --------
@@ -58,19 +58,19 @@ class LearningCurveDisplay:
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None) -> "LearningCurveDisplay":
-        """Draw the history of a fitted classifier.
+        """Plot the history of a fitted classifier.
 
         Parameters
         ----------
         estimator : FineTuneClassifier
             A fitted classifier.
-        ax : matplotlib Axes or sequence of these, default=None
+        ax : matplotlib Axes or sequence of Axes, default=None
             As for `plot`.
 
         Returns
         -------
         display : LearningCurveDisplay
-            The display, drawn.
+            The plotted display.
 
         Raises
         ------
@@ -79,18 +79,18 @@ class LearningCurveDisplay:
         """
         if not getattr(estimator, "history_", None):
             raise NotFittedError(
-                f"this {type(estimator).__name__} has no history_, or an empty one: a "
-                "FineTuneClassifier is expected that has been trained for an epoch or more."
+                "estimator must be a FineTuneClassifier that was trained for at least one epoch; "
+                f"got {type(estimator).__name__} without entries in history_."
             )
         return cls(estimator.history_).plot(ax)
 
     def plot(self, ax: Any = None) -> "LearningCurveDisplay":
-        """Draw the losses and the accuracies, side by side.
+        """Plot the losses and the accuracies side by side.
 
         Parameters
         ----------
-        ax : matplotlib Axes or sequence of these, default=None
-            A subplot, which is divided; or two Axes; by default a new figure.
+        ax : matplotlib Axes or sequence of Axes, default=None
+            A subplot to divide, or two Axes. If None, a new figure is created.
 
         Returns
         -------
@@ -102,21 +102,21 @@ class LearningCurveDisplay:
         self.axes_: NDArray[Any] = np.array(axes, dtype=object)
         self.lines_: dict[str, Any] = {}
         epochs = [entry["epoch"] for entry in self.history]
-        for axis, (quantity, words) in zip(axes, _LABELS.items(), strict=True):
-            for part, (label, color, marker) in _PARTS.items():
-                values = [entry[f"{part}_{quantity}"] for entry in self.history]
+        for axis, (quantity, ylabel) in zip(axes, _LABELS.items(), strict=True):
+            for name, (label, color, marker) in _SETS.items():
+                values = [entry[f"{name}_{quantity}"] for entry in self.history]
                 if all(value is None for value in values):
                     continue
-                (self.lines_[f"{part}_{quantity}"],) = axis.plot(
+                (self.lines_[f"{name}_{quantity}"],) = axis.plot(
                     epochs,
-                    np.array(values, dtype=float),  # None, of an epoch without, becomes a gap
+                    np.array(values, dtype=float),  # None, without validation, becomes a gap
                     color=color,
                     marker=marker,
                     markersize=4,
                     label=label,
                 )
             axis.locator_params(axis="x", integer=True, min_n_ticks=1)
-            axis.set(xlabel="epoch", ylabel=words)
+            axis.set(xlabel="epoch", ylabel=ylabel)
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].legend(frameon=False)

@@ -1,4 +1,4 @@
-"""Knows how to show images beside what a classifier takes them for."""
+"""`PredictionDisplay`: images with their most probable classes."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from ._axes import SKY, find_axes
 
 
 class PredictionDisplay:
-    """Images, each beside a bar for every class that it was probably taken for.
+    """Images, each next to a bar chart of its most probable classes.
 
     It is recommended to use `from_estimator`, `from_backbone` or `from_predictions`. All parameters
     are stored as attributes.
@@ -26,14 +26,14 @@ class PredictionDisplay:
     images : list of n PIL images
         The images.
     predictions : list of n lists of pairs (str, float)
-        For each image names of classes with their probabilities, from the top down.
+        Class names with probabilities for each image, from top to bottom.
 
     Attributes
     ----------
     figure_ : matplotlib Figure
-        Figure of the picture.
+        Figure that contains the display.
     axes_ : ndarray of matplotlib Axes of shape (n, 2)
-        For each image the axes of the image and of its bars.
+        Axes of each image and of its bars.
 
     Examples
     --------
@@ -67,15 +67,15 @@ class PredictionDisplay:
         ax: Any = None,
         n_cols: int = 2,
     ) -> "PredictionDisplay":
-        """Draw predictions that are there already.
+        """Plot existing predictions.
 
         Parameters
         ----------
         images : sequence or array of n images
-            As for `DeepFeatureExtractor`, but no flattened rows.
+            As for `DeepFeatureExtractor`, except for flattened rows.
         predictions : sequence of n sequences of pairs (str, float)
-            For each image names of classes with their probabilities, from the top down.
-        ax : matplotlib Axes or sequence of these, default=None
+            Class names with probabilities for each image, from top to bottom.
+        ax : matplotlib Axes or sequence of Axes, default=None
             As for `plot`.
         n_cols : int, default=2
             As for `plot`.
@@ -83,18 +83,18 @@ class PredictionDisplay:
         Returns
         -------
         display : PredictionDisplay
-            The display, drawn.
+            The plotted display.
 
         Raises
         ------
         ValueError
-            If there are not as many predictions as images, or an image cannot be read.
+            If the numbers of predictions and images differ, or an image cannot be read.
         """
         pictures = [record.open() for record in as_records(images)]
         if len(predictions) != len(pictures):
             raise ValueError(
-                f"{len(predictions)} predictions of {len(pictures)} images were given; for each "
-                "image one sequence of pairs (name, probability) is expected."
+                "predictions must have one sequence of pairs (name, probability) per image; "
+                f"got {len(predictions)} for {len(pictures)} images."
             )
         return cls(pictures, predictions=predictions).plot(ax, n_cols=n_cols)
 
@@ -108,18 +108,18 @@ class PredictionDisplay:
         ax: Any = None,
         n_cols: int = 2,
     ) -> "PredictionDisplay":
-        """Draw what a fitted classifier of images predicts.
+        """Plot the predictions of a fitted classifier of images.
 
         Parameters
         ----------
         estimator : classifier
-            A fitted classifier, or a pipeline that ends in one, that takes images and has
+            A fitted classifier, or a pipeline that ends in one, that accepts images and has
             `predict_proba` and `classes_`.
         images : sequence or array of n images
-            What the classifier takes, but no flattened rows.
+            As for the classifier, except for flattened rows.
         top : int, default=5
-            How many classes an image is shown with; fewer where the classifier has not as many.
-        ax : matplotlib Axes or sequence of these, default=None
+            Number of classes to show per image; at most those of the classifier.
+        ax : matplotlib Axes or sequence of Axes, default=None
             As for `plot`.
         n_cols : int, default=2
             As for `plot`.
@@ -127,7 +127,7 @@ class PredictionDisplay:
         Returns
         -------
         display : PredictionDisplay
-            The display, drawn.
+            The plotted display.
 
         Raises
         ------
@@ -139,8 +139,9 @@ class PredictionDisplay:
         check_is_fitted(estimator)
         if not hasattr(estimator, "predict_proba"):
             raise TypeError(
-                f"this {type(estimator).__name__} has no predict_proba: take a classifier with "
-                "probabilities, such as LogisticRegression, or wrap it in CalibratedClassifierCV."
+                f"estimator must have predict_proba; got {type(estimator).__name__}: use a "
+                "classifier with probabilities, such as LogisticRegression, or wrap it in "
+                "CalibratedClassifierCV."
             )
         predictions = []
         for probabilities in estimator.predict_proba(images):
@@ -159,22 +160,21 @@ class PredictionDisplay:
         ax: Any = None,
         n_cols: int = 2,
     ) -> "PredictionDisplay":
-        """Draw what a pretrained network sees in images, in the words of its weights.
+        """Plot the predictions of a pretrained network, with the categories of its weights.
 
-        Of the choices of `predict_categories` these are the common ones; for others give what it
-        returns to `from_predictions`.
+        For other parameters of `predict_categories`, pass its result to `from_predictions`.
 
         Parameters
         ----------
         backbone : str
             As for `predict_categories`.
         images : sequence or array of n images
-            As for `predict_categories`, but no flattened rows.
+            As for `predict_categories`, except for flattened rows.
         weights : str, path or torchvision weights, default="DEFAULT"
             As for `predict_categories`.
         top : int, default=5
-            How many categories an image is shown with.
-        ax : matplotlib Axes or sequence of these, default=None
+            Number of categories to show per image.
+        ax : matplotlib Axes or sequence of Axes, default=None
             As for `plot`.
         n_cols : int, default=2
             As for `plot`.
@@ -182,21 +182,21 @@ class PredictionDisplay:
         Returns
         -------
         display : PredictionDisplay
-            The display, drawn.
+            The plotted display.
         """
         predictions = predict_categories(images, backbone, weights=weights, top=top)
         return cls.from_predictions(images, predictions, ax=ax, n_cols=n_cols)
 
     def plot(self, ax: Any = None, *, n_cols: int = 2) -> "PredictionDisplay":
-        """Draw the images and their bars.
+        """Plot the images and their bars.
 
         Parameters
         ----------
-        ax : matplotlib Axes or sequence of these, default=None
-            A subplot, which is divided; or 2 n Axes, those of an image and of its bars in turn;
-            by default a new figure.
+        ax : matplotlib Axes or sequence of Axes, default=None
+            A subplot to divide, or 2 * n Axes, those of an image and of its bars in turn. If None,
+            a new figure is created.
         n_cols : int, default=2
-            How many images stand side by side.
+            Number of images side by side.
 
         Returns
         -------
@@ -207,8 +207,8 @@ class PredictionDisplay:
         columns = min(n_cols, count)
         rows = math.ceil(count / columns)
         cells = []
-        for number in range(count):
-            row, column = divmod(number, columns)
+        for index in range(count):
+            row, column = divmod(index, columns)
             cells += [np.s_[row, 2 * column], np.s_[row, 2 * column + 1]]
         self.figure_, axes = find_axes(
             ax,
@@ -228,17 +228,17 @@ class PredictionDisplay:
 
 
 def _draw_bars(axis: Any, pairs: Sequence[tuple[Any, float]]) -> None:
-    places = range(len(pairs))
-    axis.barh(places, [probability for _, probability in pairs], color=SKY, alpha=0.6)
+    indices = range(len(pairs))
+    axis.barh(indices, [probability for _, probability in pairs], color=SKY, alpha=0.6)
     axis.set_xlim(0, 1)
     axis.set_ylim(len(pairs) - 0.4, -0.6)
-    # On the bars and not beside them, where long names would leave no room for the image.
-    axis.set_yticks(places, [_label(*pair) for pair in pairs], ha="left", fontsize="small")
+    # On the bars instead of to their left, where long names would leave no space for the image.
+    axis.set_yticks(indices, [_label(*pair) for pair in pairs], ha="left", fontsize="small")
     axis.tick_params(axis="y", length=0, pad=-4)
     axis.set_xticks([])
     axis.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 def _label(name: Any, probability: float) -> str:
-    """Write the probability in as much room as 100.0% takes, so that the names are aligned."""
+    """Pad the probability to the width of 100.0%, so that the names are aligned."""
     return f"{probability:.1%}".rjust(6, "\N{FIGURE SPACE}") + f"  {name}"

@@ -1,4 +1,4 @@
-"""Laws of digests by value: another behaviour has another digest, the same one has the same."""
+"""Digests by value: equal behaviour has equal digests, different behaviour different ones."""
 
 import copy
 import importlib
@@ -23,7 +23,7 @@ from deepfeat._backbones.fingerprint import UnknownContentError, fingerprint
 
 numbers = itertools.count()
 
-# Source, the object that is digested, and what changes its behaviour in place.
+# Source code, the object that is digested, and a statement that changes its behaviour in place.
 CHANGES = {
     "a global": ("k = 2\ndef f(x): return k * x", "m.f", "m.k = 3"),
     "a global in a comprehension": (
@@ -269,7 +269,7 @@ CHANGES = {
         "m.f",
         "other.k = 3",
     ),
-    "a module that is asked by name": (
+    "a module whose attribute is read by name": (
         "import {other}\ndef f(x): return getattr({other}, 'g')(x)",
         "m.f",
         "other.k = 3",
@@ -333,7 +333,7 @@ CHANGES = {
 
 @pytest.fixture
 def user_code(tmp_path, monkeypatch):
-    """Import a module of the user from source; give it, another module and a package."""
+    """Import a module from source; return it, another module, a package and its submodule."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
@@ -357,8 +357,8 @@ def user_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_behaviour_has_another_digest(change, user_code, monkeypatch):
-    """Code and data that change in place are noticed, wherever they lie."""
+def test_different_behaviour_has_a_different_digest(change, user_code, monkeypatch):
+    """Code and data that change in place are noticed, wherever they are."""
     source, subject, statement = CHANGES[change]
     m, other, package, sub = user_code(
         source.replace("{1: 2}", "dict([(1, 2)])").replace("{1, 2}", "set([1, 2])")
@@ -429,7 +429,7 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("name", ["__main__", "a module"])
 def test_a_digest_is_the_same_in_every_process(name, tmp_path):
-    """Whatever the hash seed, the name of the file and the lines: three fresh processes agree."""
+    """Three processes agree, whatever the hash seed, the name of the file and the line numbers."""
     digests = set()
     for seed in range(3):
         file = tmp_path / f"file_{seed}.py"
@@ -448,8 +448,8 @@ def test_a_digest_is_the_same_in_every_process(name, tmp_path):
     assert len(digests) == 1
 
 
-def test_comments_and_lines_and_places_are_no_behaviour(user_code):
-    """A function that moves to another line of another file, with comments, is the same."""
+def test_comments_and_locations_are_not_behaviour(user_code):
+    """A function that moves to another line of another file, with comments, stays the same."""
     one, *_ = user_code("def f(x):\n    return 2 * x")
     other, *_ = user_code("k = 2\n\n\ndef f(x):\n    # twice\n\n    return 2 * x")
     assert fingerprint(one.f) == fingerprint(other.f)
@@ -466,13 +466,13 @@ def named_networks():
 
 @pytest.mark.parametrize("number", range(2))
 def test_a_copy_has_the_digest_of_its_original(number):
-    """Deep copies are equal, as those that a clone makes."""
+    """Deep copies, such as those that `clone` makes, are equal."""
     network = named_networks()[number]
     assert fingerprint(copy.deepcopy(network)) == fingerprint(network)
 
 
 def test_copies_of_a_parametrized_layer_have_one_digest():
-    """Pickle refuses such a layer; its class keeps the original, which copies do not hold."""
+    """Pickle refuses such a layer; its class refers to the original, unlike those of copies."""
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
     one, other = copy.deepcopy(layer), copy.deepcopy(layer)
     assert fingerprint(one) == fingerprint(other)
@@ -499,12 +499,12 @@ def test_copies_of_a_parametrized_layer_have_one_digest():
     ids=lambda value: type(value).__name__,
 )
 def test_a_pickle_has_the_digest_of_its_original(value):
-    """What installed packages bring is known by their names."""
+    """Objects of installed packages are identified by name."""
     assert fingerprint(pickle.loads(pickle.dumps(value))) == fingerprint(value)
 
 
-def test_installed_code_counts_by_its_release(monkeypatch):
-    """The same transform of another torchvision is another one."""
+def test_installed_code_is_identified_by_its_release(monkeypatch):
+    """The same transform of another release of torchvision is a different one."""
     from deepfeat._backbones import fingerprint as _fingerprint
 
     transform = v2.Resize(8)
@@ -519,8 +519,8 @@ def test_installed_code_counts_by_its_release(monkeypatch):
 
 
 @pytest.mark.parametrize("installer", ["wheel", "checkout"])
-def test_a_checkout_is_no_installed_package(installer, tmp_path, monkeypatch):
-    """Metadata beside the code of a development install do not freeze it at its version."""
+def test_a_checkout_is_not_an_installed_package(installer, tmp_path, monkeypatch):
+    """A development install, with metadata beside its code, is not identified by its version."""
     from deepfeat._backbones import fingerprint as _fingerprint
 
     (tmp_path / "mine_1").mkdir()
@@ -546,8 +546,8 @@ def test_a_checkout_is_no_installed_package(installer, tmp_path, monkeypatch):
         sys.modules.pop("mine_1", None)
 
 
-def test_a_traced_network_has_a_digest_however_long_it_is():
-    """The nodes of its graph know each other, and the last lies as deep as there are nodes."""
+def test_a_traced_network_of_any_length_has_a_digest():
+    """The nodes of its graph refer to each other, and are nested as deeply as there are nodes."""
     layers = nn.Sequential(*(nn.Linear(1, 1) for _ in range(300)))
     one, same, other = map(torch.fx.symbolic_trace, (layers, layers, layers[:-1]))
     assert fingerprint(same) == fingerprint(one) != fingerprint(other)
@@ -557,16 +557,16 @@ def test_a_traced_network_has_a_digest_however_long_it_is():
     assert fingerprint(one) != before
 
 
-def test_an_integer_has_a_digest_however_long_it_is():
-    """Python refuses to write integers of more than 4,300 digits in decimals."""
+def test_an_integer_of_any_length_has_a_digest():
+    """Python refuses to write integers of more than 4,300 digits in decimal."""
     assert fingerprint(1 << 20_000) != fingerprint(1 << 20_001)
 
 
 def test_modules_that_import_each_other_are_digested_once():
-    """There are more ways through them than can be gone."""
+    """There are too many paths through them to follow each."""
     modules = [types.ModuleType(f"friend_{number}") for number in range(20)]
     for module in modules:
-        vars(module).update({one.__name__: one for one in modules})
+        vars(module).update({friend.__name__: friend for friend in modules})
     before = fingerprint(modules[0])
     modules[7].k = 1
     assert fingerprint(modules[0]) != before
@@ -579,7 +579,7 @@ def looped():
 
 
 class Parent(nn.Module):
-    """A module whose child knows it, which torch allows by way of a list."""
+    """A module whose child refers to it, which torch allows inside a list."""
 
     def __init__(self):
         super().__init__()
@@ -588,8 +588,8 @@ class Parent(nn.Module):
 
 
 @pytest.mark.parametrize("make", [looped, Parent])
-def test_what_contains_itself_has_a_digest(make):
-    """A cycle ends, and what lies around it counts."""
+def test_an_object_that_contains_itself_has_a_digest(make):
+    """A cycle ends, and everything around it counts."""
     assert fingerprint(make()) == fingerprint(make())
     assert fingerprint((make(), 1)) != fingerprint((make(), 2))
 
@@ -612,22 +612,22 @@ def waiting_import():
     [
         (threading.Lock, "a lock cannot be digested"),
         (open_file, "a TextIOWrapper cannot be digested"),
-        (lambda: (one for one in ()), "a generator cannot be digested"),
+        (lambda: (item for item in ()), "a generator cannot be digested"),
         (lambda: torch.zeros(3).to_sparse(), "sparse"),
         (lambda: torch.zeros(3, device="meta"), "meta"),
         (waiting_import, "'this_is_not_loaded_yet', which a function imports, is not loaded yet"),
         (lambda: nest(100_000), "nested too deeply"),
-        (lambda: np.frompyfunc(abs, 1, 1), "is known by a name that it does not have"),
+        (lambda: np.frompyfunc(abs, 1, 1), "does not have the name that it is pickled by"),
     ],
 )
-def test_what_cannot_be_digested_is_named(make, words, tmp_path, monkeypatch):
-    """A lock, a file or code that is not there yet has no digest, alone or inside."""
+def test_an_object_that_cannot_be_digested_is_named(make, words, tmp_path, monkeypatch):
+    """A lock, a file or code that is not loaded yet has no digest, alone or inside another."""
     (tmp_path / "this_is_not_loaded_yet.py").write_text("def f(x): return x")
     monkeypatch.syspath_prepend(tmp_path)
     value = make()
-    for one in (value, [value], types.SimpleNamespace(x=value)):
+    for holder in (value, [value], types.SimpleNamespace(x=value)):
         with pytest.raises(UnknownContentError, match=words):
-            fingerprint(one)
+            fingerprint(holder)
     getattr(value, "close", int)()
 
 
@@ -655,7 +655,7 @@ values = st.recursive(
 
 
 def spell(value):
-    """Write a value so that equal spellings mean equal values of equal types."""
+    """Represent a value such that equal representations mean equal values of equal types."""
     if isinstance(value, (list, tuple)):
         return type(value).__name__, [spell(item) for item in value]
     if isinstance(value, frozenset):
@@ -666,7 +666,7 @@ def spell(value):
 
 
 @given(values, values)
-def test_digests_are_equal_where_values_are(one, other):
-    """1, 1.0 and True differ, as do 0.0 and -0.0 or a list and a tuple; sets have no order."""
+def test_digests_are_equal_if_values_are(one, other):
+    """1, 1.0 and True differ, as do 0.0 and -0.0, or a list and a tuple; sets have no order."""
     assert (fingerprint(one) == fingerprint(other)) == (spell(one) == spell(other))
     assert fingerprint(copy.deepcopy(one)) == fingerprint(one)

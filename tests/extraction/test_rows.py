@@ -644,7 +644,7 @@ def test_a_second_pass_leaves_out_what_a_network_does_not_give(cache, pictures):
         rows = DeepFeatureExtractor(net, layer, cache=cache, **parameters).transform(pictures)
         expected = DeepFeatureExtractor(net, layer, cache=None, **parameters).transform(pictures)
         np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="'rare' gives no tensor"):
+    with pytest.raises(ValueError, match="'rare' does not return a tensor"):
         DeepFeatureExtractor(net, "rare", cache=cache, **parameters).transform(pictures)
 
 

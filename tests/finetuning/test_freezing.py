@@ -251,9 +251,9 @@ def test_what_follows_is_a_matter_of_computation_not_of_definition(prepare, unfr
         (["all"], LayerNotFoundError, "no layer 'all'"),
         ("", LayerNotFoundError, "no layer ''"),
         (99, LayerNotFoundError, "there is no layer 99"),
-        (1.5, ValueError, "a name or a whole number is expected"),
-        (True, ValueError, "a name or a whole number is expected"),
-        ([None], ValueError, "a name or a whole number is expected"),
+        (1.5, ValueError, "layer must be a name or an integer; got"),
+        (True, ValueError, "layer must be a name or an integer; got"),
+        ([None], ValueError, "layer must be a name or an integer; got"),
         (
             ["blocks.0.2"],
             ValueError,

@@ -222,12 +222,15 @@ def chain(*layers):
 @pytest.mark.parametrize(
     ("net", "words"),
     [
-        (chain(nn.Linear(4, 2), nn.Softmax(1)), "ends in Softmax: the network must put out logits"),
+        (chain(nn.Linear(4, 2), nn.Softmax(1)), "ends in Softmax: the network must return logits"),
         (chain(nn.Linear(4, 2), nn.LogSoftmax(1)), "ends in LogSoftmax: .* logits"),
         (chain(nn.Linear(4, 2), nn.Sigmoid()), "ends in Sigmoid: .* logits"),
-        (nn.Sequential(nn.Conv2d(3, 4, 3)), r"puts out \(4, 14, 14\) .* torch.nn.Flatten\(\)"),
-        (nn.Sequential(nn.Flatten(2), nn.Linear(256, 3)), r"puts out \(3, 3\) for an image"),
-        (nn.Sequential(nn.Flatten()), "has no weights that could be trained"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), r"got shape \(4, 14, 14\): .* torch.nn.Flatten\(\)"),
+        (
+            nn.Sequential(nn.Flatten(2), nn.Linear(256, 3)),
+            r"must return one vector per image; got shape \(3, 3\)",
+        ),
+        (nn.Sequential(nn.Flatten()), "has no weights to train"),
         (chain(nn.BatchNorm1d(4)), r"ends in '3', a BatchNorm1d, .* Use head='append'"),
         (
             nn.Sequential(nn.Conv2d(3, 4, 16), nn.Flatten()),
@@ -263,7 +266,7 @@ def test_what_is_called_softmax_need_not_be_one(seeded):
     net = seeded(chain, nn.Linear(4, 2), Softmax())
     assert find_head(net, SHAPE).layer == "3"
     derived = type("Scores", (nn.Softmax,), {})(1)
-    with pytest.raises(ValueError, match="ends in Scores: the network must put out logits"):
+    with pytest.raises(ValueError, match="ends in Scores: the network must return logits"):
         find_head(chain(nn.Linear(4, 2), derived), SHAPE)
 
 

@@ -11,10 +11,11 @@ from torchvision import models
 
 from deepfeat import list_backbones
 from deepfeat._backbones.find import find_backbone
+from deepfeat._backbones.resnet10_slim import NAME, ResNet10Slim_Weights
 from deepfeat._layers.index import LayerIndex
 from deepfeat._layers.reading import ForwardPass
 
-# One small member of each family of torchvision, and a side of input that it takes.
+# One small member of each family of torchvision, and a side of input that it accepts.
 FAMILIES = {
     "alexnet": 64,
     "convnext_tiny": 32,
@@ -40,12 +41,12 @@ FAMILIES = {
     "vgg11_bn": 32,
     "vit_b_32": 64,
 }
-IN_A_DEFAULT_RUN = (*FAMILIES, "resnet10_slim")
+IN_A_DEFAULT_RUN = (*FAMILIES, NAME)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Nets this small run no faster on more, and far slower on a machine that is busy."""
+    """More threads do not make networks this small faster, and slow them on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,13 +55,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
-    """One small network of each family; a test that asks for it runs once for each."""
+    """One small network per family; a test with this fixture runs once for each."""
     return request.param
 
 
 @pytest.fixture
 def side(family: str) -> int:
-    """A side of images that the network of a family takes."""
+    """A side of images that the network of a family accepts."""
     return FAMILIES[family]
 
 
@@ -75,13 +76,20 @@ def side(family: str) -> int:
     ]
 )
 def backbone(request: pytest.FixtureRequest) -> str:
-    """Every network by name; a default run takes one of each family."""
+    """Every network by name; a default run covers one per family."""
     return request.param
+
+
+@pytest.fixture
+def published(backbone: str) -> dict[str, Any]:
+    """The metadata of the default weights of a network."""
+    weights = ResNet10Slim_Weights if backbone == NAME else models.get_model_weights(backbone)
+    return weights["DEFAULT"].meta
 
 
 @pytest.fixture(scope="session")
 def index_of() -> Callable[[str], LayerIndex]:
-    """Index a backbone of torchvision as its default weights take it, without any weights."""
+    """Index a backbone at the input size of its default weights, without loading them."""
 
     @functools.cache
     def index_of(name: str) -> LayerIndex:
@@ -101,7 +109,7 @@ def build() -> Callable[..., nn.Module]:
             if name.startswith(("alexnet", "vgg")):
                 return build_narrow(name)
             if name in ("googlenet", "inception_v3"):
-                options["init_weights"] = False  # drawing them takes a minute
+                options["init_weights"] = False  # initialising them takes a minute
             if name.startswith("vit"):
                 options["image_size"] = side
             return models.get_model(name, weights=None, **{"num_classes": 10, **options}).eval()
@@ -110,13 +118,13 @@ def build() -> Callable[..., nn.Module]:
 
 
 def build_narrow(name: str) -> nn.Module:
-    """Build an AlexNet or VGG with 16 units in place of 4,096, which take seconds to draw."""
+    """Build an AlexNet or VGG with 16 units instead of 4,096, which take seconds to initialise."""
     with torch.device("meta"):
         net = models.get_model(name, weights=None)
-    for place, layer in enumerate(net.classifier):
+    for index, layer in enumerate(net.classifier):
         if isinstance(layer, nn.Linear):
             inputs = layer.in_features if layer.in_features > 4096 else 16
-            net.classifier[place] = nn.Linear(inputs, 16)
+            net.classifier[index] = nn.Linear(inputs, 16)
     net.to_empty(device="cpu")
     for module in net.modules():
         if hasattr(module, "reset_parameters"):

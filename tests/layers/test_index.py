@@ -1,4 +1,4 @@
-"""The index of a network: its layers, resolved by name or number, and its blocks."""
+"""The index of a network: its layers, resolved by name or index, and its blocks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,40 +10,39 @@ from torch import nn
 
 from deepfeat import LayerNotFoundError, list_backbones
 from deepfeat._backbones.find import find_backbone
-from deepfeat._backbones.torchvision import known_weights
 from deepfeat._layers.index import LayerIndex
 
 
 def test_there_are_81_backbones() -> None:
-    """The laws below go through all classification models of torchvision, and our own."""
+    """The tests below cover all classification models of torchvision, and our own."""
     assert len(list_backbones()) == 81
 
 
 def test_multiply_adds_are_those_that_torchvision_publishes(
-    backbone: str, index_of: Callable[[str], LayerIndex]
+    backbone: str, published: dict[str, Any], index_of: Callable[[str], LayerIndex]
 ) -> None:
-    """The multiply-adds of all layers add up to torchvision's figure, to the last digit of it."""
+    """The multiply-adds of all layers add up to torchvision's figure, to its last digit."""
     total = sum(layer.multiply_adds for layer in index_of(backbone).table)
-    assert round(total / 1e9, 3) == known_weights(backbone)["DEFAULT"].meta["_ops"]
+    assert round(total / 1e9, 3) == published["_ops"]
 
 
-def test_names_and_numbers_lead_to_the_same_layers(
+def test_names_and_indices_resolve_to_the_same_layers(
     backbone: str, index_of: Callable[[str], LayerIndex]
 ) -> None:
-    """Name, aliases, place from the start and place from the end of a layer mean the same."""
+    """The name, an alias and the index from the start or the end mean the same layer."""
     index = index_of(backbone)
     count = len(index.table)
     names = [layer.name for layer in index.table]
     assert len(set(names)) == count
-    for place, layer in enumerate(index.table):
-        here = index.resolve(place)
-        assert here == index.resolve(layer.name) == index.resolve(place - count)
-        assert here == index.resolve(np.int64(place))
-        assert (here.name, here.output_shape) == (layer.name, layer.output_shape)
+    for number, layer in enumerate(index.table):
+        resolved = index.resolve(number)
+        assert resolved == index.resolve(layer.name) == index.resolve(number - count)
+        assert resolved == index.resolve(np.int64(number))
+        assert (resolved.name, resolved.output_shape) == (layer.name, layer.output_shape)
         for alias in layer.aliases:
-            there = index.resolve(alias)
-            assert (there.path, there.output_shape) == (here.path, here.output_shape)
-            assert there.name == alias
+            other = index.resolve(alias)
+            assert (other.path, other.output_shape) == (resolved.path, resolved.output_shape)
+            assert other.name == alias
     assert index.resolve(-1).name == names[-1]
 
 
@@ -57,7 +56,7 @@ def test_the_fully_connected_layers_of_vgg16(index_of: Callable[[str], LayerInde
 
 
 def test_a_layer_may_lie_inside_a_block(index_of: Callable[[str], LayerIndex]) -> None:
-    """Any module path can be read, also one that is not in the list."""
+    """Any module path can be read, even if it is not in the list."""
     index = index_of("resnet50")
     assert "layer3.1.conv2" not in [layer.name for layer in index.table]
     assert index.resolve("layer3.1.conv2").output_shape == (256, 14, 14)
@@ -68,16 +67,16 @@ def test_a_layer_may_lie_inside_a_block(index_of: Callable[[str], LayerIndex]) -
     ("layer", "words"),
     [
         ("conv5_4", "VGG has no layer 'conv5_4'. Close matches: 'conv5_3', 'conv5_2', 'conv5_1'."),
-        ("zzz", "VGG has no layer 'zzz'. Its last ones are 'relu7', 'fc8', 'relu8'."),
-        ("", "VGG has no layer ''. Its last ones are 'relu7', 'fc8', 'relu8'."),
+        ("zzz", "VGG has no layer 'zzz'. Its last layers are 'relu7', 'fc8', 'relu8'."),
+        ("", "VGG has no layer ''. Its last layers are 'relu7', 'fc8', 'relu8'."),
         (38, "VGG has 38 layers, from -38 to 37; there is no layer 38."),
         (-39, "VGG has 38 layers, from -38 to 37; there is no layer -39."),
     ],
 )
-def test_a_wrong_name_is_answered_with_the_right_ones(
+def test_an_error_about_a_wrong_name_suggests_right_ones(
     layer: str | int, words: str, index_of: Callable[[str], LayerIndex]
 ) -> None:
-    """The error tells the network, what was asked for, and what there is."""
+    """The error gives the network, the requested layer and existing ones."""
     with pytest.raises(LayerNotFoundError) as caught:
         index_of("vgg16").resolve(layer)
     assert str(caught.value) == words
@@ -85,9 +84,9 @@ def test_a_wrong_name_is_answered_with_the_right_ones(
 
 
 @pytest.mark.parametrize("layer", [True, False, 1.0, None, b"fc8", ["fc8"], np.bool_(True)])
-def test_what_is_no_name_is_refused(layer: Any, index_of: Callable[[str], LayerIndex]) -> None:
-    """A truth value is no place in the list, nor is a float a number of one."""
-    with pytest.raises(TypeError, match="a name or a whole number is expected"):
+def test_only_names_and_integers_resolve(layer: Any, index_of: Callable[[str], LayerIndex]) -> None:
+    """Neither a bool nor a float is an index."""
+    with pytest.raises(TypeError, match="layer must be a name or an integer; got"):
         index_of("vgg16").resolve(layer)
 
 
@@ -108,8 +107,8 @@ def test_what_is_no_name_is_refused(layer: Any, index_of: Callable[[str], LayerI
         ("vgg11", "fc8", ["classifier.6"]),
         ("vgg11", "relu8", ["classifier.6"]),
         ("vgg11", "stage2", ["features.2", "features.3", "features.4"]),
-        ("squeezenet1_1", "stage4", [f"features.{place}" for place in range(8, 13)]),
-        # A module of that name comes before a stage.
+        ("squeezenet1_1", "stage4", [f"features.{number}" for number in range(8, 13)]),
+        # A module of that name takes precedence over a stage.
         ("shufflenet_v2_x0_5", "stage2", ["stage2"]),
         ("vit_b_32", "encoder", ["encoder"]),
         ("vit_b_32", "encoder.layers", ["encoder.layers"]),
@@ -118,14 +117,14 @@ def test_what_is_no_name_is_refused(layer: Any, index_of: Callable[[str], LayerI
 def test_a_name_stands_for_a_block(
     name: str, layer: str | int, paths: list[str], index_of: Callable[[str], LayerIndex]
 ) -> None:
-    """Of a container that is all of it, of a stage all layers since the stage before."""
+    """A container is a block as a whole, a stage consists of all layers after the previous one."""
     assert list(index_of(name).block(layer)) == paths
 
 
-def test_stages_share_out_the_layers_of_a_network(
+def test_stages_partition_the_layers_of_a_network(
     family: str, index_of: Callable[[str], LayerIndex]
 ) -> None:
-    """In order, without a gap, from the first layer to the last stage's last."""
+    """In order and without a gap, from the first layer to the end of the last stage."""
     index = index_of(family)
     stages = [alias for layer in index.table for alias in layer.aliases if alias[:5] == "stage"]
     stages = [stage for stage in stages if stage not in index.calls]
@@ -137,7 +136,7 @@ def test_stages_share_out_the_layers_of_a_network(
 
 
 @pytest.mark.parametrize("layer", ["layer5", "", "layer3.", "stage9", 99])
-def test_a_block_that_is_not_there_is_answered_like_a_layer(
+def test_a_missing_block_raises_like_a_missing_layer(
     layer: str | int, index_of: Callable[[str], LayerIndex]
 ) -> None:
     """With close matches."""
@@ -148,12 +147,12 @@ def test_a_block_that_is_not_there_is_answered_like_a_layer(
 def test_units_are_the_layers_of_the_list(
     family: str, index_of: Callable[[str], LayerIndex]
 ) -> None:
-    """As paths of modules, in the order of computation; `calls` tells of each."""
+    """As module paths, in the order of computation; `calls` has an entry for each."""
     index = index_of(family)
     listed = [index.resolve(layer.name).path for layer in index.table if layer.name != "relu8"]
     assert list(index.units) == listed
-    places = [list(index.calls).index(path) for path in index.units]
-    assert places == sorted(places)
+    order = [list(index.calls).index(path) for path in index.units]
+    assert order == sorted(order)
     skeleton = find_backbone(family).skeleton
     for path in index.units:
         kind = type(skeleton.get_submodule(path)).__name__
@@ -161,7 +160,7 @@ def test_units_are_the_layers_of_the_list(
 
 
 def test_the_list_prints_as_a_table() -> None:
-    """The representation of a list is a table with aligned columns."""
+    """The repr of a list is a table with aligned columns."""
     net = nn.Sequential()
     net.body = nn.Sequential(nn.Conv2d(3, 1000, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout())
     net.fc = nn.Sequential(nn.Flatten(), nn.Linear(49000, 2))
@@ -177,7 +176,7 @@ def test_the_list_prints_as_a_table() -> None:
 
 
 def test_the_list_turns_into_a_data_frame(index_of: Callable[[str], LayerIndex]) -> None:
-    """pandas makes a frame of the list: a row a layer, a column each thing known of it."""
+    """pandas converts the list to a frame with one row per layer and one column per attribute."""
     table = index_of("vgg16").table
     frame = pd.DataFrame(table)
     assert list(frame.columns) == [

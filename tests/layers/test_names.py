@@ -1,8 +1,9 @@
-"""Names: Caffe's, stages and aliases; which modules are layers, and with which weights."""
+"""Names: Caffe's, stages and aliases; which modules are layers, and their parameters."""
 
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,37 +16,36 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 from deepfeat import LayerNotFoundError
 from deepfeat._backbones.find import find_backbone
-from deepfeat._backbones.torchvision import known_weights
 from deepfeat._layers.index import LayerIndex
 
 exactly = functools.partial(assert_close, rtol=0, atol=0)
 
 
-def test_the_list_shares_out_all_parameters(
-    backbone: str, index_of: Callable[[str], LayerIndex]
+def test_every_parameter_is_counted_with_a_layer(
+    backbone: str, published: dict[str, Any], index_of: Callable[[str], LayerIndex]
 ) -> None:
     """The parameters of all layers add up to the network's, as torchvision publishes them."""
     expected = sum(weight.numel() for weight in find_backbone(backbone).skeleton.parameters())
     if backbone not in ("googlenet", "inception_v3"):  # published without auxiliary classifiers
-        assert expected == known_weights(backbone)["DEFAULT"].meta["num_params"]
+        assert expected == published["num_params"]
     assert sum(layer.parameters for layer in index_of(backbone).table) == expected
 
 
-def test_a_containers_own_parameters_count_with_its_first_layer(
+def test_a_containers_own_parameters_are_counted_with_its_first_layer(
     index_of: Callable[[str], LayerIndex],
 ) -> None:
-    """The class token with the first layer of all, position embeddings with the first block."""
+    """The class token is counted with the first layer, position embeddings with the first block."""
     net = find_backbone("vit_b_16").skeleton
     layers = {layer.name: layer.parameters for layer in index_of("vit_b_16").table}
     assert layers["conv_proj"] == (3 * 16 * 16 + 1) * 768 + net.class_token.numel()
-    first, second = (layers[f"encoder.layers.encoder_layer_{place}"] for place in (0, 1))
+    first, second = (layers[f"encoder.layers.encoder_layer_{number}"] for number in (0, 1))
     assert first - second == net.encoder.pos_embedding.numel()
 
 
-def test_auxiliary_classifiers_count_with_the_classifier(
+def test_auxiliary_classifiers_are_counted_with_the_classifier(
     index_of: Callable[[str], LayerIndex],
 ) -> None:
-    """They are no layers of the forward pass, which leaves them out."""
+    """They are not layers, since the forward pass skips them."""
     net = find_backbone("googlenet").skeleton
     *_, last = index_of("googlenet").table
     heads = (net.aux1, net.aux2, net.fc)
@@ -54,7 +54,7 @@ def test_auxiliary_classifiers_count_with_the_classifier(
 
 
 def test_a_shared_parameter_is_counted_once() -> None:
-    """With the first layer that has it."""
+    """It is counted with the first layer that has it."""
     net = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.ReLU(), nn.Conv2d(3, 3, 1, bias=False))
     net[2].weight = net[0].weight
     assert [layer.parameters for layer in LayerIndex(net, (3, 8, 8)).table] == [9, 0, 0]
@@ -72,14 +72,14 @@ def test_vgg_has_the_names_of_caffe(
     batch_norm: str,
     index_of: Callable[[str], LayerIndex],
 ) -> None:
-    """VGG's layers are numbered by block and place, as in the paper's Caffe models."""
+    """VGG's layers are numbered by block and position, as in the paper's Caffe models."""
     expected: list[tuple[str, str, tuple[int, ...]]] = []
     for block, count in enumerate(convolutions, start=1):
         channels, side = min(64 * 2 ** (block - 1), 512), 224 // 2 ** (block - 1)
-        for place in range(1, count + 1):
+        for number in range(1, count + 1):
             kinds = [("conv", "Conv2d"), ("bn", "BatchNorm2d"), ("relu", "ReLU")]
             expected += [
-                (f"{short}{block}_{place}", kind, (channels, side, side))
+                (f"{short}{block}_{number}", kind, (channels, side, side))
                 for short, kind in kinds
                 if batch_norm or short != "bn"
             ]
@@ -92,7 +92,7 @@ def test_vgg_has_the_names_of_caffe(
 
 
 def test_alexnet_has_the_names_of_caffe(index_of: Callable[[str], LayerIndex]) -> None:
-    """AlexNet's five convolutions are numbered through; it pools after 1, 2 and 5."""
+    """AlexNet's five convolutions are numbered consecutively; it pools after 1, 2 and 5."""
     names = (
         "conv1 relu1 pool1 conv2 relu2 pool2 conv3 relu3 conv4 relu4 conv5 relu5 pool5 avgpool "
         "fc6 relu6 fc7 relu7 fc8 relu8"
@@ -103,7 +103,7 @@ def test_alexnet_has_the_names_of_caffe(index_of: Callable[[str], LayerIndex]) -
 
 
 def test_caffe_names_survive_another_head() -> None:
-    """A VGG with layers of its own in the head keeps good names, and gets none made up."""
+    """A VGG with other layers in the head keeps its names; the new layers get no Caffe names."""
     net = models.vgg11(init_weights=False)
     net.classifier = nn.Sequential(
         nn.Linear(25088, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2), nn.Softmax(1)
@@ -112,8 +112,8 @@ def test_caffe_names_survive_another_head() -> None:
     assert names[-5:] == ["fc6", "classifier.1", "relu6", "fc7", "classifier.4"]
 
 
-# From the papers' tables and torchvision's definitions: the end of each resolution but the last
-# vectors, as modules. A name stands for all networks that it is a pattern of.
+# From the papers' tables and torchvision's definitions: the last module of each resolution, before
+# the vectors. The keys are patterns of the names of networks.
 STAGES = {
     "alexnet": "relu1 relu2 relu5",
     "vgg11(_bn)?": "relu1_1 relu2_1 relu3_2 relu4_2 relu5_2",
@@ -143,7 +143,7 @@ STAGES = {
 def test_stages_end_before_each_down_sampling(
     backbone: str, index_of: Callable[[str], LayerIndex]
 ) -> None:
-    """`stage1`, `stage2`, ... are the ends of the resolutions that the architecture has."""
+    """`stage1`, `stage2`, ... are the last layers of each resolution of the architecture."""
     index = index_of(backbone)
     (ends,) = (ends.split() for pattern, ends in STAGES.items() if re.fullmatch(pattern, backbone))
     areas = []
@@ -156,8 +156,8 @@ def test_stages_end_before_each_down_sampling(
         index.resolve(f"stage{len(ends) + 1}")
 
 
-def test_a_stage_of_one_pixel_ends_on_what_is_learned() -> None:
-    """ResNet's last maps of 32-pixel images have one pixel; the global pooling is no stage."""
+def test_a_stage_of_one_pixel_ends_before_the_pooling() -> None:
+    """ResNet's last maps of 32-pixel images have one pixel; global pooling is not a stage."""
     index = LayerIndex(models.resnet18(weights=None), (3, 32, 32))
     assert index.resolve("layer4").output_shape == (512, 1, 1)
     assert index.resolve("stage5").path == "layer4.1"
@@ -165,7 +165,7 @@ def test_a_stage_of_one_pixel_ends_on_what_is_learned() -> None:
 
 
 def test_modules_called_stage_keep_their_names(index_of: Callable[[str], LayerIndex]) -> None:
-    """ShuffleNet has modules `stage2` to `stage4`, which are meant by these names."""
+    """ShuffleNet has modules `stage2` to `stage4`, to which these names refer."""
     index = index_of("shufflenet_v2_x1_0")
     for number, blocks in ((2, 4), (3, 8), (4, 4)):
         assert index.resolve(f"stage{number}").path == f"stage{number}.{blocks - 1}"
@@ -173,7 +173,7 @@ def test_modules_called_stage_keep_their_names(index_of: Callable[[str], LayerIn
 
 
 class Doubling(nn.Module):
-    """A block that computes, under whatever name."""
+    """A block that computes something, whatever its name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,8 +191,8 @@ class Doubling(nn.Module):
         *("MyPool2d", "AdaptiveNormPool", "Permute", "WindowPartition", "LayerNormal"),
     ],
 )
-def test_the_name_of_a_class_decides_nothing(kind: str) -> None:
-    """A block of the user is a layer like any other: in the list, in stages, by number."""
+def test_the_name_of_a_class_does_not_matter(kind: str) -> None:
+    """A block of the user is a layer like any other: in the list, in stages, by index."""
     block = type(kind, (Doubling,), {})
     net = nn.Sequential(
         nn.Conv2d(3, 3, 1), block(), nn.Sequential(block(), nn.Conv2d(3, 3, 2, 2)), block()
@@ -208,7 +208,7 @@ def test_the_name_of_a_class_decides_nothing(kind: str) -> None:
 
 
 class Quiet(nn.Module):
-    """Draw noise in training, and pass on everything otherwise."""
+    """Adds noise in training, and returns its input otherwise."""
 
     def forward(self, maps: Tensor) -> Tensor:
         return maps + torch.randn_like(maps) if self.training else maps
@@ -227,15 +227,15 @@ class Reshaping(nn.Module):
     ],
     ids=lambda idle: type(idle).__name__,
 )
-def test_what_passes_on_its_input_is_no_layer(idle: nn.Module) -> None:
-    """In eval mode, at most viewed in another shape; it can still be read by its path."""
+def test_a_module_that_returns_its_input_is_not_a_layer(idle: nn.Module) -> None:
+    """In eval mode, at most with another shape; it can still be read by its path."""
     index = LayerIndex(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(True), idle), (3, 8, 8))
     assert [layer.name for layer in index.table] == ["0", "1"]
     assert index.resolve("2").path == "2"
 
 
-def test_what_is_not_called_itself_is_opened() -> None:
-    """Blocks in a ModuleDict, and those of a network that is run by another of its methods."""
+def test_modules_that_are_not_called_themselves_are_containers() -> None:
+    """Their blocks are layers: those of a ModuleDict, or of a network that is not called."""
 
     class Whole(nn.Module):
         def __init__(self) -> None:
@@ -252,8 +252,8 @@ def test_what_is_not_called_itself_is_opened() -> None:
     assert names == ["body.0", "wrapped.inner", "parts.a", "parts.b"]
 
 
-def test_the_layers_of_what_gives_a_dict_are_listed() -> None:
-    """A network as torchvision builds it for segmentation."""
+def test_the_layers_of_a_module_that_returns_a_dict_are_listed() -> None:
+    """As in torchvision's networks for segmentation."""
     body = IntermediateLayerGetter(models.resnet18(weights=None), {"layer4": "out"})
     net = models.segmentation.FCN(body, nn.Conv2d(512, 2, 1)).eval()
 
@@ -272,7 +272,7 @@ def test_the_layers_of_what_gives_a_dict_are_listed() -> None:
 
 
 class Encoder(nn.Module):
-    """A block with a name that torchvision gives to a container."""
+    """A block with the name of one of torchvision's containers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -292,7 +292,7 @@ InPlaceEncoder.__name__ = "Encoder"
 
 
 class Mixed(nn.Module):
-    """Modules and functions, one module twice, one never, one that gives a dict."""
+    """Modules and functions; one module is called twice, one never, one returns a dict."""
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -321,7 +321,7 @@ class Tail(nn.Module):
 def test_a_network_of_the_user_is_listed_and_read(
     read: Callable[..., list[Tensor]], images: Callable[..., Tensor]
 ) -> None:
-    """Plain containers are opened, blocks are not; what gives a dict is read inside."""
+    """Plain containers are opened, blocks are not; a module that returns a dict is read inside."""
     net, batch = Mixed(Encoder()).eval(), images()
     index = LayerIndex(net, (3, 32, 32))
     names = ["encoder", "body.0.0", "body.0.1", "body.0.2", "body.1.0", "tail.fc"]
@@ -330,16 +330,17 @@ def test_a_network_of_the_user_is_listed_and_read(
     with torch.inference_mode():
         exactly(scores, net(batch)["scores"])
         exactly(maps, net.body[1][0](net.body[0](net.encoder(batch))))
-    for silent in ("tail", "unused"):
-        with pytest.raises(LayerNotFoundError, match=f"Mixed does not call '{silent}' .* or gets"):
-            index.resolve(silent)
+    for path in ("tail", "unused"):
+        words = f"Mixed does not call '{path}' .*, or the module does not return a tensor"
+        with pytest.raises(LayerNotFoundError, match=words):
+            index.resolve(path)
 
 
 @pytest.mark.parametrize("encoder", [Encoder, InPlaceEncoder])
-def test_a_container_that_computes_is_no_alias_of_its_end(
+def test_a_container_that_computes_is_not_an_alias_of_its_last_layer(
     encoder: type[nn.Module], read: Callable[..., list[Tensor]], images: Callable[..., Tensor]
 ) -> None:
-    """A path means that very module: a sum or a ReLU after the last child is not left out."""
+    """A path means that very module, including a sum or a ReLU after its last child."""
     net, batch = Mixed(encoder()).eval(), images()
     encoded, second = read(net, batch, "encoder", "encoder.second")
     with torch.inference_mode():
@@ -347,10 +348,10 @@ def test_a_container_that_computes_is_no_alias_of_its_end(
         exactly(second, net.encoder.second(net.encoder.first(batch)))
 
 
-def test_a_container_that_ends_on_a_second_call_is_no_alias(
+def test_a_container_that_ends_with_a_second_call_is_not_an_alias(
     read: Callable[..., list[Tensor]], images: Callable[..., Tensor]
 ) -> None:
-    """A ReLU shared by two places gives `body` its own values, not those of the layer before."""
+    """With a ReLU that is used twice, `body` has its own values, not those of the first use."""
     net, batch = Mixed(Encoder()).eval(), images()
     body, conv, relu = read(net, batch, "body", "body.1.0", "body.0.2")
     with torch.inference_mode():

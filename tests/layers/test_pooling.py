@@ -1,4 +1,4 @@
-"""Tests of pooling: the output of a layer becomes one row per image."""
+"""Pooling: the output of a layer becomes one row per image."""
 
 import math
 
@@ -16,7 +16,7 @@ POOLINGS = ("avg", "max", "gem", "cls", "flatten")
 
 
 def pool_by_hand(maps, pooling):
-    """Pool (n, C, H, W) as the papers write it."""
+    """Pool (n, C, H, W) by the formulas of the papers."""
     flat = maps.reshape(*maps.shape[:2], -1).astype(np.float64)
     if pooling == "max":
         return flat.max(axis=2)
@@ -32,8 +32,8 @@ def rng():
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("pooling", ["avg", "max", "gem", "flatten"])
-def test_maps_are_pooled_over_their_places(rng, pooling, channels_last):
-    """However the channels lie, a row has one value a channel, or all channel by channel."""
+def test_maps_are_pooled_over_their_positions(rng, pooling, channels_last):
+    """Wherever the channel axis is, a row has one value per channel, or all channel by channel."""
     maps = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
     layer = ResolvedLayer("maps", "maps", (3, 4, 5), channels_last=channels_last)
     output = torch.from_numpy(np.moveaxis(maps, 1, -1) if channels_last else maps)
@@ -43,7 +43,7 @@ def test_maps_are_pooled_over_their_places(rng, pooling, channels_last):
 @pytest.mark.parametrize("prefix", [0, 1, 3])
 @pytest.mark.parametrize("pooling", ["avg", "max", "gem"])
 def test_tokens_are_pooled_without_those_before_the_patches(rng, pooling, prefix):
-    """A class token and registers are no places in the image."""
+    """A class token and registers are not positions in the image."""
     tokens = rng.normal(size=(2, 6, 4)).astype(np.float32)
     layer = ResolvedLayer("tokens", "tokens", (6, 4), channels_last=True, prefix_tokens=prefix)
     expected = pool_by_hand(np.moveaxis(tokens[:, prefix:], 1, 2)[..., None], pooling)
@@ -53,7 +53,7 @@ def test_tokens_are_pooled_without_those_before_the_patches(rng, pooling, prefix
 
 @pytest.mark.parametrize("pooling", ["avg", "max", "gem"])
 def test_sequences_are_pooled_over_their_length(rng, pooling):
-    """What a Conv1d gives, (C, L), has its channels first."""
+    """The output of a Conv1d, (C, L), has its channels first."""
     sequences = rng.normal(size=(2, 6, 4)).astype(np.float32)
     layer = ResolvedLayer("conv", "conv", (6, 4))
     expected = pool_by_hand(sequences[..., None], pooling)
@@ -62,7 +62,7 @@ def test_sequences_are_pooled_over_their_length(rng, pooling):
 
 
 def test_the_class_token_is_the_first(rng):
-    """The pooling "cls" takes it alone, "flatten" takes it with all others."""
+    """The pooling "cls" returns only this token, "flatten" all of them."""
     tokens = rng.normal(size=(2, 6, 4)).astype(np.float32)
     layer = ResolvedLayer(
         "tokens", "tokens", (6, 4), channels_last=True, prefix_tokens=2, class_token=True
@@ -72,7 +72,7 @@ def test_the_class_token_is_the_first(rng):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_vectors_stay_as_they_are(rng, pooling):
+def test_vectors_are_not_changed(rng, pooling):
     """There is nothing to pool."""
     vectors = rng.normal(size=(3, 7)).astype(np.float32)
     layer = ResolvedLayer("fc", "fc", (7,))
@@ -80,8 +80,8 @@ def test_vectors_stay_as_they_are(rng, pooling):
     assert count_features(layer, pooling) == 7
 
 
-def test_a_single_value_an_image_is_a_column():
-    """A network may end on one score, without a dimension of its own."""
+def test_a_single_value_per_image_is_a_column():
+    """A network may return one score per image, without a second dimension."""
     layer = ResolvedLayer("score", "score", ())
     assert count_features(layer, "flatten") == 1
     assert_array_equal(pool(layer, torch.tensor([1.0, 2.0]), "flatten"), [[1], [2]])
@@ -89,7 +89,7 @@ def test_a_single_value_an_image_is_a_column():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_pooling_computes_in_float32(dtype):
-    """In float16 the sum over places, and the third power, would end at infinity."""
+    """In float16 the sum over positions, and the third power, would overflow."""
     layer = ResolvedLayer("maps", "maps", (1, 64, 64))
     maps = torch.full((1, 1, 64, 64), 2048.0, dtype=dtype)
     for pooling in ("avg", "max", "gem"):
@@ -98,7 +98,7 @@ def test_pooling_computes_in_float32(dtype):
 
 
 def test_pooling_leaves_the_output_alone(rng):
-    """The network goes on computing with it."""
+    """The network still computes with it."""
     output = torch.from_numpy(rng.normal(size=(2, 3, 4, 5)).astype(np.float32))
     before = output.clone()
     layer = ResolvedLayer("maps", "maps", (3, 4, 5))
@@ -107,8 +107,8 @@ def test_pooling_leaves_the_output_alone(rng):
     assert_array_equal(output, before)
 
 
-def test_gem_knows_no_negative_and_no_nan():
-    """Values below 1e-6 count as 1e-6, so that the root is defined."""
+def test_gem_of_negative_values_is_not_nan():
+    """Values below 1e-6 are raised to 1e-6, so that the root is defined."""
     layer = ResolvedLayer("maps", "maps", (1, 2, 2))
     assert_allclose(pool(layer, torch.full((1, 1, 2, 2), -5.0), "gem"), [[1e-6]], rtol=1e-3)
 
@@ -118,7 +118,7 @@ sides = st.integers(2, 5)
 
 @st.composite
 def layers(draw):
-    """Draw a layer of maps, tokens, vectors, scores or something that is none of these."""
+    """Draw a layer of maps, tokens, vectors, scores or any other shape."""
     shape = tuple(draw(st.lists(sides, max_size=4)))
     is_tokens = len(shape) == 2 and draw(st.booleans())
     return ResolvedLayer(
@@ -133,7 +133,7 @@ def layers(draw):
 
 @given(layers(), st.sampled_from(POOLINGS), st.integers(1, 3))
 def test_the_number_of_features_is_known_beforehand(layer, pooling, n_images):
-    """`count_features` refuses a pooling, or tells the width of the rows that `pool` makes."""
+    """`count_features` refuses a pooling, or returns the width of the rows that `pool` returns."""
     shape = layer.output_shape
     moved = layer.channels_last and len(shape) == 3
     output = torch.ones(n_images, *(shape[1:] + shape[:1] if moved else shape))
@@ -146,18 +146,18 @@ def test_the_number_of_features_is_known_beforehand(layer, pooling, n_images):
 
 @given(layers())
 def test_flatten_suits_any_layer(layer):
-    """There is a pooling for every output."""
+    """Every output can be flattened."""
     assert count_features(layer, "flatten") == math.prod(layer.output_shape)
 
 
 @pytest.mark.parametrize("layer", [(3, 4, 5), (6, 4)], ids=["maps", "tokens without class token"])
 def test_cls_needs_a_class_token(layer):
-    """The error says what the layer is, and which poolings are possible."""
+    """The error describes the layer, and lists the poolings that are possible."""
     with pytest.raises(ValueError, match=r"'conv' \(output shape .* 'avg', 'max', 'gem' or 'fl"):
         count_features(ResolvedLayer("conv", "conv", layer), "cls")
 
 
-def test_what_is_neither_maps_nor_tokens_can_only_be_flattened():
-    """Five dimensions have no agreed places."""
-    with pytest.raises(ValueError, match=r"'video' .*\(2, 3, 4, 5\) can be pooled by 'flatten'"):
+def test_anything_but_maps_and_tokens_can_only_be_flattened():
+    """Five dimensions have no agreed meaning."""
+    with pytest.raises(ValueError, match=r"must be 'flatten' .*'video' .*\(2, 3, 4, 5\)\); got 'a"):
         count_features(ResolvedLayer("video", "video", (2, 3, 4, 5)), "avg")

@@ -1,4 +1,4 @@
-"""Reading layers: every value is the network's own, and the network is left as it was."""
+"""Reading of layers: the values are those of the network, which does not change."""
 
 import copy
 import functools
@@ -27,7 +27,7 @@ def read_layers(
     batch: Tensor,
     reduce: Callable[[ResolvedLayer, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Read layers of a network for a single batch."""
+    """Read layers of a network once."""
     return ForwardPass(module, layers, reduce)(batch)
 
 
@@ -65,7 +65,7 @@ def capture_by_hooks(net: nn.Module, paths: list[str], batch: Tensor) -> dict[st
 def test_reading_gives_what_torchvision_extracts(
     family: str, side: int, build: Callable[..., nn.Module], images: Callable[..., Tensor]
 ) -> None:
-    """Every layer of every family has the values and the shape that torchvision's tracer gives."""
+    """Every layer of every family has the values and the shape of torchvision's tracer."""
     net, batch = build(family, side), images(2 if side < 200 else 1, side)
     index = LayerIndex(copy.deepcopy(net).to("meta"), (3, side, side))
     layers = [index.resolve(entry.name) for entry in index.table if entry.name != "relu8"]
@@ -77,7 +77,7 @@ def test_reading_gives_what_torchvision_extracts(
     with torch.inference_mode():
         expected = create_feature_extractor(still, paths, suppress_diff_warning=True)(batch)
     if family == "densenet121":
-        # Its forward overwrites this one by a function, which the tracer's graph does as well.
+        # Its forward overwrites this output with a function, and so does the tracer's graph.
         expected |= capture_by_hooks(still, ["features.norm5"], batch)
 
     assert len(layers) >= 8
@@ -94,7 +94,7 @@ def test_reading_gives_what_torchvision_extracts(
 def test_giants_are_read_like_the_others(
     name: str, build: Callable[..., nn.Module], images: Callable[..., Tensor]
 ) -> None:
-    """The largest networks, too, give at each stage what a clone taken in a full pass holds."""
+    """The largest networks, too, have the values of clones taken in a full pass."""
     side = 28 if name == "vit_h_14" else 32
     net, batch = build(name, side), images(1, side)
     index = LayerIndex(net, (3, side, side))
@@ -111,7 +111,7 @@ def test_a_layer_is_read_before_its_relu_overwrites_it(
     build: Callable[..., nn.Module],
     images: Callable[..., Tensor],
 ) -> None:
-    """`conv5_3` and `relu5_3` of one call differ, as do `fc6` and `relu6`: both are as computed."""
+    """`conv5_3` and `relu5_3` of one pass differ, as do `fc6` and `relu6`: all are as computed."""
     net, batch = build("vgg16"), images()
     conv, relu, fc6, relu6 = read(net, batch, "conv5_3", "relu5_3", "fc6", "relu6")
 
@@ -128,12 +128,12 @@ def test_a_layer_is_read_before_its_relu_overwrites_it(
     assert fc6.min() < 0
 
 
-def test_the_order_of_asking_does_not_matter(
+def test_the_order_of_layers_does_not_matter(
     read: Callable[..., list[Tensor]],
     build: Callable[..., nn.Module],
     images: Callable[..., Tensor],
 ) -> None:
-    """Layers asked for from the deepest to the first have the values of the other order."""
+    """Layers from the deepest to the first have the same values as in the opposite order."""
     net, batch = build("resnet18"), images()
     deep, shallow = read(net, batch, "layer2", "layer1.0.bn1")
     also_shallow, also_deep = read(net, batch, "layer1.0.bn1", "layer2")
@@ -146,7 +146,7 @@ def test_the_first_call_of_a_module_is_read(
     build: Callable[..., nn.Module],
     images: Callable[..., Tensor],
 ) -> None:
-    """`layer1.0.relu` is called twice in a residual block; its first output is the one read."""
+    """`layer1.0.relu` is called twice in a residual block; its first output is read."""
     net, batch = build("resnet18"), images()
     (relu,) = read(net, batch, "layer1.0.relu")
     still = out_of_place(net)
@@ -160,12 +160,12 @@ def test_the_first_call_of_a_module_is_read(
         exactly(second, first)
 
 
-def test_the_first_of_a_tuple_is_read(
+def test_the_first_element_of_a_tuple_is_read(
     read: Callable[..., list[Tensor]],
     build: Callable[..., nn.Module],
     images: Callable[..., Tensor],
 ) -> None:
-    """Attention gives a tuple of tokens and weights; the tokens are read."""
+    """Attention returns a tuple of tokens and weights; the tokens are read."""
     net, batch = build("vit_b_32", 64), images(2, 64)
     path = "encoder.layers.encoder_layer_0.self_attention"
     (tokens,) = read(net, batch, path)
@@ -181,7 +181,7 @@ def test_the_first_of_a_tuple_is_read(
 def test_reading_stops_after_the_deepest_layer(
     build: Callable[..., nn.Module], images: Callable[..., Tensor]
 ) -> None:
-    """Nothing past the deepest layer asked for is run, and nothing before it twice."""
+    """Nothing after the deepest requested layer is run, and nothing before it runs twice."""
     net, batch = build("resnet18"), images()
     index = LayerIndex(net, (3, 32, 32))
     calls: list[str] = []
@@ -194,7 +194,7 @@ def test_reading_stops_after_the_deepest_layer(
 
 
 class Interruption:
-    """Ctrl-C before the nth line that a thread runs of the package, or of torch's hooks."""
+    """Ctrl-C before the nth line of the package, or of torch's hooks, that a thread runs."""
 
     FILES = ("reading.py", "trace.py", "cutting.py", "torch/nn/modules/module.py", "hooks.py")
 
@@ -220,7 +220,7 @@ class Interruption:
 
 @pytest.mark.filterwarnings("ignore:.*:ResourceWarning")
 def test_ctrl_c_between_any_two_lines_leaves_nothing_behind(images: Callable[..., Tensor]) -> None:
-    """Neither a hook on the shared network nor a lock: the next read gives what it always did."""
+    """Neither a hook on the shared network nor a lock: the next pass has the same values."""
     net, batch = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)).eval(), images(2, 4)
     layers = [ResolvedLayer(path, path, (3, 4, 4)) for path in ("0", "1")]
     expected = read_layers(net, layers, batch, as_it_is)
@@ -238,10 +238,10 @@ def test_ctrl_c_between_any_two_lines_leaves_nothing_behind(images: Callable[...
     exactly(read_layers(net, layers, batch, as_it_is), expected)
 
 
-def test_what_is_kept_does_not_hold_the_whole_output(
+def test_a_reduced_output_does_not_keep_the_whole_output_alive(
     build: Callable[..., nn.Module], images: Callable[..., Tensor]
 ) -> None:
-    """A row that `reduce` cuts out of an output is a copy, and lets go of the rest."""
+    """A slice that `reduce` takes from an output is copied, so that the rest can be freed."""
     net, batch = build("resnet18"), images(4)
     index = LayerIndex(net, (3, 32, 32))
     outputs = read_layers(net, [index.resolve("relu")], batch, lambda _, output: output[:, 0])
@@ -250,7 +250,7 @@ def test_what_is_kept_does_not_hold_the_whole_output(
 
 
 def test_relu8_is_the_relu_of_fc8(build: Callable[..., nn.Module]) -> None:
-    """`relu8` is read at `fc8`, and says that negative values are to be cut off."""
+    """`relu8` is read from `fc8`, and marked as rectified."""
     index = LayerIndex(build("alexnet", 64), (3, 64, 64))
     assert index.resolve("relu8").path == index.resolve("fc8").path
     assert index.resolve("relu8").rectified
@@ -262,20 +262,20 @@ def test_relu8_is_the_relu_of_fc8(build: Callable[..., nn.Module]) -> None:
 def test_a_module_that_is_not_called_cannot_be_read(
     build: Callable[..., nn.Module], images: Callable[..., Tensor]
 ) -> None:
-    """A module outside the forward pass has an error that says so, found or forced."""
+    """A module outside the forward pass raises, both when it is resolved and when it is read."""
     net = build("googlenet")
     index = LayerIndex(net, (3, 32, 32))
     with pytest.raises(LayerNotFoundError, match="GoogLeNet does not call 'aux1'"):
         index.resolve("aux1")
-    with pytest.raises(ValueError, match="'aux1' gives no tensor in the forward pass"):
+    with pytest.raises(ValueError, match="'aux1' does not return a tensor in the forward pass"):
         read_layers(net, [ResolvedLayer("aux1", "aux1", (10,))], images(), as_it_is)
     assert_no_hooks(net)
 
 
-def test_hooks_are_removed_whatever_happens(
+def test_no_hook_is_left_behind(
     build: Callable[..., nn.Module], images: Callable[..., Tensor]
 ) -> None:
-    """A forward pass or a reduction that raises leaves no hook behind, and raises its own error."""
+    """A forward pass or a reduction that fails leaves no hook, and raises its own error."""
     net, batch = build("resnet18"), images()
     index = LayerIndex(net, (3, 32, 32))
     layers = [index.resolve("layer1"), index.resolve("fc")]
@@ -341,7 +341,7 @@ def test_the_batch_is_left_as_it_was(images: Callable[..., Tensor]) -> None:
 def test_threads_may_read_one_network_at_once(
     build: Callable[..., nn.Module], images: Callable[..., Tensor]
 ) -> None:
-    """Several threads that read other layers of one network each get their own values."""
+    """Threads that read different layers of one network get the right values."""
     net = build("squeezenet1_1", 64)
     index = LayerIndex(net, (3, 64, 64))
     names = ["features.3", "features.6", "features.9", "features.12"]
@@ -351,18 +351,18 @@ def test_threads_may_read_one_network_at_once(
         for name, batch in zip(names, batches, strict=True)
     ]
     start = threading.Barrier(4)
-    faults: list[str] = []
+    failures: list[str] = []
 
-    def work(name: str, batch: Tensor, right: Tensor) -> None:
+    def work(name: str, batch: Tensor, expected: Tensor) -> None:
         start.wait()
         for _ in range(10):
             try:
-                exactly(read_layers(net, [index.resolve(name)], batch, as_it_is)[name], right)
+                exactly(read_layers(net, [index.resolve(name)], batch, as_it_is)[name], expected)
             except Exception as error:
-                faults.append(f"{name}: {error}")
+                failures.append(f"{name}: {error}")
 
     run_in_threads(work, *zip(names, batches, expected, strict=True))
-    assert not faults
+    assert not failures
     assert_no_hooks(net)
 
 
@@ -381,14 +381,14 @@ def run_in_threads(work: Any, *arguments: tuple[Any, ...]) -> None:
 def test_aliases_have_the_values_of_the_layer(
     name: str, side: int, build: Callable[..., nn.Module], images: Callable[..., Tensor]
 ) -> None:
-    """What is read under an alias, container or module path is bit for bit the same."""
+    """An alias, a container and a module path have bit for bit the same values."""
     net, batch = build(name, side), images(1, side)
     index = LayerIndex(net, (3, side, side))
     for entry in index.table:
         if not entry.aliases or entry.name == "relu8":
             continue
         resolved = [index.resolve(alias) for alias in (entry.name, *entry.aliases)]
-        # Read at the module of that name itself, where there is one.
+        # Read from the module of that name itself, if there is one.
         modules = dict(net.named_modules())
         layers = [
             ResolvedLayer(layer.name, layer.name if layer.name in modules else layer.path, ())
@@ -400,11 +400,11 @@ def test_aliases_have_the_values_of_the_layer(
             exactly(other, first)
 
 
-def test_outputs_that_are_not_of_images_are_refused(
+def test_outputs_that_do_not_belong_to_images_are_refused(
     build: Callable[..., nn.Module], images: Callable[..., Tensor]
 ) -> None:
-    """Swin's position biases are computed once for all images: they are features of none."""
+    """Swin's position biases are computed once for all images, so they are not features."""
     net = build("swin_v2_t")
     layer = LayerIndex(net, (3, 32, 32)).resolve("features.1.0.attn.cpb_mlp")
-    with pytest.raises(ValueError, match="cpb_mlp' does not give one output per image"):
+    with pytest.raises(ValueError, match="cpb_mlp' does not return one output per image"):
         read_layers(net, [layer], images(2), as_it_is)

@@ -1,4 +1,4 @@
-"""Tokens: which stand before the patches, and which for the image."""
+"""Tokens: which come before the patches, and which represents the image."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from deepfeat._layers.reading import ForwardPass
 
 
 def test_tokens_count_their_width_as_features(index_of: Callable[[str], LayerIndex]) -> None:
-    """Of tokens (N, D) there are D features, and the first one stands for the image in ViT."""
+    """Tokens (N, D) have D features, and the first token of ViT represents the image."""
     layer = {layer.name: layer for layer in index_of("vit_b_16").table}["encoder.ln"]
     assert (layer.output_shape, layer.n_features) == ((197, 768), 768)
     assert index_of("vit_b_16").resolve("encoder.ln").class_token
@@ -25,7 +25,7 @@ def test_tokens_count_their_width_as_features(index_of: Callable[[str], LayerInd
 
 
 class Tokens(nn.Module):
-    """Blocks over tokens: some of its own parameters may be put before those of 4 x 4 patches."""
+    """Blocks over tokens: those of 4 x 4 patches, after any that are parameters of the network."""
 
     def __init__(self, *names: str, late: bool = False, by_linear: bool = False):
         super().__init__()
@@ -49,9 +49,9 @@ class Tokens(nn.Module):
         return self.second(self.first(self.join(tokens)))
 
     def join(self, tokens: Tensor) -> Tensor:
-        own = [self.get_parameter(name).view(1, -1, 8) for name in self.names]
-        own = [some.expand(len(tokens), -1, -1) for some in own]
-        return torch.cat([*own, tokens], dim=1)
+        prefix = [self.get_parameter(name).view(1, -1, 8) for name in self.names]
+        prefix = [parameter.expand(len(tokens), -1, -1) for parameter in prefix]
+        return torch.cat([*prefix, tokens], dim=1)
 
 
 @pytest.mark.parametrize("by_linear", [False, True])
@@ -78,7 +78,7 @@ def test_tokens_before_the_patches_are_left_out(
     read: Callable[..., list[Tensor]],
     images: Callable[..., Tensor],
 ) -> None:
-    """Of a mean over places, whatever they are called; the first may stand for the image."""
+    """A mean over positions excludes them, whatever they are called."""
     net, batch = Tokens(*names, by_linear=by_linear).eval(), images(2, 16)
     index = LayerIndex(net, (3, 16, 16))
     has_class = any("cl" in name for name in names)
@@ -92,7 +92,7 @@ def test_tokens_before_the_patches_are_left_out(
 
 @pytest.mark.parametrize("by_linear", [False, True])
 def test_layers_before_the_class_token_have_none(by_linear: bool) -> None:
-    """There "cls" is refused, and the first patch counts like any other (CaiT)."""
+    """For these "cls" is refused, and the first patch is like any other (CaiT)."""
     net = Tokens("cls_token", late=True, by_linear=by_linear)
     index = LayerIndex(net, (3, 16, 16))
     early, late = index.resolve("first"), index.resolve("second")
@@ -103,8 +103,8 @@ def test_layers_before_the_class_token_have_none(by_linear: bool) -> None:
     assert count_features(late, "cls") == 8
 
 
-def test_a_count_that_no_grid_explains_is_no_class_token() -> None:
-    """Of merged tokens nobody knows which are of patches: all are pooled."""
+def test_a_count_that_fits_no_grid_is_not_a_class_token() -> None:
+    """Merged tokens cannot be assigned to patches, so all of them are pooled."""
 
     class Merging(Tokens):
         def forward(self, batch: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def test_a_count_that_no_grid_explains_is_no_class_token() -> None:
     assert index.resolve("second").prefix_tokens == 1
 
 
-# How timm itself tells them apart: the number before the patches of each layer.
+# From timm's own code: the number of prefix tokens, and whether the first is a class token.
 TIMM = {
     "deit_tiny_distilled_patch16_224": {"patch_embed": (0, False), "blocks.1": (2, True)},
     "vit_small_patch14_reg4_dinov2": {"patch_embed": (0, False), "blocks.1": (5, True)},
@@ -135,8 +135,8 @@ TIMM = {
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_tokens_of_timm_are_told_apart(name: str) -> None:
-    """Layer by layer, with every parameter shared out."""
+def test_prefix_tokens_of_timm_are_found(name: str) -> None:
+    """Layer by layer; and every parameter is counted once."""
     timm = pytest.importorskip("timm")
     side = {"crossvit_tiny_240": 240, "vit_small_patch14_reg4_dinov2": 56}.get(name, 64)
     sized = {} if name.startswith(("cross", "convnext")) else {"img_size": side}
@@ -167,7 +167,7 @@ def test_tokens_of_timm_are_told_apart(name: str) -> None:
 def test_pooled_blocks_are_timms_own_intermediates(
     name: str, side: int, images: Callable[..., Tensor]
 ) -> None:
-    """`forward_intermediates` gives maps of the patches alone, whatever the network computes in."""
+    """`forward_intermediates` returns maps of the patches alone, whatever the layout inside."""
     timm = pytest.importorskip("timm")
     sized = {} if name.startswith("convnext") else {"img_size": side}
     with torch.random.fork_rng():
@@ -178,7 +178,7 @@ def test_pooled_blocks_are_timms_own_intermediates(
         maps = net.forward_intermediates(batch, intermediates_only=True, output_fmt="NCHW")
     index = LayerIndex(net, (3, side, side))
     stem = next(stem for stem in ("blocks", "layers", "stages") if hasattr(net, stem))
-    layers = [index.resolve(f"{stem}.{place}") for place in range(len(maps))]
+    layers = [index.resolve(f"{stem}.{number}") for number in range(len(maps))]
     with torch.no_grad():
         rows = ForwardPass(net, layers, functools.partial(pool, pooling="avg"))(batch)
     for layer, expected in zip(layers, maps, strict=True):
@@ -198,7 +198,7 @@ def test_pooled_blocks_are_timms_own_intermediates(
     ],
 )
 def test_cls_is_timms_own_class_token(name: str, side: int, images: Callable[..., Tensor]) -> None:
-    """The first of what `forward_features` gives."""
+    """It is the first token of `forward_features`."""
     timm = pytest.importorskip("timm")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -211,7 +211,7 @@ def test_cls_is_timms_own_class_token(name: str, side: int, images: Callable[...
 
 
 class LearnedQuery(nn.Module):
-    """Pool by attention of one query, a parameter that is handed to a module (SigLIP's)."""
+    """Pool by attention with one query, a parameter that is passed to a module (SigLIP)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,8 +224,8 @@ class LearnedQuery(nn.Module):
         return self.attention(query, tokens, tokens)[0][:, 0]
 
 
-def test_a_parameter_may_be_handed_to_a_module() -> None:
-    """Tracing computes no gradients, and does not ask for any."""
+def test_a_parameter_may_be_passed_to_a_module() -> None:
+    """Tracing neither computes nor requires gradients."""
     net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), Transposing(), LearnedQuery())
     index = LayerIndex(net, (3, 16, 16))
     assert index.table[-1].output_shape == (8,)

@@ -1,4 +1,4 @@
-"""The trace: what each module gives, on which axis its channels lie, and what it costs."""
+"""The trace: the output of each module, the axis of its channels, and its cost."""
 
 import functools
 import threading
@@ -18,10 +18,10 @@ exactly = functools.partial(assert_close, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "mobilenet_v2", "vit_b_32"])
-def test_calls_tell_of_every_module_that_gives_a_tensor(
+def test_calls_have_every_module_that_returns_a_tensor(
     name: str, build: Callable[..., nn.Module], images: Callable[..., Tensor]
 ) -> None:
-    """In order of return, as hooks see it."""
+    """In the order in which they return, as seen by hooks."""
     net, batch = build(name, 64), images(1, 64)
     seen: list[str] = []
     for path, module in net.named_modules():
@@ -38,8 +38,8 @@ def test_calls_tell_of_every_module_that_gives_a_tensor(
 @pytest.mark.parametrize(
     "name", ["swin_t", "swin_b", "swin_v2_t", "convnext_tiny", "convnext_base", "maxvit_t"]
 )
-def test_channels_are_told_from_places(name: str, index_of: Callable[[str], LayerIndex]) -> None:
-    """In networks that permute inside, each module's first dimension is its own channel count."""
+def test_the_channel_axis_is_found(name: str, index_of: Callable[[str], LayerIndex]) -> None:
+    """In networks that permute, the first dimension of each module is its number of channels."""
     net = find_backbone(name).skeleton
     index = index_of(name)
     checked = 0
@@ -56,7 +56,7 @@ def test_channels_are_told_from_places(name: str, index_of: Callable[[str], Laye
             case _:
                 continue
         if "cpb_mlp" in path or path.endswith(".qkv") or path.endswith("attn.proj"):
-            continue  # not of an image; or not called as modules
+            continue  # their output is not of an image, or they are not called as modules
         assert index.resolve(path).output_shape[0] == channels, path
         checked += 1
     assert checked > 50
@@ -88,7 +88,7 @@ def test_blocks_that_permute_have_the_width_of_the_paper(
 def test_partitions_of_maxvit_have_their_channels_last(
     block: int, width: int, kind: str, index_of: Callable[[str], LayerIndex]
 ) -> None:
-    """What lies between the partition of a map and its undoing has the channels of the map."""
+    """Between the partition of a map and its reversal, the channels are those of the map."""
     index = index_of("maxvit_t")
     path = f"blocks.{block}.layers.1.layers.{kind}_attention"
     parts = ("partition_op", "partition_swap", "attn_layer", "mlp_layer", "departition_swap")
@@ -121,13 +121,13 @@ def test_permutations_by_modules_are_followed(
     channels_last: bool,
     index_of: Callable[[str], LayerIndex],
 ) -> None:
-    """Before a permutation, after it and after its undoing, the layout is known."""
+    """The layout is known before a permutation, after it and after its reversal."""
     layer = index_of(name).resolve(path)
     assert (layer.output_shape, layer.channels_last) == (shape, channels_last)
 
 
 class PermutingBlock(nn.Module):
-    """ConvNeXt's block as timm writes it: the permutations are no modules."""
+    """ConvNeXt's block as timm writes it: the permutations are not modules."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -138,8 +138,8 @@ class PermutingBlock(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        places = self.conv(maps).permute(0, 2, 3, 1)
-        return maps + self.mlp(self.norm(places)).permute(0, 3, 1, 2)
+        channels_last = self.conv(maps).permute(0, 2, 3, 1)
+        return maps + self.mlp(self.norm(channels_last)).permute(0, 3, 1, 2)
 
 
 def test_permutations_by_functions_are_followed() -> None:
@@ -152,7 +152,7 @@ def test_permutations_by_functions_are_followed() -> None:
 
 
 def test_a_convolution_has_its_channels_first_whatever_came_before() -> None:
-    """A permutation that was not seen is forgotten at the next module that takes maps."""
+    """Permutations without modules do not affect the next module that takes maps."""
 
     class Mixer(nn.Module):
         def __init__(self) -> None:
@@ -170,7 +170,7 @@ def test_a_convolution_has_its_channels_first_whatever_came_before() -> None:
 
 
 class MapsLast(nn.Module):
-    """Embed patches, and give them as (H, W, C) where they are asked for so (DINOv3's)."""
+    """Embed patches, and return them as (H, W, C), as DINOv3 can."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -181,10 +181,10 @@ class MapsLast(nn.Module):
         return self.norm(self.proj(batch).permute(0, 2, 3, 1))
 
 
-def test_maps_with_their_channels_last_are_known_layer_by_layer(
+def test_maps_with_their_channels_last_are_recognised(
     read: Callable[..., list[Tensor]],
 ) -> None:
-    """By what was done to them, also where no module of theirs says so."""
+    """By the functions that made them, even if no module reveals it."""
     net = nn.Sequential(MapsLast(5), nn.Flatten(1, 2), nn.Linear(5, 6), nn.LayerNorm(6))
     index = LayerIndex(net, (3, 16, 32))
     layer, inner = index.resolve("0"), index.resolve("0.norm")
@@ -203,7 +203,7 @@ def test_maps_with_their_channels_last_are_known_layer_by_layer(
 def test_a_sequence_has_its_channels_first(
     after: tuple[nn.Module, ...], read: Callable[..., list[Tensor]], images: Callable[..., Tensor]
 ) -> None:
-    """Conv1d's (C, L) are no tokens: it has C features, which are means over L."""
+    """The (C, L) of a Conv1d are not tokens: it has C features, which are means over L."""
     net = nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 5, 4, 4), *after).eval()
     index, batch = LayerIndex(net, (3, 8, 8)), images(2, 8)
     layer = index.resolve(-1)
@@ -214,14 +214,14 @@ def test_a_sequence_has_its_channels_first(
 
 
 def test_multiply_adds_of_all_calls_are_counted() -> None:
-    """A module that is called twice costs twice, and lists its parameters once."""
+    """A module that is called twice costs twice as much, but its parameters count once."""
     conv = nn.Conv2d(3, 3, 1, bias=False)
     (layer,) = LayerIndex(nn.Sequential(conv, conv), (3, 8, 8)).table
     assert (layer.multiply_adds, layer.parameters) == (2 * 9 * 64, 9)
 
 
-def test_one_number_an_image_is_no_layer() -> None:
-    """A module that gives a scalar an image is passed over."""
+def test_a_module_that_returns_one_number_per_image_is_not_a_layer() -> None:
+    """It is not listed."""
 
     class Mean(nn.Module):
         def forward(self, maps: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ def test_one_number_an_image_is_no_layer() -> None:
 
 
 def test_a_network_without_modules_has_no_layers() -> None:
-    """There is nothing to hook into where all is done by functions."""
+    """A network of functions has no module to attach hooks to."""
 
     class Bare(nn.Module):
         def forward(self, batch: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def test_a_network_without_modules_has_no_layers() -> None:
 
 
 def test_an_image_that_does_not_fit_is_refused() -> None:
-    """Whatever the network raises, the error names it and the shape of the image."""
+    """Whatever the network raises, the error gives its name and the shape of the image."""
 
     class Careless(nn.Module):
         def __init__(self) -> None:
@@ -253,14 +253,14 @@ def test_an_image_that_does_not_fit_is_refused() -> None:
         def forward(self, batch: Tensor) -> Tensor:
             return {"maps": self.conv(batch)}["map"]
 
-    with pytest.raises(ValueError, match=r"Careless does not take .* \(3, 8, 8\): 'map'"):
+    with pytest.raises(ValueError, match=r"Careless does not accept .* \(3, 8, 8\): 'map'"):
         LayerIndex(Careless(), (3, 8, 8))
-    with pytest.raises(ValueError, match=r"VGG does not take an image of shape \(3, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"VGG does not accept an image of shape \(3, 16, 16\)"):
         LayerIndex(find_backbone("vgg11").skeleton, (3, 16, 16))
 
 
 def test_half_precision_and_double_are_traced(build: Callable[..., nn.Module]) -> None:
-    """The image that is run through takes the type of the network's weights."""
+    """The image that is traced has the dtype of the network's weights."""
     for dtype in (torch.bfloat16, torch.float64):
         assert len(LayerIndex(build("squeezenet1_1").to(dtype), (3, 32, 32)).table) == 16
 
@@ -272,12 +272,12 @@ def test_a_list_may_be_made_in_inference_mode(build: Callable[..., nn.Module]) -
     assert repr(table) == repr(LayerIndex(build("squeezenet1_1"), (3, 32, 32)).table)
 
 
-def test_random_numbers_are_not_used_up(
+def test_the_random_state_does_not_change(
     read: Callable[..., list[Tensor]],
     build: Callable[..., nn.Module],
     images: Callable[..., Tensor],
 ) -> None:
-    """Listing and reading leave the global generator where it was."""
+    """Neither listing nor reading advances the global generator."""
     net, batch = build("resnet18"), images()
     state = torch.get_rng_state()
     read(net, batch, "layer1")
@@ -287,7 +287,7 @@ def test_random_numbers_are_not_used_up(
 def test_other_threads_do_not_disturb_the_counts(
     build: Callable[..., nn.Module], images: Callable[..., Tensor]
 ) -> None:
-    """A network of the same class that runs in another thread is not counted as well."""
+    """A network that runs in another thread meanwhile is not counted."""
     net, batch = build("squeezenet1_1", 64), images(2, 64)
     expected = repr(LayerIndex(net, (3, 64, 64)).table)
     stop = threading.Event()

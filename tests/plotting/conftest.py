@@ -1,4 +1,4 @@
-"""What the displays are tried on, and figures that are closed after each test."""
+"""Inputs of the displays, and figures that are closed after each test."""
 
 import matplotlib
 import numpy as np
@@ -12,14 +12,14 @@ matplotlib.use("Agg")
 
 @pytest.fixture(autouse=True)
 def no_figure_is_left_open():
-    """Close the figures of a test: matplotlib warns of many, and a warning is an error."""
+    """Close the figures of a test: matplotlib warns about many, and warnings are errors."""
     yield
     plt.close("all")
 
 
 @pytest.fixture
 def photograph():
-    """A wide picture with something to see in each corner."""
+    """A wide picture with different content in each corner."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((90, 60), Image.Resampling.BILINEAR)
 

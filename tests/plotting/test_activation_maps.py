@@ -1,4 +1,4 @@
-"""ActivationMapDisplay: what the artists hold, against values that are computed by hand."""
+"""ActivationMapDisplay: the artists, compared with values computed by hand."""
 
 import numpy as np
 import pytest
@@ -11,9 +11,7 @@ from torchvision import models, transforms
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from deepfeat import DeepFeatureExtractor, LayerNotFoundError
-from deepfeat.plotting import (
-    ActivationMapDisplay,
-)
+from deepfeat.plotting import ActivationMapDisplay
 
 
 def make(layer="stage1", **params):
@@ -22,7 +20,7 @@ def make(layer="stage1", **params):
 
 
 def maps_by_hand(image, node):
-    """Run an image through torchvision's network, as far as a node."""
+    """Run an image through torchvision's network, up to a node."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = models.squeezenet1_1(weights=None).eval()
@@ -37,7 +35,7 @@ def maps_by_hand(image, node):
     [("stage1", "features.1"), (0, "features.0"), ("classifier.1", "classifier.1")],
 )
 def test_the_maps_are_those_of_a_plain_forward_pass(photograph, layer, node):
-    """Neither pooling nor norm nor the cache of the extractor shows."""
+    """The pooling, the norm and the cache of the extractor have no influence."""
     extractor = make("stage3", pooling="max", norm="l2").fit([photograph])
     before = extractor.get_params()
     display = ActivationMapDisplay.from_extractor(extractor, photograph, layer=layer, channels=5)
@@ -47,18 +45,18 @@ def test_the_maps_are_those_of_a_plain_forward_pass(photograph, layer, node):
     for axes, values in zip(display.axes_[1:], expected, strict=True):
         assert_allclose(axes.images[0].get_array() / scale, values / scale, atol=1e-5)
     assert extractor.get_params() == before
-    assert np.ptp(expected / scale, axis=0).max() > 1e-3  # channels that are mixed up would show
+    assert np.ptp(expected / scale, axis=0).max() > 1e-3  # or swapped channels would go unnoticed
 
 
 def test_the_input_is_shown_as_the_network_sees_it(photograph):
-    """Beside the maps of a cropped image stands the cropped image."""
+    """The image is shown after its resizing and cropping."""
     display = ActivationMapDisplay.from_extractor(make(resize="squash"), photograph, channels=1)
     expected = photograph.resize((64, 64), Image.Resampling.BILINEAR)
     assert_array_equal(display.axes_[0].images[0].get_array(), np.asarray(expected))
 
 
-def test_channels_are_chosen_and_named(photograph):
-    """A number takes the first ones, as far as there are; a list takes those."""
+def test_channels_are_chosen_and_labelled(photograph):
+    """A number selects the first channels, at most all of them; a list selects by index."""
     first = ActivationMapDisplay.from_extractor(make(), photograph, channels=3)
     every = ActivationMapDisplay.from_extractor(make(), photograph, channels=1000)
     chosen = ActivationMapDisplay.from_extractor(make(), photograph, channels=[60, 2])
@@ -69,7 +67,7 @@ def test_channels_are_chosen_and_named(photograph):
     assert chosen.axes_[0].get_title() == "input, and 2 channels\nof stage1"
 
 
-def test_a_network_of_ones_own_with_maps_of_two_sides(photograph):
+def test_the_maps_of_a_users_network(photograph):
     """Maps need not be square, nor the input RGB."""
     net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False))
     nn.init.constant_(net[0].weight, 2)
@@ -81,8 +79,8 @@ def test_a_network_of_ones_own_with_maps_of_two_sides(photograph):
     assert display.axes_[0].images[0].get_array().shape == (20, 30)
 
 
-def test_one_scale_for_all_maps_where_it_is_asked_for(photograph):
-    """What is in im_kw goes to matplotlib."""
+def test_all_maps_can_share_a_scale(photograph):
+    """`im_kw` is passed to matplotlib."""
     display = ActivationMapDisplay.from_extractor(
         make(), photograph, channels=2, cmap="cividis", im_kw={"vmin": 0, "vmax": 7}
     )
@@ -95,21 +93,21 @@ def test_one_scale_for_all_maps_where_it_is_asked_for(photograph):
     ("extractor", "words", "error", "message"),
     [
         (make(), {"layer": "stage99"}, LayerNotFoundError, "no layer 'stage99'.*'stage"),
-        (make(["stage1", "stage2"]), {}, ValueError, "a single layer is expected"),
-        (make(), {"layer": "features.3.squeeze"}, ValueError, "unlisted.*'features.0'"),
-        (make(), {"channels": [64]}, ValueError, "has 64 channels, from 0 to 63"),
-        (make(), {"channels": []}, ValueError, "has 64 channels"),
-        (make(), {"channels": 0}, ValueError, "at least one"),
-        (make_pipeline(make()), {}, TypeError, "is a Pipeline.*pipeline"),
+        (make(["stage1", "stage2"]), {}, ValueError, r"must be a single layer; got \['stage1'"),
+        (make(), {"layer": "features.3.squeeze"}, ValueError, "not in list_layers.*'features.0'"),
+        (make(), {"channels": [64]}, ValueError, r"from 0 to 63, .* has 64 channels; got \[64\]"),
+        (make(), {"channels": []}, ValueError, r"has 64 channels; got \[\]\."),
+        (make(), {"channels": 0}, ValueError, r"channels must be at least 1; got 0\."),
+        (make_pipeline(make()), {}, TypeError, "got Pipeline.*pipeline"),
         (
             DeepFeatureExtractor("alexnet", "relu7", weights=None),
             {},
             ValueError,
-            r"'relu7' gives an output of shape \(4096,\).*'conv1', ..., 'avgpool'",
+            r"maps \(C, H, W\); got 'relu7' with shape \(4096,\).*'conv1', ..., 'avgpool'",
         ),
     ],
 )
-def test_what_has_no_maps_is_refused(photograph, extractor, words, error, message):
-    """The message says what came, and which layers have maps."""
+def test_a_layer_without_maps_is_refused(photograph, extractor, words, error, message):
+    """The error gives the layer, and those that have maps."""
     with pytest.raises(error, match=message):
         ActivationMapDisplay.from_extractor(extractor, photograph, **words)

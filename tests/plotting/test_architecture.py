@@ -1,4 +1,4 @@
-"""ArchitectureDisplay: what the artists hold, against values that are computed by hand."""
+"""ArchitectureDisplay: the artists, compared with values computed by hand."""
 
 import numpy as np
 import pytest
@@ -8,9 +8,7 @@ from torch import nn
 from torchvision import models, transforms
 
 from deepfeat import DeepFeatureExtractor, list_layers
-from deepfeat.plotting import (
-    ArchitectureDisplay,
-)
+from deepfeat.plotting import ArchitectureDisplay
 
 
 def texts_of(axes):
@@ -18,7 +16,7 @@ def texts_of(axes):
 
 
 def test_the_parameters_of_vgg16_are_in_its_linear_layers():
-    """The bars, the legend and the title say what counting the tensors of torchvision says."""
+    """The bars, the legend and the title have the counts of torchvision's tensors."""
     with torch.device("meta"):
         net = models.vgg16(weights=None)
     linear = sum(
@@ -46,14 +44,14 @@ def test_the_parameters_of_vgg16_are_in_its_linear_layers():
 
 
 @pytest.mark.parametrize(("name", "total"), [("vit_b_16", 86_567_656), ("googlenet", 13_004_888)])
-def test_the_title_has_all_parameters(name, total):
-    """Those of tokens, position embeddings and auxiliary classifiers included."""
+def test_the_title_counts_all_parameters(name, total):
+    """Those of tokens, position embeddings and auxiliary classifiers are included."""
     _, right = ArchitectureDisplay.from_backbone(name).axes_
     assert right.get_title(loc="left") == f"{total:,} parameters"
 
 
 def test_outputs_are_as_wide_as_the_maps():
-    """Side of the maps, square root of the tokens, one place for a vector."""
+    """The side of maps, the square root of the number of tokens, one for a vector."""
     left, _ = ArchitectureDisplay.from_backbone("vit_b_16", merge_repeats=False).axes_
     widths = [bar.get_width() for bar in left.patches]
     assert_allclose(widths[:2], [14, np.sqrt(197)])
@@ -61,8 +59,8 @@ def test_outputs_are_as_wide_as_the_maps():
     assert_allclose([bar.get_x() for bar in left.patches], -np.array(widths) / 2)
 
 
-def test_a_sequence_is_as_wide_as_a_square_of_its_places():
-    """Not of its channels, which come first."""
+def test_the_width_of_a_sequence_depends_on_its_length():
+    """It is the square root of its length, and not of its channels, which come first."""
     net = nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 5, 4, 4))
     steps = transforms.Compose([transforms.Resize((8, 8)), transforms.ToTensor()])
     display = ArchitectureDisplay.from_backbone(net, preprocessing=steps)
@@ -71,7 +69,7 @@ def test_a_sequence_is_as_wide_as_a_square_of_its_places():
 
 
 def test_repeats_share_a_row():
-    """Blocks of one kind and shape are merged, with their parameters; nothing is lost."""
+    """Blocks of the same kind and shape are merged, and their parameters are added."""
     merged = ArchitectureDisplay.from_backbone("resnet50").axes_
     single = ArchitectureDisplay.from_backbone("resnet50", merge_repeats=False).axes_
     labels = [tick.get_text() for tick in merged[0].get_yticklabels()]
@@ -87,15 +85,15 @@ def test_repeats_share_a_row():
     assert merged[1].get_title(loc="left") == single[1].get_title(loc="left")
 
 
-def test_numbers_of_two_digits_are_named_whole():
-    """features.9 to features.11 ends in 11, not in 1."""
+def test_numbers_of_two_digits_are_not_cut():
+    """A row that ends with features.13 ends in 13, not in 3."""
     left, _ = ArchitectureDisplay.from_backbone("mobilenet_v2").axes_
     labels = [tick.get_text() for tick in left.get_yticklabels()]
     assert {"features.7–10", "features.11–13"} <= set(labels)
 
 
 def test_the_network_of_an_extractor():
-    """Its image size counts; a network of one's own is called by its class."""
+    """Its image size is used; a user's network is named after its class."""
     small = ArchitectureDisplay.from_extractor(
         DeepFeatureExtractor("squeezenet1_1", "stage1", weights=None, image_size=64)
     )
@@ -105,5 +103,5 @@ def test_the_network_of_an_extractor():
     display = ArchitectureDisplay.from_extractor(own)
     assert display.name == "Sequential"
     assert display.axes_[1].get_title(loc="left") == "0 parameters"
-    with pytest.raises(TypeError, match="is a str"):
+    with pytest.raises(TypeError, match=r"must be a DeepFeatureExtractor; got str\."):
         ArchitectureDisplay.from_extractor("vgg16")

@@ -1,4 +1,4 @@
-"""Axes and texts: where every display draws, and that each word of it can be read."""
+"""Axes and texts: where every display is plotted, and that all of its texts can be read."""
 
 import functools
 import importlib
@@ -62,7 +62,7 @@ def make_learning_curve():
     return LearningCurveDisplay(HISTORY)
 
 
-DISPLAYS = {  # with the number of axes
+DISPLAYS = {  # with their numbers of Axes
     "maps": (make_activation_maps, 7),
     "predictions": (make_predictions, 6),
     "architecture": (make_architecture, 2),
@@ -77,8 +77,8 @@ def axes_of(display):
 
 
 @EACH
-def test_plot_draws_in_a_figure_of_its_own(make_display, count):
-    """It returns the display, with the figure and the axes as attributes."""
+def test_plot_creates_a_figure(make_display, count):
+    """It returns the display, with the figure and the Axes as attributes."""
     display = make_display()
     assert display.plot() is display
     axes = axes_of(display)
@@ -88,8 +88,8 @@ def test_plot_draws_in_a_figure_of_its_own(make_display, count):
 
 
 @EACH
-def test_plot_draws_in_the_axes_that_are_given(make_display, count):
-    """As many as it needs are used as they are, in order."""
+def test_plot_uses_the_given_axes(make_display, count):
+    """As many Axes as it needs are used as they are, in order."""
     figure, given = plt.subplots(count, squeeze=False)
     display = make_display().plot(given)
     assert axes_of(display) == list(given.ravel())
@@ -99,53 +99,55 @@ def test_plot_draws_in_the_axes_that_are_given(make_display, count):
 
 @EACH
 def test_plot_divides_a_single_subplot(make_display, count):
-    """What is drawn stays in its place, and the neighbour is left alone."""
+    """The display stays within the subplot, and the neighbour is not changed."""
     figure, (neighbour, given) = plt.subplots(1, 2, figsize=(20, 8))
-    place = given.get_position()
+    outer = given.get_position()
     display = make_display().plot(given)
     assert display.figure_ is figure
     assert not neighbour.has_data()
     assert len(axes_of(display)) == count
     for axes in axes_of(display):
         inner = axes.get_position(original=True)
-        assert inner.x0 >= place.x0 - 1e-9
-        assert inner.x1 <= place.x1 + 1e-9
-        assert inner.y0 >= place.y0 - 1e-9
-        assert inner.y1 <= place.y1 + 1e-9
+        assert inner.x0 >= outer.x0 - 1e-9
+        assert inner.x1 <= outer.x1 + 1e-9
+        assert inner.y0 >= outer.y0 - 1e-9
+        assert inner.y1 <= outer.y1 + 1e-9
 
 
 @EACH
 def test_axes_that_do_not_fit_are_refused(make_display, count):
     """Too many, none at all, or something else."""
     _, given = plt.subplots(count + 1, squeeze=False)
-    with pytest.raises(ValueError, match=rf"holds {count + 1} Axes; ({count}|a single one)"):
+    with pytest.raises(
+        ValueError, match=rf"must be ({count}|a single) Axes.*; got {count + 1} Axes"
+    ):
         make_display().plot(given)
-    with pytest.raises(ValueError, match="holds 0 Axes"):
+    with pytest.raises(ValueError, match="; got 0 Axes"):
         make_display().plot([])
-    with pytest.raises(TypeError, match="holds a str"):
+    with pytest.raises(TypeError, match=r"must be matplotlib Axes; got str\."):
         make_display().plot(["axes"])
 
 
 def test_axes_outside_a_grid_cannot_be_divided():
-    """Axes that were placed by hand have no grid to divide."""
+    """Axes that were placed manually have no grid to divide."""
     axes = plt.figure().add_axes((0, 0, 1, 1))
     with pytest.raises(ValueError, match=r"cannot be divided: pass 2 Axes.*pyplot\.subplots"):
         make_learning_curve().plot(axes)
 
 
 def hidden_texts(axes):
-    """Yield texts that are there but not drawn: of axes that are off, of ticks out of sight."""
+    """Yield texts that exist but are not drawn: of Axes that are off, and of ticks out of view."""
     for axis in (axes.xaxis, axes.yaxis):
         if not axes.axison:
             yield from axis.findobj(Text)
         low, high = sorted(axis.get_view_interval())
-        for label, place in zip(axis.get_majorticklabels(), axis.get_majorticklocs(), strict=True):
-            if not low <= place <= high:
+        for label, tick in zip(axis.get_majorticklabels(), axis.get_majorticklocs(), strict=True):
+            if not low <= tick <= high:
                 yield label
 
 
 def find_collisions(figure):
-    """Draw a figure; return texts that the edge cuts off, and pairs of texts that overlap."""
+    """Draw a figure; return texts that are cut off, and pairs of texts that overlap."""
     figure.canvas.draw()
     hidden = {id(text) for axes in figure.axes for text in hidden_texts(axes)}
     boxes = [
@@ -161,9 +163,9 @@ def find_collisions(figure):
         if not (within.contains(box.x0, box.y0) and within.contains(box.x1, box.y1))
     ]
     return cut + [
-        (one, other)
-        for (one, first), (other, second) in itertools.combinations(boxes, 2)
-        if first.padded(-1).overlaps(second.padded(-1))
+        (first, second)
+        for (first, box), (second, other) in itertools.combinations(boxes, 2)
+        if box.padded(-1).overlaps(other.padded(-1))
     ]
 
 
@@ -178,20 +180,20 @@ def find_collisions(figure):
     ],
 )
 def test_no_text_collides_with_another(make_display):
-    """Every word of a picture can be read, and none is cut off."""
+    """All texts of a figure can be read, and none is cut off."""
     assert find_collisions(make_display().plot().figure_) == []
 
 
 @EACH
 def test_no_text_collides_in_a_subplot_of_good_size(make_display, count):
-    """Room between the parts does not hang on the layout of a figure of our own."""
+    """The space between the parts does not depend on the layout engine of a new figure."""
     figure, (_, given) = plt.subplots(1, 2, figsize=(22, 9))
     make_display().plot(given)
     assert find_collisions(figure) == []
 
 
 class WithoutMatplotlib:
-    """Finds no matplotlib, on behalf of all finders after it."""
+    """A finder that raises for matplotlib, in front of all other finders."""
 
     @staticmethod
     def find_spec(name, *_):
@@ -199,8 +201,8 @@ class WithoutMatplotlib:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def test_matplotlib_is_needed_to_draw_alone(monkeypatch):
-    """Without it the displays can be imported, and the error names the extra that brings it."""
+def test_matplotlib_is_only_needed_to_plot(monkeypatch):
+    """Without it the displays can be imported; to plot raises an error that names the extra."""
     for name in list(sys.modules):
         if name.startswith(("matplotlib", "deepfeat.plotting")):
             monkeypatch.delitem(sys.modules, name)

@@ -1,4 +1,4 @@
-"""LearningCurveDisplay: what the artists hold, against values that are computed by hand."""
+"""LearningCurveDisplay: the artists, compared with values computed by hand."""
 
 from types import SimpleNamespace
 
@@ -9,9 +9,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 
 from deepfeat import FineTuneClassifier
-from deepfeat.plotting import (
-    LearningCurveDisplay,
-)
+from deepfeat.plotting import LearningCurveDisplay
 
 HISTORY = [
     {
@@ -26,21 +24,21 @@ HISTORY = [
 
 
 def test_curves_are_the_history():
-    """Loss to the left, score to the right, training and validation in each."""
+    """The loss is on the left, the score on the right, each for training and validation."""
     display = LearningCurveDisplay.from_estimator(SimpleNamespace(history_=HISTORY))
     left, right = display.axes_
-    for axes, quantity, words in ((left, "loss", "loss"), (right, "score", "accuracy")):
-        assert axes.get_ylabel() == words
-        for line, part in zip(axes.lines, ("train", "validation"), strict=True):
+    for axes, quantity, ylabel in ((left, "loss", "loss"), (right, "score", "accuracy")):
+        assert axes.get_ylabel() == ylabel
+        for line, name in zip(axes.lines, ("train", "validation"), strict=True):
             assert_array_equal(line.get_xdata(), range(1, 11))
-            expected = [entry[f"{part}_{quantity}"] for entry in HISTORY]
+            expected = [entry[f"{name}_{quantity}"] for entry in HISTORY]
             assert_array_equal(line.get_ydata(), expected)
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["training", "validation"]
 
 
 @pytest.mark.parametrize("early_stopping", [False, True])
 def test_a_fitted_classifier_shows_its_epochs(digits, early_stopping):
-    """Its history has the entries that are drawn, with and without validation images."""
+    """Its history has the entries that are plotted, with and without validation images."""
     classifier = FineTuneClassifier(
         "squeezenet1_1",
         weights=None,
@@ -59,8 +57,8 @@ def test_a_fitted_classifier_shows_its_epochs(digits, early_stopping):
         assert_array_equal(line.get_ydata(), [entry[name] for entry in classifier.history_])
 
 
-def test_without_validation_there_is_no_such_curve():
-    """One epoch is drawn too, and its axis counts in whole epochs."""
+def test_without_validation_there_is_no_validation_curve():
+    """A single epoch is plotted, too, with whole epochs as ticks."""
     none = {"validation_loss": None, "validation_score": None}
     display = LearningCurveDisplay([HISTORY[0] | none]).plot()
     assert set(display.lines_) == {"train_loss", "train_score"}
@@ -71,7 +69,7 @@ def test_without_validation_there_is_no_such_curve():
 
 
 def test_an_epoch_without_validation_is_a_gap():
-    """partial_fit may come with validation data only now and then."""
+    """`partial_fit` may be called with or without validation data."""
     none = {"validation_loss": None, "validation_score": None}
     display = LearningCurveDisplay([HISTORY[0], HISTORY[1] | none, HISTORY[2]]).plot()
     values = display.lines_["validation_loss"].get_ydata()
@@ -80,6 +78,8 @@ def test_an_epoch_without_validation_is_a_gap():
 
 @pytest.mark.parametrize("estimator", [LogisticRegression(), SimpleNamespace(history_=[])])
 def test_without_a_history_there_is_no_curve(estimator):
-    """An unfitted classifier, or another one."""
-    with pytest.raises(NotFittedError, match="no history_"):
+    """An unfitted classifier or another estimator is refused."""
+    with pytest.raises(
+        NotFittedError, match=r"trained for .*; got .* without entries in history_\."
+    ):
         LearningCurveDisplay.from_estimator(estimator)

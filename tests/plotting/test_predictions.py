@@ -1,4 +1,4 @@
-"""PredictionDisplay: what the artists hold, against values that are computed by hand."""
+"""PredictionDisplay: the artists, compared with values computed by hand."""
 
 import numpy as np
 import pytest
@@ -12,9 +12,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import LinearSVC
 from torchvision import models
 
-from deepfeat.plotting import (
-    PredictionDisplay,
-)
+from deepfeat.plotting import PredictionDisplay
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +22,7 @@ def classifier(digits):
 
 
 def test_bars_are_the_most_probable_classes(digits, classifier):
-    """As many as asked for, from the top down, by name, with the probability as width."""
+    """`top` bars from top to bottom, labelled with the class, as wide as its probability."""
     images = digits[0][:3]
     display = PredictionDisplay.from_estimator(classifier, images, top=4)
     for image, row, (left, right) in zip(
@@ -36,8 +34,8 @@ def test_bars_are_the_most_probable_classes(digits, classifier):
             tick.get_text().replace("\N{FIGURE SPACE}", " ") for tick in right.get_yticklabels()
         ]
         assert labels == [f"{p:6.1%}  {name}" for p, name in ranked]
-        places = [bar.get_y() + bar.get_height() / 2 for bar in right.patches]
-        assert_allclose(places, right.get_yticks())
+        centres = [bar.get_y() + bar.get_height() / 2 for bar in right.patches]
+        assert_allclose(centres, right.get_yticks())
         assert right.get_ylim()[0] > right.get_ylim()[1]  # the first one is on top
         assert_allclose(left.images[0].get_array()[..., 0], np.round(image * 255), atol=1)
 
@@ -48,9 +46,9 @@ def test_a_backbone_predicts_its_own_categories(photograph, tmp_path):
         torch.manual_seed(0)
         net = models.squeezenet1_1(weights=None).eval()
     torch.save(net.state_dict(), tmp_path / "net.pth")
-    meant = models.SqueezeNet1_1_Weights.DEFAULT
+    weights = models.SqueezeNet1_1_Weights.DEFAULT
     with torch.no_grad():
-        (expected,) = net(meant.transforms()(photograph)[None]).softmax(dim=1).numpy()
+        (expected,) = net(weights.transforms()(photograph)[None]).softmax(dim=1).numpy()
     display = PredictionDisplay.from_backbone(
         "squeezenet1_1", [photograph], weights=tmp_path / "net.pth", top=3
     )
@@ -58,17 +56,17 @@ def test_a_backbone_predicts_its_own_categories(photograph, tmp_path):
     ranked = np.argsort(-expected)[:3]
     assert_allclose([bar.get_width() for bar in bars.patches], expected[ranked], rtol=1e-4)
     labels = [tick.get_text().split(maxsplit=1)[1] for tick in bars.get_yticklabels()]
-    assert labels == [meant.meta["categories"][place] for place in ranked]
+    assert labels == [weights.meta["categories"][index] for index in ranked]
 
 
 def test_no_more_classes_than_there_are(digits, classifier):
-    """A classifier of ten classes shows ten, whatever is asked for."""
+    """A classifier of ten classes shows at most ten."""
     display = PredictionDisplay.from_estimator(classifier, digits[0][:1], top=100)
     assert len(display.axes_[0, 1].patches) == len(classifier.classes_)
 
 
 def test_an_image_is_shown_upright_whatever_it_is(photograph, tmp_path):
-    """A file that is rotated by EXIF is drawn as it is read, not as it lies in the file."""
+    """A file with an EXIF orientation is shown upright, and not as it is stored."""
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / "turned.png"
@@ -79,25 +77,25 @@ def test_an_image_is_shown_upright_whatever_it_is(photograph, tmp_path):
 
 
 @pytest.mark.parametrize(("count", "n_cols"), [(1, 2), (3, 2), (4, 3)])
-def test_images_stand_in_rows(photograph, count, n_cols):
-    """Each image has its bars to the right, in a grid of so many columns."""
+def test_images_are_arranged_in_columns(photograph, count, n_cols):
+    """Each image has its bars to the right, in a grid of `n_cols` columns."""
     display = PredictionDisplay.from_predictions(
         [photograph] * count, [[("cat", 0.6), ("dog", 0.4)]] * count, n_cols=n_cols
     )
     assert display.axes_.shape == (count, 2)
-    for number, (left, right) in enumerate(display.axes_):
-        row, column = divmod(number, min(n_cols, count))
+    for index, (left, right) in enumerate(display.axes_):
+        row, column = divmod(index, min(n_cols, count))
         assert (left.get_subplotspec().rowspan.start) == row
         assert (left.get_subplotspec().colspan.start) == 2 * column
         assert (right.get_subplotspec().colspan.start) == 2 * column + 1
 
 
-def test_what_gives_no_probabilities_is_refused(digits, photograph):
-    """An unfitted classifier, one without predict_proba, and predictions of other lengths."""
+def test_a_classifier_without_probabilities_is_refused(digits, photograph):
+    """So are an unfitted classifier, and predictions that do not match the images."""
     with pytest.raises(NotFittedError):
         PredictionDisplay.from_estimator(LogisticRegression(), digits[0])
     flat = digits[0].reshape(100, -1)
-    with pytest.raises(TypeError, match=r"LinearSVC has no predict_proba.*LogisticRegression"):
+    with pytest.raises(TypeError, match=r"have predict_proba; got LinearSVC: .*LogisticRegression"):
         PredictionDisplay.from_estimator(LinearSVC().fit(flat, digits[1]), flat)
-    with pytest.raises(ValueError, match="2 predictions of 1 images"):
+    with pytest.raises(ValueError, match=r"per image; got 2 for 1 images\."):
         PredictionDisplay.from_predictions([photograph], [[("cat", 1)], [("dog", 1)]])

@@ -1,4 +1,4 @@
-"""Knows how every test runs: on how many examples, and cut off from the network."""
+"""How all tests run: on how many examples, and without a network."""
 
 import numpy as np
 import pytest

@@ -115,7 +115,7 @@ def test_flattened_rows_are_named_with_their_shape(weights, images, as_table):
     rows = np.stack([np.asarray(image).ravel() for image in images]) / 255
     expected = classify(images, weights)
     same(classify(as_table(rows), weights, image_shape=(48, 48, 3)), expected)
-    with pytest.raises(ValueError, match="image_shape="):
+    with pytest.raises(ValueError, match="has one row per image: set image_shape to"):
         classify(as_table(rows), weights)
 
 

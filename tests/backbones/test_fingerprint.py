@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import textwrap
 import threading
 import types
 
@@ -427,25 +428,35 @@ class Block(nn.Module):
 """
 
 
-@pytest.mark.parametrize("name", ["__main__", "a module"])
-def test_a_digest_is_the_same_in_every_process(name, tmp_path):
-    """Three processes agree, whatever the hash seed, the name of the file and the line numbers."""
-    digests = set()
+@pytest.fixture(scope="module")
+def digests(tmp_path_factory):
+    """Digests in three processes, of the code of their script and of the same in a module."""
+    folder = tmp_path_factory.mktemp("code")
+    digests = {"__main__": set(), "a module": set()}
     for seed in range(3):
-        file = tmp_path / f"file_{seed}.py"
-        file.write_text("# a comment\n\n" * seed + SOURCE)
-        begin = f"from file_{seed} import *" if name == "a module" else file.read_text()
-        script = f"{begin}\nfrom deepfeat._backbones.fingerprint import fingerprint\n"
-        script += "print(fingerprint((Block(), is_odd, NAMES)).hex())"
+        (folder / f"file_{seed}.py").write_text("# a comment\n\n" * seed + SOURCE)
+        script = (folder / f"file_{seed}.py").read_text() + textwrap.dedent(f"""
+            import sys, file_{seed}
+            from deepfeat._backbones.fingerprint import fingerprint
+            for module in sys.modules["__main__"], file_{seed}:
+                print(fingerprint((module.Block(), module.is_odd, module.NAMES)).hex())
+            """)
         run = subprocess.run(
             [sys.executable, "-c", script],
-            env={**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(tmp_path)},
+            env={**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(folder)},
             check=True,
             stdout=subprocess.PIPE,
             text=True,
         )
-        digests.add(run.stdout)
-    assert len(digests) == 1
+        for name, digest in zip(digests, run.stdout.split(), strict=True):
+            digests[name].add(digest)
+    return digests
+
+
+@pytest.mark.parametrize("name", ["__main__", "a module"])
+def test_a_digest_is_the_same_in_every_process(name, digests):
+    """Three processes agree, whatever the hash seed, the name of the file and the line numbers."""
+    assert len(digests[name]) == 1
 
 
 def test_comments_and_locations_are_not_behaviour(user_code):

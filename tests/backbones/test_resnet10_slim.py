@@ -190,31 +190,34 @@ def test_digits_are_read_better_than_from_pixels(record_property):
 # Without a network ------------------------------------------------------------------------------
 
 
-def test_features_need_no_network(tmp_path):
-    """A process that cannot open a connection computes features of an image."""
-    run = run_cut_off(
+@pytest.fixture(scope="module")
+def run_without_a_network(tmp_path_factory):
+    """A process that computes features of an image by this network, and then by another."""
+    return run_cut_off(
         "import numpy as np\n"
         "from deepfeat import DeepFeatureExtractor\n"
         f"rows = DeepFeatureExtractor({NAME!r}, 'avgpool').fit_transform(np.eye(9)[None])\n"
-        "print(rows.shape)\n",
-        tmp_path,
-    )
-    assert (run.returncode, run.stdout.strip()) == (0, "(1, 256)"), run.stderr
-
-
-def test_another_backbone_without_a_network_names_this_one(tmp_path):
-    """Nothing falls back silently: the error says what could not be had, and what can be."""
-    run = run_cut_off(
-        "from deepfeat import DeepFeatureExtractor\n"
-        "import numpy as np\n"
+        "print(rows.shape)\n"
         "DeepFeatureExtractor('squeezenet1_1', 'stage2').fit_transform(np.eye(9)[None])\n",
-        tmp_path,
+        tmp_path_factory.mktemp("home"),
     )
+
+
+def test_features_need_no_network(run_without_a_network):
+    """A process that cannot open a connection computes features of an image."""
+    run = run_without_a_network
+    assert run.stdout.startswith("(1, 256)\n"), run.stderr
+
+
+def test_another_backbone_without_a_network_names_this_one(run_without_a_network):
+    """Nothing falls back silently: the error says what could not be had, and what can be."""
+    run = run_without_a_network
     assert run.returncode == 1
     assert "the network is cut" in run.stderr
     assert "The backbone 'resnet10_slim' needs no network" in run.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow  # and `nox -s quickstart` runs it too
 def test_the_quickstart_needs_no_network(tmp_path):
     """The first example of the README runs to its end where no connection can be opened."""
     script = ROOT / "examples" / "quickstart.py"

@@ -35,12 +35,12 @@ def check_parameters(function: Callable[..., Any], params: Mapping[str, Any]) ->
     """Raise unless each parameter is what the signature of a function or a class allows.
 
     A parameter that may also be something else than a choice, a bool, a number of the table or
-    None is left to the caller.
+    None is left to the caller, and so is one that the signature does not have, of a subclass.
     """
     annotations = _find_annotations(function)
-    for name, value in params.items():
+    for name in annotations.keys() & params.keys():
         if all(_list_alternatives(name, member) for member in _split(annotations[name])):
-            check_parameter(name, value, annotations[name])
+            check_parameter(name, params[name], annotations[name])
 
 
 def check_parameter(name: str, value: Any, annotation: Any, *others: str) -> None:

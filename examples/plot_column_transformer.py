@@ -2,7 +2,7 @@
 Images next to other columns
 ============================
 
-Data sets rarely consist of images alone: a product has a photograph and a weight, a patient a scan
+Datasets rarely consist of images alone: a product has a photograph and a weight, a patient a scan
 and an age. Here each row of a DataFrame has an image, a number and a category, and a single
 pipeline handles them all. It is cross-validated and searched like any other.
 

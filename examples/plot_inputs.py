@@ -60,7 +60,7 @@ for form, X in forms.items():
 # maximum of their type. If the scale were guessed from the values, the features of a dark image
 # would depend on the other images of the batch.
 #
-# Tables of flattened images, such as scikit-learn's own data sets, need ``image_shape``.
+# Tables of flattened images, such as scikit-learn's own datasets, need ``image_shape``.
 
 grey = np.asarray(Image.fromarray(palace).convert("L"))
 row = grey.reshape(1, -1)

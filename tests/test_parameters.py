@@ -273,3 +273,17 @@ def test_docstrings_are_read():
     assert list_choices(norm.annotation) == ["l2", "l1", "max"]
     types = [words for function in PUBLIC.values() for words in read_parameters(function).values()]
     assert sum("{" in words for words in types) >= 14
+
+
+@pytest.mark.parametrize("estimator", [DeepFeatureExtractor, FineTuneClassifier])
+def test_a_subclass_may_have_parameters_of_its_own(estimator):
+    """They are left to the subclass; those that it inherits are checked as ever."""
+
+    class Subclass(estimator):
+        def __init__(self, backbone="resnet10_slim", *, extra=1, resize="weights"):
+            super().__init__(backbone, resize=resize)
+            self.extra = extra
+
+    check_parameters(estimator, Subclass(extra="anything").get_params(deep=False))
+    with pytest.raises(ValueError, match=r"^resize must be one of"):
+        check_parameters(estimator, Subclass(resize="crop").get_params(deep=False))

@@ -247,7 +247,7 @@ def test_the_parameters_of_vgg16_are_those_of_the_report(
 def test_without_quick_all_images_of_15_scene_are_used(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Here a smaller data set replaces it, with its fixed split and a random one."""
+    """Here a smaller dataset replaces it, with its fixed split and a random one."""
     root = tmp_path / "scenes"
     counts = {"sea": 103, "sky": 104}
     monkeypatch.setattr(datasets, "_SCENES", counts)

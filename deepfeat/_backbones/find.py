@@ -102,7 +102,8 @@ def find_backbone(
     else:
         steps = preprocess_with(preprocessing)
     size = steps.input_shape[-1] if family.is_sized(backbone) else None
-    skeleton = make_skeleton(family, backbone, size, source)
+    file = source if isinstance(source, WeightsFile) else None
+    skeleton = make_skeleton(family, backbone, size, file)
     return Backbone(
         name=backbone,
         skeleton=skeleton,

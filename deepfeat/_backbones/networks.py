@@ -39,11 +39,11 @@ class RandomWeights:
 
     @property
     def digest(self) -> str:
-        """What tells these weights from all others, the same in every process."""
+        """A string that identifies these weights in every process."""
         return f"seed {self.seed}, torch {torch.__version__}, torchvision {torchvision.__version__}"
 
 
-# Where weights come from. A source is hashable, and another one once its file has changed.
+# A source of weights is hashable; if its file changes, it is no longer equal.
 WeightsSource: TypeAlias = PublishedWeights | WeightsFile | RandomWeights
 
 
@@ -63,14 +63,16 @@ class Family(Hashable, Protocol):
         """Build a network with random weights; `num_classes` is an option that each one has."""
 
     def adapt(self, name: str, state: State) -> tuple[State, dict[str, Any]]:
-        """Return a state dict by the names of today, and the options that it is built with."""
+        """Return a state dict with today's names, and the options to build its network with."""
 
 
 @functools.lru_cache(maxsize=8)
-def make_skeleton(family: Family, name: str, size: int | None, source: WeightsSource) -> nn.Module:
-    """Build a network on the meta device."""
-    if isinstance(source, WeightsFile):  # which decides on the number of classes
-        return _with_state(family, name, size, source.peek()).to("meta")
+def make_skeleton(
+    family: Family, name: str, size: int | None, file: WeightsFile | None
+) -> nn.Module:
+    """Build a network on the meta device; a weights file determines the number of classes."""
+    if file is not None:
+        return _with_state(family, name, size, file.peek()).to("meta")
     return _build(family, name, size, meta=True).to("meta")
 
 
@@ -85,12 +87,12 @@ def load_shared(
 @functools.lru_cache(maxsize=8)
 def count_outputs(skeleton: nn.Module) -> int:
     """Count the outputs of a network with a name."""
-    _, bias = _head_entry(skeleton)
-    return len(bias)
+    _, value = _head_entry(skeleton)
+    return len(value)
 
 
 def _head_entry(network: nn.Module) -> tuple[str, Tensor]:
-    """Return the last entry of the state dict: in every family, the bias of the head."""
+    """Return the last entry of the state dict: in every family, one of the head, by class."""
     *_, entry = network.state_dict().items()
     return entry
 

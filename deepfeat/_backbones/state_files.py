@@ -1,4 +1,4 @@
-"""Files of weights: reading state dicts, and telling one version of a file from another."""
+"""Weights files: their state dicts, and versions of a file."""
 
 import hashlib
 import io
@@ -58,10 +58,11 @@ class WeightsFile:
     @property
     def digest(self) -> str:
         """SHA-256 of the content, computed once for each version."""
-        if self not in _digests:
+        version = self.path, self.stamp
+        if version not in _digests:
             with self.path.open("rb") as file:
-                _digests.setdefault(self, hashlib.file_digest(file, "sha256").hexdigest())
-        return _digests[self]
+                _digests.setdefault(version, hashlib.file_digest(file, "sha256").hexdigest())
+        return _digests[version]
 
     def peek(self) -> State:
         """Read the state dict for its names and shapes, leaving the rest on disk if possible."""
@@ -78,12 +79,12 @@ class WeightsFile:
         """
         content = self.path.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
-        if _digests.setdefault(self, digest) != digest:
+        if _digests.setdefault((self.path, self.stamp), digest) != digest:
             raise OSError(f"{self.path} was replaced while it was being read: call again.")
         return parse_state(self.path, content)
 
 
-_digests: dict[WeightsFile, str] = {}
+_digests: dict[tuple[Path, tuple[int, ...]], str] = {}
 
 
 def parse_state(path: Path, content: bytes | None = None) -> State:

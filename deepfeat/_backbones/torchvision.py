@@ -38,7 +38,7 @@ class PublishedWeights:
         """Fetch the state dict with torchvision's own downloader, or from its cache."""
         url, weights = self.entry.url, f"{self.entry} of {self.name}"
         cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-        # torchvision checks the hash of a download, but not of what lies there already.
+        # torchvision checks the hash of a download, but not of a file from an earlier one.
         if cached.is_file():
             expected = cached.stem.rpartition("-")[2]
             if not WeightsFile.find(cached, self.entry).digest.startswith(expected):
@@ -97,8 +97,8 @@ def adapt(name: str, state: State) -> tuple[State, dict[str, Any]]:
 
 
 def _current_key(name: str, key: str) -> str:
-    """Undo what was renamed since torchvision published its files."""
-    if name.startswith("densenet"):  # norm.1 for what is norm1 today
+    """Undo renamings since torchvision published its files."""
+    if name.startswith("densenet"):  # norm.1, today norm1
         key = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)", r"\1\2", key)
     if name.startswith("vit"):
         key = key.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")

@@ -62,8 +62,8 @@ def run_in_batches(
 
     launched: deque[tuple[list[T], Fetched, list[tuple[T, Exception]]]] = deque()
     for good, tensors, failures in _prepare_batches(samples, prepare, batch_size, num_workers):
-        outputs = reader.read(stack(good, tensors)) if good else {}
-        launched.append((good, _fetch(outputs, reader.device), failures))
+        # The outputs get no name, which would keep them on the device while the next batch runs.
+        launched.append((good, _fetch(_read(reader, good, tensors), reader.device), failures))
         if reader.device.type != "cuda" or len(launched) > 1:
             yield _collect(*launched.popleft())
     while launched:
@@ -107,6 +107,10 @@ def stack(samples: list[T], tensors: list[Tensor]) -> Tensor:
                 f"{sample}, and {tuple(tensors[0].shape)} for {samples[0]}."
             )
     return torch.stack(tensors)
+
+
+def _read(reader: Reader, samples: list[T], tensors: list[Tensor]) -> Outputs:
+    return reader.read(stack(samples, tensors)) if samples else {}
 
 
 def _fetch(outputs: Outputs, device: torch.device) -> Fetched:

@@ -57,7 +57,7 @@ def run_in_parts(
     shape = tuple(batch.shape[1:])
     size = limit_part(fitting.get(shape, len(batch)), shape, device)
     parts: list[Outputs] = []
-    start = 0
+    start, is_retry = 0, False
     while start < len(batch):
         try:
             parts.append(function(to_device(batch[start : start + size], device)))
@@ -66,10 +66,11 @@ def run_in_parts(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if size == 1:
+            if size == 1 and is_retry:
                 raise MemoryError(f"{device} has no memory for a single image: {error}") from error
         # Only here, past the except clause, are the tensors of the failed forward freed.
         empty_cache(device)
+        is_retry = True
         size = fitting[shape] = max(1, min(size, len(batch) - start) // 2)
         warnings.warn(
             f"{device} ran out of memory; continuing with batches of {size}.",

@@ -591,8 +591,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             raise ValueError(
                 f"prefetch must be 'stages', a list of layers or None; got {self.prefetch!r}."
             )
-        is_place = isinstance(self.cache, (str, os.PathLike, FeatureCache)) and self.cache != ""
-        if not (self.cache is None or is_place):
+        is_location = isinstance(self.cache, (str, os.PathLike, FeatureCache)) and self.cache != ""
+        if not (self.cache is None or is_location):
             raise ValueError(
                 f"cache must be 'memory', a directory, a FeatureCache or None; got {self.cache!r}."
             )

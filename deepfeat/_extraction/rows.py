@@ -160,12 +160,7 @@ class _CachedExtraction:
         pause, longest = _WAIT_SECONDS
         waited = 0.0
         while pending:
-            missing: list[bytes] = []
-            for images in _chunks(pending, _LOOK_UP):
-                batch, absent = self.look_up(images)
-                missing += absent
-                if batch.samples:
-                    yield batch
+            missing = yield from self._look_up_all(pending)
             pending, computed = yield from self._compute_missing(missing)
             if pending and not computed:
                 time.sleep(pause)
@@ -173,6 +168,16 @@ class _CachedExtraction:
                     self._log_holders(pending)
                 waited += pause
                 pause = min(2 * pause, longest)
+
+    def _look_up_all(self, images: Sequence[bytes]) -> Generator[Batch[Record], None, list[bytes]]:
+        """Yield the rows of images of which the cache has every layer; return the others."""
+        missing: list[bytes] = []
+        for some in _chunks(images, _LOOK_UP):
+            batch, absent = self.look_up(some)
+            missing += absent
+            if batch.samples:
+                yield batch
+        return missing
 
     def look_up(self, images: Sequence[bytes]) -> tuple[Batch[Record], list[bytes]]:
         """Return the rows of images of which the cache has every layer, and the other images."""

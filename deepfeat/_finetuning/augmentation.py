@@ -27,6 +27,21 @@ def draw_flips(augment: Augment, seed: int, epoch: int | None, count: int) -> ND
     return np.random.default_rng([seed, epoch]).random(count) < 0.5
 
 
+def augment_image(
+    image: Image.Image, augment: Augment, rng: np.random.Generator
+) -> tuple[Image.Image, bool]:
+    """Augment an image that has been flipped already; return it, and whether it was cropped."""
+    if callable(augment):
+        image = augment(image)
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"augment must return a PIL image; got a {type(image).__name__}. Leave "
+                "normalisation and conversion to a tensor to the preprocessing."
+            )
+        return image.convert("RGB"), False
+    return (crop_at_random(image, rng), True) if augment == "crop" else (image, False)
+
+
 def crop_at_random(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Crop an image to 8 to 100 % of its area, with an aspect ratio between 3:4 and 4:3.
 

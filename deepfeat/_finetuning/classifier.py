@@ -614,7 +614,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     def _label(
         self, X: Any, y: Any, sample_weight: Any, *, reset: bool, suffix: str = ""
     ) -> Dataset:
-        """Validate X and y, or X_val and y_val (`suffix` "_val"), as one data set."""
+        """Validate X and y, or X_val and y_val (`suffix` "_val"), as one dataset."""
         if y is None:
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None."

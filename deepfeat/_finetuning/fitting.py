@@ -124,7 +124,7 @@ def _run_epochs(
                 f"Training was interrupted in epoch {start + len(history)}; what has been learned "
                 "so far is kept.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
     return history, best
 

@@ -21,7 +21,7 @@ from .._engine.batches import run_in_batches, stack
 from .._engine.devices import Outputs, Precision, limit_part, to_device
 from .._engine.threads import Workers, attempt, map_in_threads
 from .._extraction.readers import TorchReader
-from .augmentation import Augment, crop_at_random, draw_flips
+from .augmentation import Augment, augment_image, draw_flips
 from .cutting import Cut
 from .labels import Dataset
 
@@ -50,7 +50,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """The batches of a data set, and the network that runs on them."""
+    """The batches of a dataset, and the network that runs on them."""
 
     dataset: Dataset
     classes: NDArray[Any]
@@ -150,18 +150,15 @@ class ImageSource(Source):
                 tensors = []
 
     def _augment(self, image: Image.Image, index: int, epoch: int | None) -> Tensor:
-        if epoch is None or self.augment in (None, "flip"):
+        if epoch is None:
             return self.preprocessing.prepare(image)
-        if callable(self.augment):
-            image = self.augment(image)
-            if not isinstance(image, Image.Image):
-                raise TypeError(
-                    f"augment must return a PIL image; got a {type(image).__name__}. Leave "
-                    "normalisation and conversion to a tensor to the preprocessing."
-                )
-            return self.preprocessing.prepare(image.convert("RGB"))
         rng = np.random.default_rng([self.seed, epoch, index])
-        return self.preprocessing.prepare_whole(crop_at_random(image, rng))
+        image, is_cropped = augment_image(image, self.augment, rng)
+        return (
+            self.preprocessing.prepare_whole(image)
+            if is_cropped
+            else self.preprocessing.prepare(image)
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Data sets: images in one folder per class, and the 15-Scene data set."""
+"""Datasets: images in one folder per class, and the 15-Scene dataset."""
 
 from ._folders import load_image_folder
 from ._scene15 import fetch_scene15, load_scene15

@@ -1,4 +1,4 @@
-"""The 15-Scene data set: loading, splitting, downloading."""
+"""The 15-Scene dataset: loading, splitting, downloading."""
 
 import csv
 import hashlib
@@ -53,7 +53,7 @@ def load_scene15(
     train_per_class: int = 100,
     random_state: RandomState = None,
 ) -> Bunch:
-    """List the 4,485 images of the 15-Scene data set, split for training and testing.
+    """List the 4,485 images of the 15-Scene dataset, split for training and testing.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def load_scene15(
         "fixed" is the split that comes with the images: folders `train` and `test`, or a file
         `scene15_split.csv` in `root` or beside it, with columns `split` ("train" or "test"),
         `class` (name of the class folder) and `file` (name of the image). Neither the authors of
-        the data set nor deepfeat provide one. "random" draws training images from each class, as
+        the dataset nor deepfeat provide one. "random" draws training images from each class, as
         the authors did; the other images are for testing.
     train_per_class : int, default=100
         Number of training images per class. A fixed split must have exactly as many.
@@ -91,7 +91,7 @@ def load_scene15(
 
     Notes
     -----
-    Some images of the data set are identical, byte for byte: 18 pairs in the copy that deepfeat
+    Some images of the dataset are identical, byte for byte: 18 pairs in the copy that deepfeat
     was developed with, one of them across two classes. A split may separate the images of a pair.
 
     References
@@ -137,7 +137,7 @@ def fetch_scene15(
     n_retries: int = 3,
     delay: float = 1.0,
 ) -> Bunch:
-    """Load the 15-Scene data set, downloading it (92 MB) if necessary.
+    """Load the 15-Scene dataset, downloading it (92 MB) if necessary.
 
     The default URL and hash are quoted by public code, but could not be checked while deepfeat was
     written. If they fail, pass others, or unpack your own copy and use `load_scene15`.
@@ -156,7 +156,7 @@ def fetch_scene15(
     random_state : int, RandomState or None, default=None
         See `load_scene15`.
     download_if_missing : bool, default=True
-        If False, raise an OSError instead of downloading a missing data set.
+        If False, raise an OSError instead of downloading a missing dataset.
     url : str, optional
         URL of a zip archive of the class folders.
     known_hash : str or None, optional
@@ -174,8 +174,8 @@ def fetch_scene15(
     Raises
     ------
     OSError
-        If the data set is missing and must not or cannot be downloaded; or the archive has another
-        hash, is damaged, is unsafe to unpack or does not hold the whole data set.
+        If the dataset is missing and must not or cannot be downloaded; or the archive has another
+        hash, is damaged, is unsafe to unpack or does not hold the whole dataset.
     ValueError
         See `load_scene15`.
     ModuleNotFoundError

@@ -1,4 +1,4 @@
-"""Training of the backbone that comes with deepfeat, without a data set or another network.
+"""Training of the backbone that comes with deepfeat, without a dataset or another network.
 
     python -m pip install . scikit-image
     python examples/bundled_backbone/train.py

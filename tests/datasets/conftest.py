@@ -39,7 +39,7 @@ def published() -> dict[str, int]:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Replace the published data set by one of a few hundred images."""
+    """Replace the published dataset by one of a few hundred images."""
     monkeypatch.setattr(_scene15, "_SCENES", FEW)
     return FEW
 
@@ -66,7 +66,7 @@ def names_in() -> Callable[[Path, np.ndarray], list[str]]:
 
 @pytest.fixture(scope="session")
 def scene_files() -> Callable[..., list[str]]:
-    """Return the names of the files of a data set, by default the small one."""
+    """Return the names of the files of a dataset, by default the small one."""
 
     def scene_files(rename: Callable[[str], str] = str, scenes: dict[str, int] = FEW) -> list[str]:
         return [
@@ -91,7 +91,7 @@ def own_root(
     touch: Callable[..., Path],
     scene_files: Callable[..., list[str]],
 ) -> Path:
-    """A folder with the small data set, which a test may change."""
+    """A folder with the small dataset, which a test may change."""
     return touch(tmp_path / "own", *scene_files())
 
 

@@ -33,7 +33,7 @@ def pack(files: dict[str, bytes], **options: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def archive(scene_files: Callable[..., list[str]]) -> bytes:
-    """The packed data set; the content of each image is its name."""
+    """The packed dataset; the content of each image is its name."""
     return pack({file: file.encode() for file in scene_files()} | {"readme.txt": b"Hello"})
 
 

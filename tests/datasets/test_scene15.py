@@ -26,7 +26,7 @@ def scenes_root(
 
 
 def load(root: str | Path, **params: object) -> Bunch:
-    """Load the small data set."""
+    """Load the small dataset."""
     return load_scene15(root, **{"train_per_class": 5, **params})
 
 

@@ -414,6 +414,39 @@ def test_a_single_image_that_does_not_fit_is_an_error():
     assert threads_of_ours() == []
 
 
+def test_a_single_image_is_tried_again_once_memory_was_freed():
+    """Memory may have been short because blocks of other sizes were kept."""
+    sizes = []
+
+    def function(batch):
+        sizes.append(len(batch))
+        if len(sizes) == 1:
+            raise OUT_OF_MEMORY["cuda"]
+        return double(batch)
+
+    with pytest.warns(RuntimeWarning, match="continuing with batches of 1"):
+        assert_array_equal(rows_of(run(range(1), function)), twice(range(1)))
+    assert sizes == [1, 1]
+
+
+def test_outputs_are_freed_before_the_next_batch_runs():
+    """A device has room for the outputs of one batch, and needs none for those before."""
+    alive = weakref.WeakSet()
+
+    class Noting:
+        device = CPU
+        prepare = staticmethod(as_row)
+
+        def read(self, batch):
+            assert len(alive) == 0
+            outputs = double(batch)
+            alive.update(outputs.values())
+            return outputs
+
+    batches = run_in_batches(Noting(), range(8), lambda sample: sample, batch_size=2)
+    assert_array_equal(rows_of(batches), twice(range(8)))
+
+
 @pytest.mark.parametrize(
     "error",
     [

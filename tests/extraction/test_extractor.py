@@ -577,11 +577,11 @@ def test_whether_truncated_files_are_read_is_part_of_what_decides_on_a_row(
             assert np.isnan(extractor.transform(X)).all() != is_read
 
 
-# Data sets --------------------------------------------------------------------------------------
+# Datasets --------------------------------------------------------------------------------------
 
 
 class Scenes(torch.utils.data.Dataset):
-    """A data set as torch has them: images by index, not made for threads."""
+    """A dataset as torch has them: images by index, not made for threads."""
 
     def __init__(self, pixels, give=Image.fromarray):
         self.pixels = pixels

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torchvision import transforms
 
+from deepfeat._finetuning import augmentation as _augmentation
 from deepfeat._finetuning import sources as _sources
 from deepfeat._finetuning.augmentation import crop_at_random, draw_flips
 from deepfeat._images.decoding import open_image
@@ -176,7 +177,7 @@ def test_a_crop_takes_the_place_of_the_weights_own_crop(
     seen, monkeypatch, make_images, make_classifier, assert_same_state, state_of
 ):
     """Nothing else is cropped: a whole image is squashed, not cropped in the middle."""
-    monkeypatch.setattr(_sources, "crop_at_random", lambda image, rng: image)
+    monkeypatch.setattr(_augmentation, "crop_at_random", lambda image, rng: image)
     monkeypatch.setattr(_sources, "draw_flips", lambda *args: np.zeros(99, dtype=bool))
     X, y = make_images(4, 64)
     X = [np.hstack([pixels, 255 - pixels]) for pixels in X]

@@ -170,8 +170,9 @@ def test_an_interruption_leaves_the_best_network(
     X, y = images
     states = planted(0.9, 0.1)
     classifier = make_classifier(augment=interrupted_at(20), max_epochs=3, early_stopping=True)
-    with pytest.warns(UserWarning, match="interrupted in epoch 3"):
+    with pytest.warns(UserWarning, match="interrupted in epoch 3") as caught:
         classifier.fit(X, y, X_val=X[:2], y_val=y[:2])
+    assert [warning.filename for warning in caught] == [__file__]
     assert_same_state(state_of(classifier), states[0])
 
 

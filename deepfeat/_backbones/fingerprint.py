@@ -314,8 +314,12 @@ def _take_apart(value: Any) -> tuple[Any, ...]:
             f"a {type(value).__name__} cannot be digested: {error}"
         ) from error
     if isinstance(reduced, str):  # the name of a global
-        module: str = pickle.whichmodule(value, reduced)  # type: ignore[attr-defined]
-        if _look_up(module, reduced) is not value:
+        try:
+            module: str = pickle.whichmodule(value, reduced)  # type: ignore[attr-defined]
+            found = _look_up(module, reduced)
+        except pickle.PicklingError:  # raised by Python 3.14
+            found = None
+        if found is not value:
             raise UnknownContentError(f"{reduced!r} does not have the name that it is pickled by")
         return reduced, _release_of(module, value)
     function, arguments, *rest = reduced

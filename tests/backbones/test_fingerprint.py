@@ -681,3 +681,10 @@ def test_digests_are_equal_if_values_are(one, other):
     """1, 1.0 and True differ, as do 0.0 and -0.0, or a list and a tuple; sets have no order."""
     assert (fingerprint(one) == fingerprint(other)) == (spell(one) == spell(other))
     assert fingerprint(copy.deepcopy(one)) == fingerprint(one)
+
+
+def test_tensors_of_one_content_and_two_types_have_different_digests():
+    """The bytes of zeros are the same as integers and as floats."""
+    one, other = torch.zeros(3), torch.zeros(3, dtype=torch.int32)
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one) == fingerprint(torch.zeros(3))

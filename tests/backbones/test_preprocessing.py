@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import pickle
 
 import numpy as np
 import pytest
@@ -192,3 +193,13 @@ def test_a_thin_image_takes_no_more_memory_than_its_pixels(size, resize):
     found = fit(image, resize)
     assert found.shape == (32, 32, 3)
     assert_array_equal(found[15, 15], (255, 0, 0))
+
+
+@pytest.mark.parametrize("resize", ["weights", "squash", "pad"])
+def test_the_preprocessing_of_a_named_network_can_be_pickled(resize):
+    """A trained classifier holds it, and may be loaded by another process."""
+    steps = find_backbone(NAME, resize=resize, image_size=32).preprocessing
+    copy = pickle.loads(pickle.dumps(steps))
+    image = Image.effect_noise((50, 40), 80).convert("RGB")
+    exactly(copy(image), steps(image))
+    assert copy.settings == steps.settings

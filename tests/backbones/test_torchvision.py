@@ -21,6 +21,7 @@ from torchvision.models._api import BUILTIN_MODELS
 
 from deepfeat import list_backbones
 from deepfeat._backbones import networks as building
+from deepfeat._backbones import torchvision as torchvision_networks
 from deepfeat._backbones.find import find_backbone
 
 exactly = functools.partial(assert_close, rtol=0, atol=0)
@@ -257,6 +258,13 @@ def test_a_folder_that_cannot_be_written_is_named(
     assert "blocked" in str(caught.value)
     assert "give the path of such a file as weights=" in str(caught.value)
     exactly(load(NAME, tmp_path / "served.pth").state_dict(), state)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_that_were_trained_on_other_inputs_rescale_them(name):
+    """These two were published elsewhere first, for images scaled to [-1, 1]."""
+    _, options = torchvision_networks.adapt(name, {})
+    assert options["transform_input"] is True
 
 
 def test_every_weights_file_has_its_hash_in_its_name():

@@ -459,7 +459,7 @@ BAD_SOURCES = {
     "text file": (io.StringIO("abc"), "open in text mode: open it with mode 'rb'"),
     "missing file": ("no/such.png", r"'no/such.png'\): there is no such file$"),
     "folder": (os.curdir, "'.'.: this is a folder, not a file$"),
-    "null byte": ("a\0.png", "null byte"),
+    "null byte": ("a\0.png", "null (byte|character)"),
     "NaN": (
         np.full((5, 5), np.nan),
         "float64 array of shape .5, 5..: the array contains NaN or inf",

@@ -9,8 +9,11 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal, assert_equal
 from PIL import Image
+from sklearn.base import BaseEstimator
 
+from deepfeat import ImageError
 from deepfeat._images.records import as_records, is_tabular
+from deepfeat._images.tables import find_records
 
 
 def read(X, image_shape=None):
@@ -112,3 +115,33 @@ def test_an_invalid_image_shape_raises(image_shape, message):
     """An image_shape that is malformed, or does not fit the rows, is shown with the reason."""
     with pytest.raises(ValueError, match=message):
         as_records(np.zeros((2, 64)), image_shape)
+
+
+def test_the_columns_of_an_earlier_table_are_forgotten():
+    """An estimator that is fitted again, on images, has no columns."""
+    estimator = BaseEstimator()
+    table = pd.DataFrame(np.zeros((2, 16)), columns=[f"pixel{number}" for number in range(16)])
+    find_records(estimator, table, (4, 4), reset=True)
+    assert estimator.n_features_in_ == len(estimator.feature_names_in_) == 16
+    find_records(estimator, [np.zeros((4, 4))], (4, 4), reset=True)
+    assert vars(estimator) == {}
+
+
+def test_nan_in_a_row_is_an_error_of_the_call_or_of_that_image():
+    """With ensure_all_finite=False, the other rows are read."""
+    table = np.zeros((2, 16))
+    table[1, 3] = np.nan
+    with pytest.raises(ValueError, match="contains NaN"):
+        find_records(BaseEstimator(), table, (4, 4), reset=True)
+    options = {"reset": True, "ensure_all_finite": False}
+    good, bad = find_records(BaseEstimator(), table, (4, 4), **options)
+    assert good.open().size == (4, 4)
+    with pytest.raises(ImageError, match=r"^X\[1\].*contains NaN"):
+        bad.open()
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_an_array_of_one_colour_image_is_refused(channels):
+    """Its rows would be read as grey images."""
+    with pytest.raises(ValueError, match=r"looks like one colour image, .* pass \[X\]"):
+        as_records(np.zeros((5, 6, channels), dtype=np.uint8))

@@ -156,6 +156,14 @@ def test_stages_end_before_each_down_sampling(
         index.resolve(f"stage{len(ends) + 1}")
 
 
+def test_a_down_sampling_that_rounds_up_ends_a_stage() -> None:
+    """Maps of odd sides are halved to more than half: 15 x 15 to 8 x 8."""
+    convolutions = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1)
+    index = LayerIndex(nn.Sequential(*convolutions), (3, 15, 15))
+    assert index.resolve("stage1").path == "0"
+    assert index.resolve("stage2").path == "1"
+
+
 def test_a_stage_of_one_pixel_ends_before_the_pooling() -> None:
     """ResNet's last maps of 32-pixel images have one pixel; global pooling is not a stage."""
     index = LayerIndex(models.resnet18(weights=None), (3, 32, 32))

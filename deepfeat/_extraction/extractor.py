@@ -575,9 +575,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     ) -> list[tuple[Record, Exception]]:
         """Blank the rows in which the network gave NaN or infinity; return their failures."""
         failures: list[tuple[Record, Exception]] = []
-        for record in records:
-            if np.isfinite(features[record.index]).all():
-                continue
+        finite = np.isfinite(features[[record.index for record in records]]).all(axis=1)
+        for record in (records[number] for number in np.flatnonzero(~finite)):
             hint = "; float16 ends at 65,504: try bfloat16" * (self.precision == "float16")
             reason = f"the network gave NaN or infinity at layer {self.layer!r}{hint}"
             features[record.index] = np.nan

@@ -154,7 +154,7 @@ def test_tables_1_and_2_are_those_of_explicit_pipelines(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Liblinear failed to converge")
-def test_tables_1_and_2_run_with_vgg16_and_random_weights(run: Run, tmp_path: Path) -> None:
+def test_tables_1_and_2_run_with_vgg16_and_random_weights(run: Run) -> None:
     """They have the report's layers, on patches that need no data."""
     rows = run("table1_2", "--quick")
     assert [(row["backbone"], row["layer"], row["report %"]) for row in rows] == [

@@ -305,7 +305,7 @@ def test_a_preview_is_what_torchvision_feeds_the_network(scene_paths):
         assert_allclose(normalized, preset(Image.open(path).convert("RGB")), atol=1e-6)
 
 
-def test_a_preview_follows_the_parameters(scene_paths):
+def test_a_preview_follows_the_parameters():
     """The whole image squashed or padded with the mean colour, of any size, of any input."""
     image = Image.new("RGB", (40, 20), (200, 100, 0))
     (squashed,) = make(resize="squash").preview([image])

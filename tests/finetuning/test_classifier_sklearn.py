@@ -245,7 +245,7 @@ def test_scores_of_folds_are_those_of_classifiers_fitted_on_them(images, make_cl
     assert_array_equal(scores["test_score"], expected)
 
 
-def test_probabilities_can_be_calibrated(images, make_images, make_classifier):
+def test_probabilities_can_be_calibrated(make_images, make_classifier):
     """By folds, and of a classifier that is fitted already."""
     X, y = make_images(12)
     calibrated = CalibratedClassifierCV(
@@ -266,7 +266,7 @@ def test_it_is_the_end_of_a_pipeline(images, make_classifier):
     assert_array_equal(pipe.predict(X), pipe[-1].predict([255 - image for image in X]))
 
 
-def test_weights_are_routed(images, make_images, make_classifier, assert_same_state, state_of):
+def test_weights_are_routed(make_images, make_classifier, assert_same_state, state_of):
     """To `fit` and to `score`, if that is asked for."""
     X, y = make_images(12)
     weights = np.linspace(0.1, 3, 12)

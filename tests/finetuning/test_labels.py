@@ -153,7 +153,7 @@ def test_early_stopping_needs_images_to_hold_out(images, y, fraction, words, mak
 
 
 def test_an_image_of_weight_zero_is_not_held_out(
-    images, make_images, assert_same_state, state_of, make_classifier
+    make_images, assert_same_state, state_of, make_classifier
 ):
     """Its score would not count, and a score without any weight is undefined."""
     X, y = make_images(24)

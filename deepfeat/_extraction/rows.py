@@ -283,9 +283,7 @@ class _CachedExtraction:
             done = np.ones(len(ours), dtype=bool)
             for output in self.requested:
                 done &= self.cache.has(self.namespaces[output.path], ours)
-            finished = list(itertools.compress(ours, done))
-            claims.release(finished)
-            claims.refused += finished  # they are looked up again
+            claims.refuse(list(itertools.compress(ours, done)))
             yield from (self.groups[image][0] for image in itertools.compress(ours, ~done))
 
     def _open(self, record: Record) -> Image.Image:
@@ -320,6 +318,11 @@ class _Claims:
         self.held.update(ours)
         self.refused += itertools.compress(images, ~granted)
         return ours
+
+    def refuse(self, images: list[bytes]) -> None:
+        """Release images that another call has finished, so that they are looked up again."""
+        self.release(images)
+        self.refused += images
 
     def release(self, images: list[bytes]) -> None:
         if images:

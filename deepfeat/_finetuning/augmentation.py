@@ -1,7 +1,7 @@
 """Augmentation of training images: random flips and crops."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -28,7 +28,7 @@ def draw_flips(augment: Augment, seed: int, epoch: int | None, count: int) -> ND
 
 
 def augment_image(
-    image: Image.Image, augment: Augment, rng: np.random.Generator
+    image: Image.Image, augment: Augment, seed: Sequence[int]
 ) -> tuple[Image.Image, bool]:
     """Augment an image that has been flipped already; return it, and whether it was cropped."""
     if callable(augment):
@@ -39,7 +39,9 @@ def augment_image(
                 "normalisation and conversion to a tensor to the preprocessing."
             )
         return image.convert("RGB"), False
-    return (crop_at_random(image, rng), True) if augment == "crop" else (image, False)
+    if augment == "crop":
+        return crop_at_random(image, np.random.default_rng(seed)), True
+    return image, False
 
 
 def crop_at_random(image: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -152,13 +152,9 @@ class ImageSource(Source):
     def _augment(self, image: Image.Image, index: int, epoch: int | None) -> Tensor:
         if epoch is None:
             return self.preprocessing.prepare(image)
-        rng = np.random.default_rng([self.seed, epoch, index])
-        image, is_cropped = augment_image(image, self.augment, rng)
-        return (
-            self.preprocessing.prepare_whole(image)
-            if is_cropped
-            else self.preprocessing.prepare(image)
-        )
+        image, is_cropped = augment_image(image, self.augment, (self.seed, epoch, index))
+        prepare = self.preprocessing.prepare_whole if is_cropped else self.preprocessing.prepare
+        return prepare(image)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import copy
 import difflib
+import fnmatch
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,20 +13,20 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from . import resnet10_slim, torchvision
+from . import resnet10_slim, timm, torchvision
+from .descriptions import EnumDescription
 from .fingerprint import fingerprint
 from .networks import (
     Family,
     RandomWeights,
     WeightsSource,
-    count_outputs,
     load_shared,
     make_skeleton,
 )
-from .preprocessing import Preprocessing, Resize, preprocess_like, preprocess_with
+from .preprocessing import Preprocessing, Resize, preprocess_with
 from .state_files import FILE_SUFFIXES, Weights, WeightsFile, is_weights_file
 
-_FAMILIES: tuple[Family, ...] = (torchvision, resnet10_slim)
+_FAMILIES: tuple[Family, ...] = (torchvision, resnet10_slim, timm)
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Backbone:
     `skeleton` has the network's structure, without its weights; `load` gives the network itself
     in eval mode on a device. If both are `shared` by the process they must not be changed.
     `fingerprint` digests the weights and the preprocessing, the same in every process; it raises
-    `UnknownContentError` if they cannot be digested. `categories` names the outputs; None if they
-    have no names.
+    `UnknownContentError` if they cannot be digested, and OSError if they cannot be downloaded and
+    must be for that. `categories` names the outputs; None if they have no names.
     """
 
     name: str
@@ -47,23 +49,43 @@ class Backbone:
     categories: tuple[str, ...] | None
 
 
-def list_backbones() -> list[str]:
-    """List the names of all backbones: torchvision's classification models, and deepfeat's own.
+def list_backbones(pattern: str | None = None) -> list[str]:
+    """List the names of backbones: torchvision's classification models, deepfeat's own and timm's.
 
     deepfeat's own is `resnet10_slim`, whose weights come with the package.
+
+    Parameters
+    ----------
+    pattern : str, optional
+        Shell-style wildcards that the names match, such as "resnet*" or "timm/*dinov2*". The names
+        of timm begin with "timm/" and end with the tag of their weights. By default all names but
+        those of timm.
 
     Returns
     -------
     list of str
-        Names that `DeepFeatureExtractor` and `list_layers` take as `backbone`.
+        Names that `DeepFeatureExtractor`, `FineTuneClassifier` and `list_layers` take as
+        `backbone`.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If the pattern begins with "timm/" and timm is not installed.
 
     Examples
     --------
     >>> from deepfeat import list_backbones
-    >>> [name for name in list_backbones() if name.startswith("vgg16")]
+    >>> list_backbones("vgg16*")
     ['vgg16', 'vgg16_bn']
     """
-    return sorted(name for family in _FAMILIES for name in family.list_names())
+    if pattern is None:
+        return sorted(name for family in (torchvision, resnet10_slim) for name in family.list_names())
+    start = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+    families = [torchvision, resnet10_slim]
+    if start.startswith(timm.PREFIX) or (timm.PREFIX.startswith(start) and timm.is_installed()):
+        families.append(timm)
+    names = [name for family in families for name in family.list_names()]
+    return sorted(name for name in names if fnmatch.fnmatchcase(name, pattern))
 
 
 def find_backbone(
@@ -97,58 +119,66 @@ def find_backbone(
         )
     family = _find_family(backbone)
     source = _find_weights(family, backbone, weights, seed)
+    network = source.description.network
     if preprocessing is None:
-        steps = preprocess_like(source.entry.transforms(), resize, image_size)
+        steps = source.description.preprocess(resize, image_size)
     else:
         steps = preprocess_with(preprocessing)
-    size = steps.input_shape[-1] if family.is_sized(backbone) else None
+    size = steps.input_shape[-2:] if family.is_sized(network) else None
     file = source if isinstance(source, WeightsFile) else None
-    skeleton = make_skeleton(family, backbone, size, file)
+    skeleton = make_skeleton(family, network, size, file)
     return Backbone(
         name=backbone,
         skeleton=skeleton,
         preprocessing=steps,
-        load=functools.partial(load_shared, family, backbone, size, source),
+        load=functools.partial(load_shared, family, size, source),
         shared=True,
-        fingerprint=lambda: fingerprint((backbone, source.digest, steps.settings)),
-        categories=_find_categories(source, skeleton),
+        fingerprint=lambda: fingerprint((network, source.digest, steps.settings)),
+        categories=_find_categories(source, family.count_outputs(skeleton)),
     )
 
 
 def _find_family(name: str) -> Family:
     for family in _FAMILIES:
-        if name in family.list_names():
+        if family.has_name(name):
             return family
-    close = ", ".join(map(repr, difflib.get_close_matches(name, list_backbones())))
+    is_of_timm = name.startswith(timm.PREFIX)
+    listed = list_backbones(f"{timm.PREFIX}*" if is_of_timm else None)
+    close = ", ".join(map(repr, difflib.get_close_matches(name, listed)))
+    hint = "" if is_of_timm else f" Names of timm begin with {timm.PREFIX!r}."
     raise ValueError(
         f"There is no backbone {name!r}. "
         + (f"Close matches: {close}." if close else "list_backbones() lists them.")
+        + hint
     )
 
 
 def _find_weights(family: Family, name: str, weights: Weights, seed: int) -> WeightsSource:
     """Find the source of weights; a file and random weights stand in for "DEFAULT"."""
-    known = family.known_weights(name)
     if weights is None:
-        return RandomWeights(seed, known["DEFAULT"].entry)
+        return RandomWeights(seed, family.describe(name), family.version())
+    if not isinstance(weights, WeightsEnum) and is_weights_file(weights):
+        return WeightsFile.find(weights, family.describe(name))
+    known = family.known_weights(name)
     if isinstance(weights, WeightsEnum):
         for source in known.values():
-            if source.entry is weights:
+            if source.description == EnumDescription(name, weights):
                 return source
         raise ValueError(f"{weights} are not weights of {name}.")
-    if is_weights_file(weights):
-        return WeightsFile.find(weights, known["DEFAULT"].entry)
     if not (isinstance(weights, str) and weights in known):
         raise ValueError(
-            f"{name} has no weights {weights!r}. It has {', '.join(map(repr, known))}; "
-            f"the path of a file ends in {', '.join(FILE_SUFFIXES)}."
+            f"{name} has no weights {weights!r}. "
+            + (f"It has {', '.join(map(repr, known))}; " if known else "There are none to download; ")
+            + f"the path of a file ends in {', '.join(FILE_SUFFIXES)}."
         )
     return known[weights]
 
 
-def _find_categories(source: WeightsSource, skeleton: nn.Module) -> tuple[str, ...] | None:
-    names = source.categories
-    return tuple(names) if names and len(names) == count_outputs(skeleton) else None
+def _find_categories(source: WeightsSource, n_outputs: int) -> tuple[str, ...] | None:
+    if isinstance(source, RandomWeights):
+        return None
+    names = source.description.categories
+    return tuple(names) if names and len(names) == n_outputs else None
 
 
 # Modules of the user ----------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import Compose, InterpolationMode
 from torchvision.transforms import functional as F
 from torchvision.transforms._presets import ImageClassification
 
@@ -77,24 +78,71 @@ def as_picture(prepared: Tensor) -> Image.Image:
 def preprocess_like(
     preset: ImageClassification, resize: Resize, image_size: int | None
 ) -> Preprocessing:
-    """Split the weights' own preprocessing into a per-image part and a per-batch part."""
+    """Split the preprocessing of torchvision's weights into a per-image and a per-batch part."""
     (crop_size,), (resize_size,) = set(preset.crop_size), set(preset.resize_size)
     size = image_size or crop_size
-    fits: dict[Resize, Callable[..., Image.Image]] = {
-        "weights": functools.partial(
-            _resize_and_crop, short_side=round(resize_size * size / crop_size)
-        ),
-        "squash": _squash,
-        "pad": functools.partial(_pad, fill=tuple(round(255 * mean) for mean in preset.mean)),
-    }
-    how = {"interpolation": preset.interpolation, "antialias": preset.antialias}
-    prepare, prepare_whole = (
-        functools.partial(_prepare, fit=functools.partial(fits[choice], size=size, **how))
-        for choice in (resize, "squash")
+    fit = functools.partial(
+        _resize_and_crop,
+        size=size,
+        short_side=round(resize_size * size / crop_size),
+        interpolation=preset.interpolation,
     )
-    normalize = functools.partial(_normalize, mean=preset.mean, std=preset.std)
-    settings = (resize, size, resize_size, crop_size, preset.mean, preset.std, sorted(how.items()))
-    return Preprocessing(prepare, prepare_whole, normalize, (3, size, size), repr(settings))
+    settings = (resize, size, resize_size, crop_size, preset.mean, preset.std)
+    how = [("antialias", preset.antialias), ("interpolation", preset.interpolation)]
+    return _preprocess(
+        resize, fit, (size, size), preset.interpolation, preset.mean, preset.std, (*settings, how)
+    )
+
+
+def preprocess_like_timm(
+    config: Mapping[str, Any], create_transform: Callable[..., Any], resize: Resize
+) -> Preprocessing:
+    """Split the preprocessing of timm's weights into a per-image and a per-batch part.
+
+    `config` is what timm's `resolve_data_config` returns.
+    """
+    size = tuple(config["input_size"][1:])
+    interpolation = InterpolationMode(config["interpolation"])
+    fit: Callable[[Image.Image], Image.Image]
+    if config["crop_mode"] == "center" and size[0] == size[1]:  # the same, also for thin images
+        fit = functools.partial(
+            _resize_and_crop,
+            size=size[0],
+            short_side=math.floor(size[0] / config["crop_pct"]),
+            interpolation=interpolation,
+        )
+    else:
+        # Without the last step, which makes a tensor.
+        fit = Compose(create_transform(**config, normalize=False).transforms[:-1])
+    settings = ("timm", resize, sorted(config.items()))
+    return _preprocess(
+        resize, fit, size, interpolation, config["mean"], config["std"], settings
+    )
+
+
+def _preprocess(
+    resize: Resize,
+    fit: Callable[[Image.Image], Image.Image],
+    size: tuple[int, int],
+    interpolation: InterpolationMode,
+    mean: Sequence[float],
+    std: Sequence[float],
+    settings: Any,
+) -> Preprocessing:
+    """Make a preprocessing, of which `fit` is what the weights themselves ask for."""
+    fill = tuple(round(255 * value) for value in mean)
+    fits: dict[Resize, Callable[[Image.Image], Image.Image]] = {
+        "weights": fit,
+        "squash": functools.partial(_squash, size=size, interpolation=interpolation),
+        "pad": functools.partial(_pad, size=size, fill=fill, interpolation=interpolation),
+    }
+    return Preprocessing(
+        functools.partial(_prepare, fit=fits[resize]),
+        functools.partial(_prepare, fit=fits["squash"]),
+        functools.partial(_normalize, mean=list(mean), std=list(std)),
+        (3, *size),
+        repr(settings),
+    )
 
 
 def _prepare(image: Image.Image, fit: Callable[[Image.Image], Image.Image]) -> Tensor:
@@ -143,17 +191,19 @@ def _find_centre(side: int, short: int, size: int, short_side: int) -> tuple[flo
     return start * side / resized, min((start + size) * side / resized, side)
 
 
-def _squash(image: Image.Image, size: int, **how: Any) -> Image.Image:
-    squashed: Image.Image = F.resize(image, [size, size], **how)
+def _squash(image: Image.Image, size: tuple[int, int], **how: Any) -> Image.Image:
+    squashed: Image.Image = F.resize(image, list(size), **how)
     return squashed
 
 
-def _pad(image: Image.Image, size: int, fill: tuple[int, ...], **how: Any) -> Image.Image:
+def _pad(
+    image: Image.Image, size: tuple[int, int], fill: tuple[int, ...], **how: Any
+) -> Image.Image:
     """Fit the whole image in, and pad with the mean colour, which is zero once normalised."""
-    scale = size / max(image.size)
+    scale = min(size[1] / image.width, size[0] / image.height)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    canvas = Image.new("RGB", (size, size), fill)
+    canvas = Image.new("RGB", (size[1], size[0]), fill)
     canvas.paste(
-        F.resize(image, [height, width], **how), ((size - width) // 2, (size - height) // 2)
+        F.resize(image, [height, width], **how), ((size[1] - width) // 2, (size[0] - height) // 2)
     )
     return canvas

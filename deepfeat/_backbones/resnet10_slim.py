@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models import Weights, WeightsEnum
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
+from .descriptions import EnumDescription
+from .networks import count_last_entry, load_strictly
 from .state_files import State, WeightsFile
 
 NAME = "resnet10_slim"
@@ -49,21 +52,40 @@ def list_names() -> list[str]:
     return [NAME]
 
 
+def has_name(name: str) -> bool:
+    return name == NAME
+
+
 def known_weights(name: str) -> dict[str, WeightsFile]:
     known = ResNet10Slim_Weights.__members__
-    return {word: WeightsFile.find(entry.url, entry) for word, entry in known.items()}
+    return {
+        word: WeightsFile.find(entry.url, EnumDescription(name, entry))
+        for word, entry in known.items()
+    }
+
+
+def describe(name: str) -> EnumDescription:
+    return EnumDescription(name, ResNet10Slim_Weights.DEFAULT)
+
+
+def version() -> str:
+    return f"torchvision {torchvision.__version__}"  # whose blocks it is made of
 
 
 def is_sized(name: str) -> bool:
     return False
 
 
-def build(name: str, size: int | None, **options: Any) -> nn.Module:
+def build(name: str, size: tuple[int, int] | None, **options: Any) -> nn.Module:
     return SlimResNet(**options)
 
 
-def adapt(name: str, state: State) -> tuple[State, dict[str, Any]]:
-    return state, {}
+def load(name: str, size: tuple[int, int] | None, state: State) -> nn.Module:
+    return load_strictly(name, SlimResNet, state)
+
+
+def count_outputs(network: nn.Module) -> int:
+    return count_last_entry(network)
 
 
 class SlimResNet(nn.Module):

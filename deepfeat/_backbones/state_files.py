@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -14,6 +14,8 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.models import WeightsEnum
+
+from .descriptions import Description
 
 Weights: TypeAlias = str | os.PathLike[str] | WeightsEnum | None
 State: TypeAlias = dict[str, Tensor]
@@ -30,30 +32,26 @@ def is_weights_file(weights: Weights) -> bool:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """One version of a weights file, standing in for the published weights `entry`.
+    """One version of a weights file.
 
-    Images are prepared as for these, and the outputs named like theirs if there are as many.
+    Images are prepared as for the published weights of the `description`, and the outputs named
+    like theirs if there are as many.
     """
 
     path: Path
     stamp: tuple[int, ...]  # changes when the file does
-    entry: WeightsEnum
+    description: Description
 
     @classmethod
-    def find(cls, path: str | os.PathLike[str], entry: WeightsEnum) -> "WeightsFile":
+    def find(cls, path: str | os.PathLike[str], description: Description) -> "WeightsFile":
         """Find the present version of a file."""
         path = Path(path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"There is no weights file {os.fspath(path)!r}.")
         status = path.stat()
         stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
-        return cls(path.resolve(), stamp, entry)
-
-    @property
-    def categories(self) -> Sequence[str] | None:
-        """Names of the outputs, if there are as many."""
-        categories: Sequence[str] | None = self.entry.meta["categories"]
-        return categories
+        # Links are not resolved: that to a file in a cache has a suffix, the file may not have one.
+        return cls(path.absolute(), stamp, description)
 
     @property
     def digest(self) -> str:

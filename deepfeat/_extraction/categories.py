@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from .._backbones.find import Backbone, find_backbone
-from .._backbones.networks import count_outputs
 from .._backbones.preprocessing import Resize
 from .._backbones.state_files import Weights
 from .._engine.batches import run_in_batches
@@ -128,8 +127,8 @@ def predict_categories(
 def _name_outputs(backbone: Backbone, weights: Weights) -> tuple[str, ...]:
     if backbone.categories is None:
         raise ValueError(
-            f"The {count_outputs(backbone.skeleton)} outputs of {backbone.name} with "
-            f"weights={weights!r} have no category names: they come with published weights, such "
-            "as 'DEFAULT', and are used for a file with as many outputs."
+            f"The outputs of {backbone.name} with weights={weights!r} have no category names: they "
+            "come with published weights, such as 'DEFAULT', and are used for a file with as many "
+            "outputs."
         )
     return backbone.categories

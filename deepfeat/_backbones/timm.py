@@ -1,0 +1,234 @@
+"""timm's networks: their names, preprocessing, weights on the Hugging Face hub, and building."""
+
+import functools
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as load_safetensors
+from torch import nn
+
+from .._optional import import_optional
+from .networks import WRAPPERS, Building
+from .preprocessing import Preprocessing, Resize, preprocess_like_timm
+from .resnet10_slim import NAME as NAME_WITHOUT_DOWNLOAD
+from .state_files import State, WeightsFile
+
+PREFIX = "timm/"
+
+
+@dataclass(frozen=True)
+class TimmDescription:
+    """A description by timm's configuration of a network with a tag, without the prefix."""
+
+    name: str
+
+    @property
+    def network(self) -> str:
+        return f"{PREFIX}{self.name}"
+
+    @property
+    def config(self) -> Any:
+        """timm's configuration of the weights; its defaults where there is none."""
+        models = _import("timm.models")
+        return models.get_pretrained_cfg(self.name) or models.PretrainedCfg()
+
+    @property
+    def categories(self) -> Sequence[str] | None:
+        data = _import("timm.data")
+        subset = data.infer_imagenet_subset(self.config.to_dict())
+        if subset is None:
+            return None
+        names: list[str] = data.ImageNetInfo(subset).label_descriptions()
+        return names
+
+    def preprocess(self, resize: Resize, image_size: int | None) -> Preprocessing:
+        data = _import("timm.data")
+        config = data.resolve_data_config(pretrained_cfg=self.config.to_dict())
+        if image_size is not None:
+            config["input_size"] = (3, image_size, image_size)
+        return preprocess_like_timm(config, data.create_transform, resize)
+
+
+@dataclass(frozen=True)
+class HubWeights:
+    """Weights of timm on the Hugging Face hub, in the safetensors format.
+
+    Downloading, the cache on disk and the offline mode are those of `huggingface_hub`.
+    """
+
+    description: TimmDescription
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file's content, computed once in a process."""
+        return self._find_file().digest
+
+    def state(self) -> State:
+        return self._find_file().state()
+
+    def _find_file(self) -> WeightsFile:
+        config = self.description.config
+        path = _download(self.description.name, config.hf_hub_id, config.hf_hub_filename)
+        file = WeightsFile.find(path, self.description)
+        # In the hub's cache a file is a link to one that is named by the SHA-256 of its content.
+        expected = path.resolve().name
+        if re.fullmatch("[0-9a-f]{64}", expected) and file.digest != expected:
+            raise OSError(
+                f"{path} does not hold the weights {self.description.network}: its SHA-256 is "
+                f"{file.digest}, not {expected}. Delete {path.resolve()}: it is then downloaded "
+                "again."
+            )
+        return file
+
+
+@functools.cache  # in one process, all rows are of one revision
+def _download(name: str, repository: str | None, filename: str | None) -> Path:
+    """Find the weights in the hub's cache, or download them; raise OSError if that fails."""
+    hub = _import("huggingface_hub")
+    weights = f"The weights {PREFIX}{name}"
+    if repository is None:
+        raise OSError(
+            f"{weights} are not on the Hugging Face hub, from which alone weights of timm are "
+            "downloaded. Download them yourself and give the path of the file as weights=."
+        )
+    repository, _, revision = repository.partition("@")
+    try:
+        path = hub.hf_hub_download(
+            repository, _safe_name(filename or "model.safetensors"), revision=revision or None
+        )
+    except Exception as error:  # the network, the disk and the server may raise anything
+        missing = isinstance(error, hub.errors.EntryNotFoundError) and not isinstance(
+            error, hub.errors.LocalEntryNotFoundError
+        )
+        reason = "it does not have them in the safetensors format" if missing else str(error)
+        raise OSError(
+            f"{weights} could not be downloaded from {repository} on the Hugging Face hub: "
+            f"{reason}. Give the path of a file as weights=, or fill the hub's cache on a machine "
+            "with a network (`HF_HOME` is its folder). The backbone "
+            f"{NAME_WITHOUT_DOWNLOAD!r} needs no network: its weights come with deepfeat."
+        ) from error
+    return Path(path)
+
+
+def _safe_name(filename: str) -> str:
+    """Return the name under which the hub has a file in the safetensors format."""
+    if filename == "pytorch_model.bin":
+        return "model.safetensors"
+    return str(Path(filename).with_suffix(".safetensors"))
+
+
+# The family -------------------------------------------------------------------------------------
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("timm") is not None
+
+
+def list_names() -> list[str]:
+    return [f"{PREFIX}{name}" for name in _import("timm").list_pretrained()]
+
+
+def has_name(name: str) -> bool:
+    if not name.startswith(PREFIX):
+        return False
+    architecture, tag = _split(name)
+    is_model: bool = _import("timm").is_model(architecture)
+    return is_model and (not tag or tag in _list_tags(architecture))
+
+
+def known_weights(name: str) -> dict[str, HubWeights]:
+    architecture, tag = _split(name)
+    tags = [
+        other
+        for other, config in _list_tags(architecture).items()
+        if config.has_weights  # some only say how random weights are to be trained
+    ]
+    known = {other: HubWeights(TimmDescription(f"{architecture}.{other}")) for other in tags if other}
+    default = tag or next(iter(tags), "")
+    if default in known:
+        known = {"DEFAULT": known[default], **known}
+    elif tags:  # weights without a tag
+        known["DEFAULT"] = HubWeights(TimmDescription(architecture))
+    return known
+
+
+def describe(name: str) -> TimmDescription:
+    known = known_weights(name)
+    architecture, tag = _split(name)
+    if tag or "DEFAULT" not in known:
+        return TimmDescription(name.removeprefix(PREFIX))
+    return known["DEFAULT"].description
+
+
+def version() -> str:
+    return f"timm {_import('timm').__version__}"
+
+
+def is_sized(name: str) -> bool:
+    return bool(_config_of(name).fixed_input_size)
+
+
+def build(name: str, size: tuple[int, int] | None, **options: Any) -> nn.Module:
+    if size is not None:
+        options["img_size"] = size
+    try:
+        network: nn.Module = _import("timm").create_model(name.removeprefix(PREFIX), **options)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if size is None or options.get("pretrained"):
+            raise
+        raise ValueError(
+            f"{name} cannot be built for images of {size[0]} x {size[1]} pixels: {error}"
+        ) from error
+    return network
+
+
+def load(name: str, size: tuple[int, int] | None, state: State) -> nn.Module:
+    """Build a network around a state dict as timm does, which knows older and other formats.
+
+    Position embeddings are resampled to the input size.
+    """
+    state = {WRAPPERS.sub("", key): value for key, value in state.items()}
+    config = _config_of(name)
+    n_classes = config.num_classes
+    head = config.classifier[0] if isinstance(config.classifier, tuple) else config.classifier
+    if f"{head}.weight" in state:
+        n_classes = len(state[f"{head}.weight"])
+    overlay = {"state_dict": state, "num_classes": n_classes}
+    try:
+        with Building(None):
+            return build(
+                name, size, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=n_classes
+            ).float()
+    except Exception as error:  # what converts other formats may raise anything
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[:4])
+        if len(reason) > 500:
+            reason = f"{reason[:500]}..."
+        raise ValueError(f"The weights file does not fit {name}: {reason}") from error
+
+
+def count_outputs(network: nn.Module) -> int:
+    count = getattr(network, "num_classes", 0)
+    return count if isinstance(count, int) else 0
+
+
+def _import(module: str) -> Any:
+    return import_optional(module, extra="timm")
+
+
+def _split(name: str) -> tuple[str, str]:
+    architecture, _, tag = name.removeprefix(PREFIX).partition(".")
+    return architecture, tag
+
+
+def _list_tags(architecture: str) -> dict[str, Any]:
+    configs: dict[str, Any] = _import("timm.models").get_arch_pretrained_cfgs(architecture)
+    prefix = f"{architecture}."
+    return {name.removeprefix(prefix) if name != architecture else "": config for name, config in configs.items()}
+
+
+def _config_of(name: str) -> Any:
+    return TimmDescription(name.removeprefix(PREFIX)).config

@@ -20,6 +20,7 @@ from .networks import (
     Family,
     RandomWeights,
     WeightsSource,
+    build_blank,
     load_shared,
     make_skeleton,
 )
@@ -33,8 +34,8 @@ _FAMILIES: tuple[Family, ...] = (torchvision, resnet10_slim, timm)
 class Backbone:
     """A network that need not be loaded yet, and its preprocessing.
 
-    `skeleton` has the network's structure, without its weights; `load` gives the network itself
-    in eval mode on a device. If both are `shared` by the process they must not be changed.
+    `skeleton` has the network's structure, without its weights; `build` builds it with arbitrary
+    ones, and `load` gives the network itself in eval mode on a device. If the first and the last are `shared` by the process they must not be changed.
     `fingerprint` digests the weights and the preprocessing, the same in every process; it raises
     `UnknownContentError` if they cannot be digested, and OSError if they cannot be downloaded and
     must be for that. `categories` names the outputs; None if they have no names.
@@ -43,6 +44,7 @@ class Backbone:
     name: str
     skeleton: nn.Module
     preprocessing: Preprocessing
+    build: Callable[[], nn.Module]
     load: Callable[[torch.device], nn.Module]
     shared: bool
     fingerprint: Callable[[], bytes]
@@ -131,6 +133,7 @@ def find_backbone(
         name=backbone,
         skeleton=skeleton,
         preprocessing=steps,
+        build=functools.partial(build_blank, family, network, size),
         load=functools.partial(load_shared, family, size, source),
         shared=True,
         fingerprint=lambda: fingerprint((network, source.digest, steps.settings)),
@@ -213,4 +216,13 @@ def _from_module(
         return copied.to(device)
 
     steps = preprocess_with(preprocessing)
-    return Backbone(type(module).__name__, module, steps, load, False, digest, None)
+    return Backbone(
+        name=type(module).__name__,
+        skeleton=module,
+        preprocessing=steps,
+        build=functools.partial(copy.deepcopy, module),
+        load=load,
+        shared=False,
+        fingerprint=digest,
+        categories=None,
+    )

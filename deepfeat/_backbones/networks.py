@@ -101,6 +101,12 @@ def make_skeleton(
         return family.build(name, size).to("meta")
 
 
+def build_blank(family: Family, name: str, size: tuple[int, int] | None) -> nn.Module:
+    """Build a network with arbitrary weights; its buffers that no state dict has are right."""
+    with Building(None):
+        return family.build(name, size)
+
+
 def load_shared(
     family: Family, size: tuple[int, int] | None, source: WeightsSource, device: torch.device
 ) -> nn.Module:

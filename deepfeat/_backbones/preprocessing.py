@@ -111,13 +111,14 @@ def preprocess_like_timm(
             short_side=math.floor(size[0] / config["crop_pct"]),
             interpolation=interpolation,
         )
+    elif config["crop_mode"] == "border" and config["crop_pct"] == 1:  # timm's fails on thin ones
+        fill = tuple(round(255 * value) for value in config["mean"])
+        fit = functools.partial(_pad, size=size, fill=fill, interpolation=interpolation)
     else:
         # Without the last step, which makes a tensor.
         fit = Compose(create_transform(**config, normalize=False).transforms[:-1])
     settings = ("timm", resize, sorted(config.items()))
-    return _preprocess(
-        resize, fit, size, interpolation, config["mean"], config["std"], settings
-    )
+    return _preprocess(resize, fit, size, interpolation, config["mean"], config["std"], settings)
 
 
 def _preprocess(
@@ -161,8 +162,10 @@ def _resize_and_crop(image: Image.Image, size: int, short_side: int, **how: Any)
     short, long = sorted(image.size)
     if short < short_side and long > _THIN * short:
         resample = Image.Resampling[how["interpolation"].name]
-        return _enlarge_centre(image, size, short_side, resample)
-    cropped: Image.Image = F.center_crop(F.resize(image, [short_side], **how), [size, size])
+        resized = _enlarge_centre(image, size, short_side, resample)
+    else:
+        resized = F.resize(image, [short_side], **how)
+    cropped: Image.Image = F.center_crop(resized, [size, size])  # pads what is smaller
     return cropped
 
 
@@ -170,7 +173,9 @@ def _enlarge_centre(
     image: Image.Image, size: int, short_side: int, resample: Image.Resampling
 ) -> Image.Image:
     """Resize and crop with the same result, without enlarging the parts that are cut off."""
-    spans = [_find_centre(side, min(image.size), size, short_side) for side in image.size]
+    resized = [int(short_side * side / min(image.size)) for side in image.size]
+    width, height = (min(size, side) for side in resized)
+    spans = [_find_centre(*sides, size) for sides in zip(image.size, resized, strict=True)]
     (left, right), (top, bottom) = spans
     # With the pixels beyond that the filter reads for the outermost ones.
     columns, rows = (
@@ -180,14 +185,13 @@ def _enlarge_centre(
     centre = image.crop((columns[0], rows[0], columns[1], rows[1]))
     # Rows first, as Pillow enlarges: it rounds and clips between the two.
     box = left - columns[0], 0, right - columns[0], centre.height
-    wide = centre.resize((size, centre.height), resample, box)
-    return wide.resize((size, size), resample, (0, top - rows[0], size, bottom - rows[0]))
+    wide = centre.resize((width, centre.height), resample, box)
+    return wide.resize((width, height), resample, (0, top - rows[0], width, bottom - rows[0]))
 
 
-def _find_centre(side: int, short: int, size: int, short_side: int) -> tuple[float, float]:
+def _find_centre(side: int, resized: int, size: int) -> tuple[float, float]:
     """Find the part of a side that resizing and cropping leave."""
-    resized = int(short_side * side / short)
-    start = round((resized - size) / 2)
+    start = max(0, round((resized - size) / 2))
     return start * side / resized, min((start + size) * side / resized, side)
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load as load_safetensors
-from torch import nn
+from torch import Tensor, nn
 
 from .._optional import import_optional
-from .networks import WRAPPERS, Building
+from .networks import _FILLS, WRAPPERS, Building
 from .preprocessing import Preprocessing, Resize, preprocess_like_timm
 from .resnet10_slim import NAME as NAME_WITHOUT_DOWNLOAD
 from .state_files import State, WeightsFile
@@ -101,10 +100,13 @@ def _download(name: str, repository: str | None, filename: str | None) -> Path:
             repository, _safe_name(filename or "model.safetensors"), revision=revision or None
         )
     except Exception as error:  # the network, the disk and the server may raise anything
-        missing = isinstance(error, hub.errors.EntryNotFoundError) and not isinstance(
-            error, hub.errors.LocalEntryNotFoundError
-        )
-        reason = "it does not have them in the safetensors format" if missing else str(error)
+        if isinstance(error, hub.errors.LocalEntryNotFoundError):
+            reason = str(error.__cause__ or error)  # why the hub was not reached
+        elif isinstance(error, hub.errors.EntryNotFoundError):
+            reason = "it does not have them in the safetensors format"
+        else:
+            reason = str(error)
+        reason = " ".join(reason.split()).rstrip(".")  # theirs have paragraphs
         raise OSError(
             f"{weights} could not be downloaded from {repository} on the Hugging Face hub: "
             f"{reason}. Give the path of a file as weights=, or fill the hub's cache on a machine "
@@ -125,7 +127,7 @@ def _safe_name(filename: str) -> str:
 
 
 def is_installed() -> bool:
-    return importlib.util.find_spec("timm") is not None
+    return True
 
 
 def list_names() -> list[str]:
@@ -147,7 +149,9 @@ def known_weights(name: str) -> dict[str, HubWeights]:
         for other, config in _list_tags(architecture).items()
         if config.has_weights  # some only say how random weights are to be trained
     ]
-    known = {other: HubWeights(TimmDescription(f"{architecture}.{other}")) for other in tags if other}
+    known = {
+        other: HubWeights(TimmDescription(f"{architecture}.{other}")) for other in tags if other
+    }
     default = tag or next(iter(tags), "")
     if default in known:
         known = {"DEFAULT": known[default], **known}
@@ -158,7 +162,7 @@ def known_weights(name: str) -> dict[str, HubWeights]:
 
 def describe(name: str) -> TimmDescription:
     known = known_weights(name)
-    architecture, tag = _split(name)
+    _, tag = _split(name)
     if tag or "DEFAULT" not in known:
         return TimmDescription(name.removeprefix(PREFIX))
     return known["DEFAULT"].description
@@ -199,15 +203,45 @@ def load(name: str, size: tuple[int, int] | None, state: State) -> nn.Module:
         n_classes = len(state[f"{head}.weight"])
     overlay = {"state_dict": state, "num_classes": n_classes}
     try:
-        with Building(None):
-            return build(
+        with _Loading() as loading:
+            network = build(
                 name, size, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=n_classes
-            ).float()
+            )
+        loading.check(network)
+        return network.float()
     except Exception as error:  # what converts other formats may raise anything
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:4])
         if len(reason) > 500:
             reason = f"{reason[:500]}..."
         raise ValueError(f"The weights file does not fit {name}: {reason}") from error
+
+
+class _Loading(Building):
+    """Build a network around a state dict, and note the weights that it lacks.
+
+    timm is strict about that with most networks only; they would be left as they are in memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self._unfilled: set[int] = set()  # addresses
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FILLS:
+            self._unfilled.add((args[0] if args else kwargs["tensor"]).data_ptr())
+        if func is Tensor.copy_:
+            self._unfilled.discard(args[0].data_ptr())
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def check(self, network: nn.Module) -> None:
+        """Raise ValueError if the state dict lacked weights that cannot do without it."""
+        missing = [
+            key
+            for key, value in network.state_dict().items()
+            if value.numel() and value.data_ptr() in self._unfilled
+        ]
+        if missing:
+            raise ValueError(f"{len(missing)} missing: {', '.join(missing[:5])}")
 
 
 def count_outputs(network: nn.Module) -> int:
@@ -227,7 +261,10 @@ def _split(name: str) -> tuple[str, str]:
 def _list_tags(architecture: str) -> dict[str, Any]:
     configs: dict[str, Any] = _import("timm.models").get_arch_pretrained_cfgs(architecture)
     prefix = f"{architecture}."
-    return {name.removeprefix(prefix) if name != architecture else "": config for name, config in configs.items()}
+    return {
+        name.removeprefix(prefix) if name != architecture else "": config
+        for name, config in configs.items()
+    }
 
 
 def _config_of(name: str) -> Any:

@@ -4,9 +4,9 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -29,10 +29,16 @@ from .._engine.threads import Workers, attempt
 from .._images.records import ImageError, Record
 from .._images.tables import find_records, tag_images
 from .._layers.index import LayerIndex, LayerTable, ResolvedLayer
-from .._layers.pooling import Pooling, count_features
+from .._layers.pooling import PooledLayer, Pooling, map_shape, pool_layer
 from .._parameters import check_device, check_parameters
 from .readers import index_layers
-from .rows import MEMORY, ExtractionSpec, read_rows
+from .rows import MEMORY, ExtractionSpec, read_maps, read_rows
+
+
+T = TypeVar("T")
+
+# Under which layers are kept for a search, in addition to the requested one.
+_SEARCHED_POOLINGS: tuple[Pooling, ...] = ("avg", "max", "cls")
 
 
 def list_layers(
@@ -88,10 +94,11 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     ----------
     backbone : str or torch.nn.Module, default="vgg16"
         One of `list_backbones()`, or a network of your own, which needs `preprocessing`.
-    layer : str, int or list of these, default="relu7"
+    layer : str, int or list of these, default="penultimate"
         The layer to read, or several, whose columns are concatenated in that order. A name or
         alias of `list_layers(backbone)`, any module path, or an index into that list (-1 is the
-        last). AlexNet and VGG have Caffe's names (`conv5_3`, `relu5_3`, `pool5`, `fc6`, `relu6`);
+        last). "penultimate" is what the classifier of the network takes (`relu7` of VGG16, `avgpool`
+        of ResNets), or what the network returns if it does not have a classifier. AlexNet and VGG have Caffe's names (`conv5_3`, `relu5_3`, `pool5`, `fc6`, `relu6`);
         every backbone has `stage1`, `stage2`, ... A convolution is read before its ReLU.
     weights : str, path, torchvision weights or None, default="DEFAULT"
         "DEFAULT" or another name of torchvision's weights, downloaded on first use (those of
@@ -100,11 +107,13 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     preprocessing : callable, default=None
         Turns an RGB PIL image into a float tensor of shape (C, H, W). By default the
         preprocessing of the weights; required if `backbone` is a module.
-    pooling : {"avg", "max", "gem", "cls", "flatten"}, default="avg"
+    pooling : {"avg", "max", "gem", "cls", "flatten"} or list of these, default="avg"
         How maps (C, H, W) and tokens (N, D) become one row of C or D features: mean, maximum,
-        generalised mean (power 3) over the positions, the class token alone, or all values.
+        generalised mean (power 3) over the positions, the class token alone, or all values. Of
+        several the columns are concatenated, layer by layer. Tokens before those of the patches,
+        such as registers, are only part of "flatten". Vectors are not pooled, and given once.
     norm : {"l2", "l1", "max"} or None, default="l2"
-        Norm by which each row is divided, separately for each layer.
+        Norm by which each row is divided, separately for each layer and pooling.
     resize : {"weights", "squash", "pad"}, default="weights"
         "weights": the resizing and centre crop of the weights; "squash": the whole image,
         stretched to the input size; "pad": the whole image with its aspect ratio kept, padded with
@@ -128,11 +137,12 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         processes and later runs; in a `FeatureCache` of your own; or nowhere.
     prefetch : "stages", list of layers or None, default="stages"
         Layers that the pass over a new image keeps in addition to those requested. "stages": the
-        end of each stage and the last vectors, pooled, so that a search over these needs one pass;
-        if it requests another layer, the second pass over an image keeps all layers that
+        ends of the last five stages and the last vectors, so that a search over these needs one
+        pass; if it requests another layer, the second pass over an image keeps all layers that
         `list_layers` names, provided the cache has room for them. A list: these layers. None: each
-        pass ends with the deepest layer requested. Ignored without a cache; flattened maps are kept
-        only if requested.
+        pass ends with the deepest layer requested, and keeps nothing else. These layers and the
+        requested ones are kept pooled by "avg", "max" and "cls", too, if the cache has room;
+        flattened maps are kept only if requested. Ignored without a cache.
     on_error : {"raise", "warn", "nan"}, default="raise"
         What to do if an image cannot be read: raise an error; or fill its row with NaN, with or
         without a warning, and give the reason in `errors_`.
@@ -190,11 +200,11 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     def __init__(
         self,
         backbone: str | nn.Module = "vgg16",
-        layer: str | int | list[str | int] = "relu7",
+        layer: str | int | list[str | int] = "penultimate",
         *,
         weights: Weights = "DEFAULT",
         preprocessing: Callable[[Image.Image], Tensor] | None = None,
-        pooling: Pooling = "avg",
+        pooling: Pooling | list[Pooling] = "avg",
         norm: Literal["l2", "l1", "max"] | None = "l2",
         resize: Resize = "weights",
         image_size: int | None = None,
@@ -287,17 +297,79 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         records = self._find_records(X, reset=False)
         features = np.full((len(records), sections[-1].columns.stop), np.nan, dtype=np.float32)
         errors: dict[int, str] = {}
-        spec = self._plan(backbone, index, [section.layer for section in sections])
+        spec = self._plan(backbone, index, [section.pooled for section in sections])
         for batch in self._read(spec, records):
             errors |= self._find_reasons(batch.failures)
             indices = [record.index for record in batch.samples]
             for section in sections:
                 if indices:
-                    rows = self._scale(batch.rows[section.layer.name])
+                    rows = self._scale(batch.rows[section.pooled.key])
                     features[indices, section.columns] = rows
             errors |= self._find_reasons(self._blank_non_finite(batch.samples, features))
         self._set_errors(errors, records, stacklevel=4)  # past scikit-learn's wrapper
         return features
+
+    def transform_maps(
+        self, X: Any, *, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """Extract the maps of a layer: its output at each position, neither pooled nor normalised.
+
+        The tokens of patches are laid out on their grid, without those before them. Nothing is
+        cached.
+
+        Parameters
+        ----------
+        X : sequence or array of n images
+            See the notes of the class.
+        out : ndarray of shape (n, C, H, W), float32, optional
+            An array to fill, such as a `numpy.memmap` for maps that do not fit into memory.
+
+        Returns
+        -------
+        maps : ndarray of shape (n, C, H, W), float32
+            Map i belongs to image i; `out` if it was given.
+
+        Raises
+        ------
+        ValueError
+            If `layer` is a list or does not return maps or the tokens of patches, or if `out` has
+            another shape or type; otherwise as `transform`.
+        OSError
+            If the weights cannot be downloaded.
+
+        Examples
+        --------
+        >>> from deepfeat import DeepFeatureExtractor
+        >>> from sklearn.datasets import load_sample_images
+        >>> photographs = load_sample_images().images
+        >>> DeepFeatureExtractor("resnet10_slim", "layer3").transform_maps(photographs).shape
+        (2, 128, 6, 6)
+        """
+        backbone = self._find_backbone()
+        names = _as_list(self.layer)
+        if len(names) != 1:
+            raise ValueError(f"transform_maps reads one layer; got layer={self.layer!r}.")
+        index = index_layers(backbone)
+        layer = index.resolve(names[0])
+        spec = self._plan(backbone, index, [])
+        records = self._find_records(X, reset=False)
+        shape = (len(records), *map_shape(layer))
+        if out is None:
+            out = np.empty(shape, dtype=np.float32)
+        elif out.shape != shape or out.dtype != np.float32:
+            raise ValueError(
+                f"out must be a float32 array of shape {shape}; got {out.dtype} and {out.shape}."
+            )
+        errors: dict[int, str] = {}
+        for batch in self._show_progress(backbone, records, read_maps(spec, layer, records)):
+            errors |= self._find_reasons(batch.failures)
+            out[[record.index for record, _ in batch.failures]] = np.nan
+            if batch.samples:
+                maps = batch.rows["maps"]
+                out[[record.index for record in batch.samples]] = maps
+            errors |= self._find_reasons(self._blank_non_finite(batch.samples, out))
+        self._set_errors(errors, records, stacklevel=3)
+        return out
 
     def preview(self, X: Any) -> list[Image.Image]:
         """Show images as the network sees them: resized and cropped, not yet normalized.
@@ -380,10 +452,10 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         index = index_layers(backbone)
         self._check_kept(backbone)
         names = _as_list(self.layer if layers is None else layers)
-        resolved = [index.resolve(name) for name in names]
-        for layer in resolved:
-            count_features(layer, self.pooling)  # raises if it cannot be pooled
-        spec = self._plan(backbone, index, resolved)
+        if not names:
+            raise ValueError("layer must name at least one layer; got an empty list.")
+        pooled = [pooled for name in names for pooled in self._pool(index.resolve(name))]
+        spec = self._plan(backbone, index, pooled)
         if layers is None:
             spec = replace(spec, layers=spec.layers + spec.prefetched)
         records = self._find_records(X, reset=False)[shard[0] :: shard[1]]
@@ -393,6 +465,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
         """Return the names of the features: layer and number, such as "relu7_0017".
+
+        With several poolings: layer, pooling and number, such as "norm_cls_0017".
 
         Parameters
         ----------
@@ -406,10 +480,13 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         """
         self._check_input_features(input_features)
         names = []
-        for layer, columns in self._find_sections(index_layers(self._find_backbone())):
-            count = columns.stop - columns.start
+        for pooled, _ in self._find_sections(index_layers(self._find_backbone())):
+            count = pooled.n_features
             width = max(4, len(str(count - 1)))
-            names += [f"{layer.name}_{number:0{width}d}" for number in range(count)]
+            name = pooled.layer.name
+            if len(list(self._pool(pooled.layer))) > 1:
+                name = f"{name}_{pooled.pooling}"
+            names += [f"{name}_{number:0{width}d}" for number in range(count)]
         return np.asarray(names, dtype=object)
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -433,69 +510,77 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         )
 
     def _find_sections(self, index: LayerIndex) -> list["_Section"]:
-        """Resolve the layers, and give each its columns."""
+        """Resolve the layers, and give each pooling of each its columns."""
+        layers: list[ResolvedLayer] = []
         sections: list[_Section] = []
         start = 0
-        for layer in map(index.resolve, _as_list(self.layer)):
-            for other in (section.layer for section in sections):
-                if (other.path, other.rectified) == (layer.path, layer.rectified):
+        names = _as_list(self.layer)
+        if not names:
+            raise ValueError("layer must name at least one layer; got an empty list.")
+        for layer in map(index.resolve, names):
+            for other in layers:
+                if (other.source, other.rectified) == (layer.source, layer.rectified):
                     raise ValueError(
                         f"layer has {other.name!r} and {layer.name!r}, which are the same layer: "
                         "give one of them."
                     )
-            stop = start + count_features(layer, self.pooling)
-            sections.append(_Section(layer, slice(start, stop)))
-            start = stop
+            layers.append(layer)
+            for pooled in self._pool(layer):
+                stop = start + pooled.n_features
+                sections.append(_Section(pooled, slice(start, stop)))
+                start = stop
         return sections
+
+    def _pool(self, layer: ResolvedLayer) -> Iterator[PooledLayer]:
+        """Yield the poolings of a layer: of a vector one."""
+        pooled = [pool_layer(layer, pooling) for pooling in _as_list(self.pooling)]
+        yield from dict.fromkeys(pooled)
 
     def _find_records(self, X: Any, *, reset: bool) -> list[Record]:
         finite = self.on_error == "raise"
         return find_records(self, X, self.image_shape, reset=reset, ensure_all_finite=finite)
 
     def _plan(
-        self, backbone: Backbone, index: LayerIndex, layers: list[ResolvedLayer]
+        self, backbone: Backbone, index: LayerIndex, layers: list[PooledLayer]
     ) -> ExtractionSpec:
+        poolings = _as_list(self.pooling)
+        requested = [pooled.layer for pooled in layers]
+        prefetched = list(self._find_prefetched(index))
+        kept = [*requested, *prefetched] if self.prefetch is not None else []
+        # If `prefetch` names layers, a search requests no others.
+        listed = [index.resolve(layer.name) for layer in index.table]
+        searched = listed if self.prefetch == "stages" else []
         return ExtractionSpec(
             backbone,
             tuple(layers),
-            tuple(self._find_prefetched(index)),
-            tuple(self._find_searched(index)),
-            self.pooling,
-            self.device,
-            self.precision,
-            self.batch_size,
-            self.num_workers,
+            prefetched=tuple(_pool_small(prefetched, poolings)),
+            repooled=tuple(_pool_small(kept, _SEARCHED_POOLINGS)),
+            searched=tuple(_pool_small(searched, [*poolings, *_SEARCHED_POOLINGS])),
+            device=self.device,
+            precision=self.precision,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
         )
 
-    def _find_prefetched(self, index: LayerIndex) -> Iterator[ResolvedLayer]:
+    def _find_prefetched(self, index: LayerIndex) -> Iterable[ResolvedLayer]:
         if self.prefetch is None:
-            return
+            return ()
         given = isinstance(self.prefetch, (list, tuple))
-        for layer in map(index.resolve, self.prefetch) if given else index.stages():
-            if self._is_small(layer):
-                yield layer
-
-    def _find_searched(self, index: LayerIndex) -> Iterator[ResolvedLayer]:
-        """Yield the layers that a search may request, unless `prefetch` names some."""
-        if self.prefetch == "stages":
-            yield from filter(self._is_small, (index.resolve(layer.name) for layer in index.table))
-
-    def _is_small(self, layer: ResolvedLayer) -> bool:
-        """Tell whether a layer can be pooled, and is not a flattened map."""
-        if self.pooling == "flatten" and len(layer.output_shape) > 1:
-            return False
-        try:
-            count_features(layer, self.pooling)
-        except ValueError:
-            return False
-        return True
+        return map(index.resolve, self.prefetch) if given else index.stages()
 
     def _read(self, spec: ExtractionSpec, records: list[Record]) -> Generator[Batch[Record]]:
         """Read the rows of records, with a progress bar."""
+        yield from self._show_progress(
+            spec.backbone, records, read_rows(spec, records, self._find_cache())
+        )
+
+    def _show_progress(
+        self, backbone: Backbone, records: list[Record], batches: Iterable[Batch[Record]]
+    ) -> Generator[Batch[Record]]:
         with tqdm(
-            total=len(records), desc=spec.backbone.name, unit="image", disable=not self.verbose
+            total=len(records), desc=backbone.name, unit="image", disable=not self.verbose
         ) as bar:
-            for batch in read_rows(spec, records, self._find_cache()):
+            for batch in batches:
                 yield batch
                 bar.update(len(batch.samples) + len(batch.failures))
 
@@ -575,7 +660,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     ) -> list[tuple[Record, Exception]]:
         """Blank the rows in which the network gave NaN or infinity; return their failures."""
         failures: list[tuple[Record, Exception]] = []
-        finite = np.isfinite(features[[record.index for record in records]]).all(axis=1)
+        values = features[[record.index for record in records]]
+        finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
         for record in (records[number] for number in np.flatnonzero(~finite)):
             hint = "; float16 ends at 65,504: try bfloat16" * (self.precision == "float16")
             reason = f"the network gave NaN or infinity at layer {self.layer!r}{hint}"
@@ -586,6 +672,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     def _check_parameters(self) -> None:
         check_parameters(DeepFeatureExtractor, self.get_params(deep=False))
         check_device(self.device)
+        self._check_pooling()
         if not (self.prefetch in ("stages", None) or isinstance(self.prefetch, (list, tuple))):
             raise ValueError(
                 f"prefetch must be 'stages', a list of layers or None; got {self.prefetch!r}."
@@ -595,6 +682,17 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             raise ValueError(
                 f"cache must be 'memory', a directory, a FeatureCache or None; got {self.cache!r}."
             )
+
+    def _check_pooling(self) -> None:
+        poolings = self.pooling if isinstance(self.pooling, (list, tuple)) else [self.pooling]
+        allowed = get_args(Pooling)
+        if not poolings or not all(isinstance(name, str) and name in allowed for name in poolings):
+            raise ValueError(
+                f"pooling must be {', '.join(map(repr, allowed))} or a list of these; got "
+                f"{self.pooling!r}."
+            )
+        if len(set(poolings)) < len(poolings):
+            raise ValueError(f"pooling must not name one twice; got {self.pooling!r}.")
 
     def _check_input_features(self, input_features: Any) -> None:
         if input_features is None:
@@ -610,18 +708,26 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             )
 
 
-class _Section(NamedTuple):
-    """The columns of one layer."""
+def _pool_small(
+    layers: Iterable[ResolvedLayer], poolings: Sequence[Pooling]
+) -> Iterator[PooledLayer]:
+    """Yield the poolings that layers allow, but no flattened maps."""
+    for layer in layers:
+        for pooling in poolings:
+            if pooling != "flatten" or len(layer.output_shape) == 1:
+                with contextlib.suppress(ValueError):
+                    yield pool_layer(layer, pooling)
 
-    layer: ResolvedLayer
+
+class _Section(NamedTuple):
+    """The columns of one pooling of one layer."""
+
+    pooled: PooledLayer
     columns: slice
 
 
-def _as_list(layers: str | int | list[str | int]) -> list[str | int]:
-    names = list(layers) if isinstance(layers, (list, tuple)) else [layers]
-    if not names:
-        raise ValueError("layer must name at least one layer; got an empty list.")
-    return names
+def _as_list(given: T | list[T]) -> list[T]:
+    return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
 @functools.lru_cache(maxsize=16)

@@ -12,7 +12,7 @@ from .._backbones.preprocessing import Preprocessing
 from .._engine.batches import Reader
 from .._engine.devices import Outputs, Precision, autocast, run_in_parts
 from .._layers.index import LayerIndex, ResolvedLayer
-from .._layers.pooling import Pooling, pool
+from .._layers.pooling import PooledLayer, lay_out
 from .._layers.reading import ForwardPass, prefer_channels_last
 from .._layers.trace import first_tensor
 
@@ -65,17 +65,28 @@ class TorchReader:
 
 def make_layer_reader(
     network: nn.Module,
-    layers: Sequence[ResolvedLayer],
-    pooling: Pooling,
+    outputs: Sequence[PooledLayer],
     preprocessing: Preprocessing,
     device: torch.device,
     precision: Precision,
     *,
     optional: Collection[str] = (),
 ) -> Reader:
-    """Make a reader of layers, pooled, by name; `optional` ones may be missing from a batch."""
-    reduce = functools.partial(pool, pooling=pooling)
-    forward = ForwardPass(network, layers, reduce, optional)
+    """Make a reader of pooled layers, by their keys; `optional` ones may be missing from a batch."""
+    layers = {output.key: (output.layer, output.reduce) for output in outputs}
+    forward = ForwardPass(network, layers, optional)
+    return TorchReader(network, forward, preprocessing, device, precision)
+
+
+def make_map_reader(
+    network: nn.Module,
+    layer: ResolvedLayer,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: Precision,
+) -> Reader:
+    """Make a reader of the maps (n, C, H, W) of a layer, as "maps"."""
+    forward = ForwardPass(network, {"maps": (layer, functools.partial(lay_out, layer))})
     return TorchReader(network, forward, preprocessing, device, precision)
 
 

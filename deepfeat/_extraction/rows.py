@@ -27,8 +27,8 @@ from .._engine.threads import Workers, map_in_threads
 from .._images.decoding import decoding_settings
 from .._images.records import ImageError, Record
 from .._layers.index import ResolvedLayer
-from .._layers.pooling import Pooling, count_features
-from .readers import load_network, make_layer_reader
+from .._layers.pooling import PooledLayer
+from .readers import load_network, make_layer_reader, make_map_reader
 
 # Part of every key: increase it when the rows of the same image and layer change.
 _SCHEMA = 2
@@ -44,16 +44,16 @@ _logger = logging.getLogger("deepfeat")
 class ExtractionSpec:
     """What is read of a backbone, and how.
 
-    `layers` are requested, and `prefetched` ones are kept in the cache by the same pass. The
-    `searched` ones are kept by a second pass over an image, so that a search over layers does not
-    need a third.
+    `layers` are requested, and `prefetched` ones are kept in the cache by the same pass, as are the
+    `repooled` ones, the same layers under other poolings, if there is room. The `searched` ones are
+    kept by a second pass over an image, so that a search over layers does not need a third.
     """
 
     backbone: Backbone
-    layers: tuple[ResolvedLayer, ...]
-    prefetched: tuple[ResolvedLayer, ...]
-    searched: tuple[ResolvedLayer, ...]
-    pooling: Pooling
+    layers: tuple[PooledLayer, ...]
+    prefetched: tuple[PooledLayer, ...]
+    repooled: tuple[PooledLayer, ...]
+    searched: tuple[PooledLayer, ...]
     device: str | torch.device
     precision: Precision
     batch_size: int
@@ -63,7 +63,7 @@ class ExtractionSpec:
 def read_rows(
     spec: ExtractionSpec, records: list[Record], cache: FeatureCache | None
 ) -> Iterator[Batch[Record]]:
-    """Yield the pooled rows of all records, by layer name, in any order.
+    """Yield the pooled rows of all records, by the keys of their layers, in any order.
 
     With a cache, each image goes through the network once, whoever asks for it: equal images,
     other layers, later calls and other processes are served from there. The network is loaded
@@ -85,6 +85,18 @@ def read_rows(
             f"The preprocessing of {spec.backbone.name} changes while it is used (it may count its "
             "calls), so its rows will not be found in the cache again."
         )
+
+
+def read_maps(
+    spec: ExtractionSpec, layer: ResolvedLayer, records: list[Record]
+) -> Iterator[Batch[Record]]:
+    """Yield the maps (C, H, W) of a layer of all records, as "maps", in order."""
+    device = find_device(spec.device)
+    network = load_network(spec.backbone, device)
+    reader = make_map_reader(network, layer, spec.backbone.preprocessing, device, spec.precision)
+    return run_in_batches(
+        reader, records, Record.open, batch_size=spec.batch_size, num_workers=spec.num_workers
+    )
 
 
 def _find_fingerprint(backbone: Backbone) -> bytes | None:
@@ -129,30 +141,31 @@ class _CachedExtraction:
         self.stats = stats
         self.image_of = {records[0]: image for image, records in groups.items()}
         self.requested = _find_outputs(spec.layers)
-        self.first = _find_outputs((*spec.layers, *spec.prefetched))
-        self.second = self._find_second()
+        least = _find_outputs((*spec.layers, *spec.prefetched))
+        self.first = self._add_if_room(least, spec.repooled)
+        self.second = self._add_if_room(self.first, spec.searched)
         # Not in the key: threads and batch size change a row by 1e-6 of its length (MobileNetV2),
         # Pillow 11.1 to 13.0 change 0.6 % of the pixels of JPEGs by one grey level, and devices and
         # releases of torch round differently as well. A cache that took weeks to fill should
         # survive upgrades of these and another GPU; a change beyond rounding increases _SCHEMA.
         key = functools.partial(_digest, _SCHEMA, fingerprint, spec.precision, decoding_settings())
         self.namespaces = {
-            # Vectors are not pooled.
-            output.path: key(output.path, spec.pooling * (len(output.output_shape) > 1))
-            for output in self.second
+            output.key: key(output.layer.source, output.pooling or "") for output in self.second
         }
-        self.job = key(spec.pooling)
+        self.job = key("job")
 
     @functools.cached_property
     def network(self) -> nn.Module:
         """The network, loaded when the first image needs it, and once for all passes of a call."""
         return load_network(self.spec.backbone, find_device(self.spec.device))
 
-    def _find_second(self) -> tuple[ResolvedLayer, ...]:
-        """Return what a second pass keeps: as much as is allowed, if there is room for it."""
-        outputs = _find_outputs((*self.first, *self.spec.searched))
-        width = sum(count_features(output, self.spec.pooling) for output in outputs)
-        return outputs if 4 * width * len(self.groups) <= self.cache.room() else self.first
+    def _add_if_room(
+        self, outputs: tuple[PooledLayer, ...], more: tuple[PooledLayer, ...]
+    ) -> tuple[PooledLayer, ...]:
+        """Add outputs to those that a pass keeps, if the cache has room for all of them."""
+        together = _find_outputs((*outputs, *more))
+        width = sum(output.n_features for output in together)
+        return together if 4 * width * len(self.groups) <= self.cache.room() else outputs
 
     def read(self) -> Iterator[Batch[Record]]:
         """Yield the rows of all records, and wait for those that another process computes."""
@@ -184,24 +197,23 @@ class _CachedExtraction:
         found = np.ones(len(images), dtype=bool)
         rows = {}
         for output in self.requested:
-            here, matrix = self.cache.get_many(self.namespaces[output.path], images)
+            here, matrix = self.cache.get_many(self.namespaces[output.key], images)
             found &= here
             if matrix is not None:
                 self._check_width(output, matrix)
-                rows[output.path] = matrix
+                rows[output.key] = matrix
         missing = list(itertools.compress(images, ~found))
         if not found.any():
             return Batch([], {}, []), missing
         hits = list(itertools.compress(images, found))
-        return self._for_all(hits, {path: matrix[found] for path, matrix in rows.items()}), missing
+        return self._for_all(hits, {key: matrix[found] for key, matrix in rows.items()}), missing
 
-    def _check_width(self, output: ResolvedLayer, matrix: NDArray[np.float32]) -> None:
+    def _check_width(self, output: PooledLayer, matrix: NDArray[np.float32]) -> None:
         """Refuse rows that the layer cannot have given."""
-        width = count_features(output, self.spec.pooling)
-        if matrix.shape[1] != width:
+        if matrix.shape[1] != output.n_features:
             raise CacheFormatError(
-                f"{self.cache} has rows of {matrix.shape[1]} values for layer {output.path!r}, "
-                f"which gives {width}: it was tampered with. Delete it, or choose another one."
+                f"{self.cache} has rows of {matrix.shape[1]} values for layer "
+                f"{output.layer.source!r}, which gives {output.n_features}: it was tampered with. Delete it, or choose another one."
             )
 
     def _log_holders(self, images: Sequence[bytes]) -> None:
@@ -254,7 +266,7 @@ class _CachedExtraction:
     def _pass(
         self,
         network: nn.Module,
-        outputs: tuple[ResolvedLayer, ...],
+        outputs: tuple[PooledLayer, ...],
         images: list[bytes],
         claims: "_Claims",
     ) -> Iterator[Batch[Record]]:
@@ -263,7 +275,7 @@ class _CachedExtraction:
         for batch in _compute(self.spec, network, outputs, records, self._open):
             done = [self.image_of[record] for record in batch.samples]
             if done:
-                rows = {self.namespaces[path]: rows for path, rows in batch.rows.items()}
+                rows = {self.namespaces[key]: rows for key, rows in batch.rows.items()}
                 self.cache.put_many(done, rows, self.job)  # which releases them
                 claims.held.difference_update(done)
             failed = [(self.image_of[record], error) for record, error in batch.failures]
@@ -282,7 +294,7 @@ class _CachedExtraction:
             # Whoever held one of these until now may have finished it.
             done = np.ones(len(ours), dtype=bool)
             for output in self.requested:
-                done &= self.cache.has(self.namespaces[output.path], ours)
+                done &= self.cache.has(self.namespaces[output.key], ours)
             claims.refuse(list(itertools.compress(ours, done)))
             yield from (self.groups[image][0] for image in itertools.compress(ours, ~done))
 
@@ -330,40 +342,43 @@ class _Claims:
             self.held.difference_update(images)
 
 
-def _find_outputs(layers: Iterable[ResolvedLayer]) -> tuple[ResolvedLayer, ...]:
-    """Return the outputs of the network that layers are made of, each once, under its path."""
-    outputs = {layer.path: replace(layer, name=layer.path, rectified=False) for layer in layers}
-    return tuple(outputs.values())
+def _find_outputs(layers: Iterable[PooledLayer]) -> tuple[PooledLayer, ...]:
+    """Return the pooled outputs of the network that layers are made of, each once."""
+    return tuple({output.key: output for output in map(_find_output, layers)}.values())
+
+
+def _find_output(pooled: PooledLayer) -> PooledLayer:
+    return replace(pooled, layer=replace(pooled.layer, rectified=False))
 
 
 def _to_layers(
-    layers: tuple[ResolvedLayer, ...], rows: dict[str, NDArray[np.float32]]
+    layers: tuple[PooledLayer, ...], rows: dict[str, NDArray[np.float32]]
 ) -> dict[str, NDArray[np.float32]]:
     """Turn the rows of outputs into those of layers; `relu8` follows from `fc8`."""
-    return {
-        layer.name: np.maximum(rows[layer.path], 0) if layer.rectified else rows[layer.path]
-        for layer in layers
-        if layer.path in rows
-    }
+    found = {}
+    for pooled, output in zip(layers, map(_find_output, layers), strict=True):
+        if output.key in rows:
+            matrix = rows[output.key]
+            found[pooled.key] = np.maximum(matrix, 0) if pooled.layer.rectified else matrix
+    return found
 
 
 def _compute(
     spec: ExtractionSpec,
     network: nn.Module,
-    outputs: tuple[ResolvedLayer, ...],
+    outputs: tuple[PooledLayer, ...],
     records: Iterable[Record],
     open_record: Callable[[Record], Image.Image] = Record.open,
 ) -> Iterator[Batch[Record]]:
     """Run the network over records up to the deepest of some outputs."""
-    requested = {layer.path for layer in spec.layers}
+    requested = {output.key for output in _find_outputs(spec.layers)}
     reader = make_layer_reader(
         network,
         outputs,
-        spec.pooling,
         spec.backbone.preprocessing,
         find_device(spec.device),
         spec.precision,
-        optional={output.path for output in outputs} - requested,
+        optional={output.key for output in outputs} - requested,
     )
     return run_in_batches(
         reader, records, open_record, batch_size=spec.batch_size, num_workers=spec.num_workers

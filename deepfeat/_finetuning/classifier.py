@@ -71,8 +71,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         As for `DeepFeatureExtractor`; None starts from random weights.
     preprocessing : callable, default=None
         As for `DeepFeatureExtractor`.
-    unfreeze : str, int, list of these or None, default="layer4"
-        The blocks to train in addition to the head. A name in `list_layers(backbone)`, an index
+    unfreeze : str, int, list of these or None, default="last_stage"
+        The blocks to train in addition to the head. "last_stage": all that follows the last but
+        one of "stage1", "stage2", ... (`layer4` of ResNets, the last block of transformers). A name in `list_layers(backbone)`, an index
         into that list, any module path, or "stage1", "stage2", ...: that block and all that
         follow. A list: exactly these blocks. "all": the whole network. None: only the head.
     head : {"replace", "append"}, default="replace"
@@ -210,7 +211,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         *,
         weights: Weights = "DEFAULT",
         preprocessing: Callable[[Image.Image], Tensor] | None = None,
-        unfreeze: Unfreeze = "layer4",
+        unfreeze: Unfreeze = "last_stage",
         head: Head = "replace",
         max_epochs: int = 10,
         batch_size: int = 32,
@@ -454,7 +455,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         logits = self._compute_logits(X)
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
-    def to_extractor(self, layer: str | int | list[str | int]) -> DeepFeatureExtractor:
+    def to_extractor(
+        self, layer: str | int | list[str | int] = "penultimate"
+    ) -> DeepFeatureExtractor:
         """Return a feature extractor with the trained network and the same preprocessing.
 
         It holds a copy of the network, which further training does not change. The cache keys of
@@ -462,7 +465,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
 
         Parameters
         ----------
-        layer : str, int or list of these
+        layer : str, int or list of these, default="penultimate"
             As for `DeepFeatureExtractor`.
 
         Returns

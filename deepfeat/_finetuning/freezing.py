@@ -33,6 +33,11 @@ class Trained:
     backbone: tuple[str, ...]
     active: tuple[str, ...]
 
+    @property
+    def has_auxiliary(self) -> bool:
+        """Tell whether auxiliary classifiers are trained."""
+        return not AUXILIARY.keys().isdisjoint(self.head)
+
     def __contains__(self, path: str) -> bool:
         """Tell whether a module, parameter or buffer is trained."""
         return lies_in(path, self.head) or lies_in(path, self.backbone)
@@ -52,6 +57,13 @@ def find_blocks(index: LayerIndex, module: nn.Module, unfreeze: Unfreeze) -> tup
         return ()
     if unfreeze == "all":
         return ("",)
+    if unfreeze == "last_stage":
+        if index.last_stage is None:
+            raise ValueError(
+                f"{index.network} does not have stages, of which unfreeze='last_stage' trains the "
+                "last: name a block of list_layers, 'all' or None."
+            )
+        unfreeze = index.last_stage
     if not isinstance(unfreeze, (list, tuple)):
         return tuple(_with_all_after(module, index.calls, index.block(unfreeze)[0]))
     blocks: list[str] = []
@@ -66,14 +78,14 @@ def find_blocks(index: LayerIndex, module: nn.Module, unfreeze: Unfreeze) -> tup
 
 
 def find_trained(
-    module: nn.Module, index: LayerIndex, blocks: tuple[str, ...], head: str
+    module: nn.Module, index: LayerIndex, blocks: tuple[str, ...], head: tuple[str, ...]
 ) -> Trained:
     """Find the trained part of a network with a new head: the head, and some blocks."""
     first = min((_first_call(index.calls, block) for block in blocks), default=math.inf)
     auxiliary = [
         name for name in auxiliary_of(module) if first <= _first_call(index.calls, AUXILIARY[name])
     ]
-    trained = Trained((head, *auxiliary), blocks, ())
+    trained = Trained((*head, *auxiliary), blocks, ())
     return replace(trained, active=tuple(_active_dropouts(module, index, trained)))
 
 
@@ -81,7 +93,7 @@ def drop_small_auxiliary(
     module: nn.Module, trained: Trained, input_shape: tuple[int, ...]
 ) -> Trained:
     """Drop auxiliary classifiers, with a warning, if the feature maps are too small for them."""
-    if len(trained.head) == 1:
+    if not trained.has_auxiliary:
         return trained
     module.eval().training = True  # the outermost module alone: it then calls them
     try:
@@ -94,7 +106,7 @@ def drop_small_auxiliary(
             UserWarning,
             stacklevel=2,
         )
-        return replace(trained, head=trained.head[:1])
+        return replace(trained, head=tuple(path for path in trained.head if path not in AUXILIARY))
     finally:
         module.eval()
     return trained
@@ -126,7 +138,7 @@ def set_train_mode(module: nn.Module, trained: Trained) -> None:
     for path in (*trained.head, *trained.backbone, *trained.active):
         module.get_submodule(path).train()
     # GoogLeNet and Inception call auxiliary classifiers if their outermost module is in train mode.
-    module.training = len(trained.head) > 1 or "" in trained.backbone
+    module.training = trained.has_auxiliary or "" in trained.backbone
 
 
 def group_parameters(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import GoogLeNet, Inception3
 
+from .._backbones.networks import Building
 from .._layers.head import HeadLocation
 
 Head: TypeAlias = Literal["replace", "append"]
@@ -49,6 +50,22 @@ def add_head(
         linears = [path for path, layer in layers if isinstance(layer, nn.Linear)]
         _replace(module, f"{name}.{linears[-1]}", location.n_outputs, n_classes, generator)
     return location.layer
+
+
+def reset_classifier(module: nn.Module, n_classes: int, seed: int) -> tuple[str, ...]:
+    """Give a network of timm `n_classes` outputs, in place; return the paths of its new layers.
+
+    timm knows more heads than can be told from the layers: several, with a norm, or none so far.
+    """
+    reference = next(module.parameters())
+    with Building(seed):
+        module.reset_classifier(n_classes)  # type: ignore[operator]
+    found = module.get_classifier()  # type: ignore[operator]
+    heads = found if isinstance(found, (tuple, list)) else (found,)
+    paths = {part: path for path, part in module.named_modules()}
+    for head in heads:
+        head.to(reference.device, reference.dtype)
+    return tuple(paths[head] for head in heads)
 
 
 def auxiliary_of(module: nn.Module) -> list[str]:

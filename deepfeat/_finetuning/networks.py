@@ -8,20 +8,21 @@ from torch import Tensor, nn
 
 from .._backbones.find import Backbone
 from .._extraction.readers import load_network
-from .._layers.head import find_head
+from .._layers.head import HeadLocation, find_head, is_of_timm
 from .._layers.reading import prefer_channels_last
-from .heads import AUXILIARY, Head, add_head, drop_auxiliary
+from .heads import AUXILIARY, Head, add_head, drop_auxiliary, reset_classifier
 
 
 @dataclass(frozen=True)
 class Network:
     """A network with a new head.
 
-    `head` is the path of the new layer, and `n_outputs` the number of outputs before it came.
+    `head` has the paths of the new layers; timm has a few networks with two. `n_outputs` is the
+    number of outputs before they came.
     """
 
     module: nn.Module
-    head: str
+    head: tuple[str, ...]
     n_outputs: int
 
 
@@ -38,13 +39,13 @@ def build_network(
         If the weights cannot be downloaded.
     """
     input_shape = backbone.preprocessing.input_shape
-    location = find_head(backbone.skeleton, input_shape)
+    location = _find_head(backbone.skeleton, head, input_shape)
     module = load_network(backbone, device)
     module = copy.deepcopy(module) if backbone.shared else module
-    path = add_head(module, location, head, n_classes, seed)
+    paths = _add_head(module, location, head, n_classes, seed)
     if not backbone.shared:  # a user's network may compute in ways that its modules do not show
         _check_head(module, head, input_shape)
-    return Network(module, path, location.n_outputs)
+    return Network(module, paths, _count_outputs(backbone.skeleton, location))
 
 
 def rebuild_network(
@@ -63,14 +64,14 @@ def rebuild_network(
     RuntimeError
         If the state dict belongs to another network.
     """
-    module = copy.deepcopy(backbone.skeleton)
+    module = backbone.build()
     if hasattr(module, "transform_input"):  # it rescales inputs for its weights
         module.transform_input = pretrained  # type: ignore[assignment]
-    location = find_head(module, backbone.preprocessing.input_shape)
-    if n_outputs != location.n_outputs:  # from a weights file of another size
-        add_head(module, location, "replace", n_outputs, 0)
+    location = _find_head(backbone.skeleton, head, backbone.preprocessing.input_shape)
+    if location is not None and n_outputs != location.n_outputs:  # of a file with other classes
+        _add_head(module, None if is_of_timm(module) else location, "replace", n_outputs, 0)
         location = replace(location, n_outputs=n_outputs)
-    path = add_head(module, location, head, n_classes, 0)
+    paths = _add_head(module, location, head, n_classes, 0)
     drop_auxiliary(module, _missing_auxiliary(state))
     loaded = module.state_dict()  # for its metadata, which MNASNet needs
     loaded.clear()
@@ -81,7 +82,30 @@ def rebuild_network(
         module = module.to(memory_format=torch.channels_last)
     else:
         module = prefer_channels_last(module, backbone.preprocessing.input_shape)
-    return Network(module, path, n_outputs)
+    return Network(module, paths, n_outputs)
+
+
+def _find_head(
+    skeleton: nn.Module, head: Head, input_shape: tuple[int, ...]
+) -> HeadLocation | None:
+    """Find the head of a network; None if timm itself replaces it."""
+    if head == "replace" and is_of_timm(skeleton):
+        return None
+    return find_head(skeleton, input_shape)
+
+
+def _add_head(
+    module: nn.Module, location: HeadLocation | None, head: Head, n_classes: int, seed: int
+) -> tuple[str, ...]:
+    if location is None:
+        return reset_classifier(module, n_classes, seed)
+    return (add_head(module, location, head, n_classes, seed),)
+
+
+def _count_outputs(skeleton: nn.Module, location: HeadLocation | None) -> int:
+    count = skeleton.num_classes if location is None else location.n_outputs
+    assert isinstance(count, int)
+    return count
 
 
 def _missing_auxiliary(state: dict[str, Tensor]) -> list[str]:

@@ -281,7 +281,7 @@ class Trainer:
     def _auxiliary_logits(self, output: Any) -> list[Tensor]:
         """Return the outputs of the auxiliary classifiers of GoogLeNet and Inception."""
         # The output of other networks may be a tuple that holds anything after the logits.
-        if len(self.trained.head) == 1:
+        if not self.trained.has_auxiliary:
             return []
         return [logits for logits in output[1:] if logits is not None]
 

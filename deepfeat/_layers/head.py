@@ -1,12 +1,13 @@
 """The head of a network: where it classifies, and its number of outputs."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .trace import first_tensor, make_blank, trace_calls
+from .trace import Call, Trace, first_tensor, make_blank, trace_calls
 
 _PROBABILITIES = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)
 
@@ -35,7 +36,7 @@ def find_head(module: nn.Module, input_shape: tuple[int, ...]) -> HeadLocation:
     """
     network = type(module).__name__
     calls = trace_calls(module, input_shape).calls
-    leaves = [path for path in calls if not any(other.startswith(f"{path}.") for other in calls)]
+    leaves = _list_leaves(calls)
     with_weights = [path for path in leaves if calls[path].parameters]
     if not with_weights:
         raise ValueError(f"{network} has no weights to train.")
@@ -51,6 +52,55 @@ def find_head(module: nn.Module, input_shape: tuple[int, ...]) -> HeadLocation:
             "torch.nn.Flatten() at its end."
         )
     return HeadLocation(with_weights[-1], leaves[-1], shape[0])
+
+
+def find_classifiers(module: nn.Module, trace: Trace) -> tuple[str, ...]:
+    """Return the paths of the modules that turn features into logits; empty if there is none.
+
+    timm's networks name them; in others it is the last layer with weights, if it is a linear one
+    and the network returns one value per output of it.
+    """
+    calls = trace.calls
+    if is_of_timm(module):
+        found = module.get_classifier()  # type: ignore[operator]
+        heads = found if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
+        paths = {part: path for path, part in module.named_modules()}
+        return tuple(paths[head] for head in heads if paths.get(head) in calls)
+    with_weights = [path for path in _list_leaves(calls) if calls[path].parameters]
+    if not with_weights or trace.output is None or len(trace.output.shape) != 1:
+        return ()
+    n_outputs = count_linear_outputs(module.get_submodule(with_weights[-1]))
+    return (with_weights[-1],) if n_outputs == trace.output.shape[0] else ()
+
+
+def is_of_timm(module: nn.Module) -> bool:
+    """Tell whether a network has the methods with which timm's networks show their head."""
+    return all(
+        callable(getattr(module, name, None))
+        for name in ("get_classifier", "reset_classifier", "forward_features", "forward_head")
+    )
+
+
+def count_pre_logits(module: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Count the features that a network of timm gives its classifiers."""
+    with torch.no_grad():
+        module = copy.deepcopy(module).eval()
+        features = module.forward_features(make_blank(module, input_shape))  # type: ignore[operator]
+        before: Tensor = module.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    return before.shape[1]
+
+
+def count_linear_outputs(layer: nn.Module) -> int | None:
+    """Count the outputs of a linear layer or a 1 x 1 convolution; None of any other layer."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+        return layer.out_channels
+    return None
+
+
+def _list_leaves(calls: Mapping[str, Call]) -> list[str]:
+    return [path for path in calls if not any(other.startswith(f"{path}.") for other in calls)]
 
 
 def _output_shape(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:

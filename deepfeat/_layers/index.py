@@ -1,22 +1,29 @@
 """The layers of a network: their names, shapes and costs."""
 
 import difflib
+import math
 import numbers
 import re
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import nn
 
+from .head import count_pre_logits, find_classifiers, is_of_timm
 from .names import (
     caffe_names,
     choose_stages,
     container_aliases,
     count_parameters,
+    declared_stages,
     find_stages,
     find_units,
 )
 from .tokens import Tokens
-from .trace import Call, trace_calls
+from .trace import Call, Trace, Value, trace_calls
+
+
+PENULTIMATE = "penultimate"
 
 
 class LayerNotFoundError(ValueError):
@@ -77,7 +84,10 @@ class LayerTable(list[Layer]):
 
 @dataclass(frozen=True)
 class ResolvedLayer:
-    """The module that a layer is read from, and the layout of its output."""
+    """The module that a layer is read from, and the layout of its output.
+
+    The path of the network itself is empty.
+    """
 
     name: str
     path: str
@@ -85,7 +95,14 @@ class ResolvedLayer:
     channels_last: bool = False  # maps are returned as (H, W, C), tokens as (N, D)
     prefix_tokens: int = 0  # the number of tokens before those of the patches
     class_token: bool = False  # whether the first token represents the whole image
+    grid: tuple[int, ...] | None = None  # shape in which the tokens of the patches lie
+    reads: Literal["output", "input", "pre-logits"] = "output"  # of the module
     rectified: bool = False  # whether ReLU is applied to the output
+
+    @property
+    def source(self) -> str:
+        """A string that identifies the tensor that is read."""
+        return self.path if self.reads == "output" else f"{self.reads} of {self.path}".rstrip()
 
 
 class LayerIndex:
@@ -106,19 +123,27 @@ class LayerIndex:
         self.network = type(module).__name__
         trace = trace_calls(module, input_shape)
         self.calls = trace.calls
-        self._tokens = Tokens(module, trace)
+        self._tokens = Tokens(module, trace, input_shape)
         modules = {path for path, _ in module.named_modules() if path}
         self._without_tensor = modules - self.calls.keys()
-        units = set(find_units(module, self.calls))
+        declared = declared_stages(module, self.calls)
+        units = set(find_units(module, self.calls, declared))
         paths = [path for path in self.calls if path in units]  # in the order of computation
         paths = [path for path in paths if not self.calls[path].is_passthrough]
         self.units = tuple(paths)
         parameters = count_parameters(module, paths)
         caffe = caffe_names(module, paths)
         aliases = container_aliases(paths, self.calls)
-        for number, path in enumerate(find_stages(module, paths, self.calls), start=1):
+        for number, path in enumerate(find_stages(module, paths, self.calls, declared), start=1):
             if f"stage{number}" not in self.calls:  # ShuffleNet has modules of this name
                 aliases[path].append(f"stage{number}")
+        classifiers = find_classifiers(module, trace)
+        penultimate = self._find_penultimate(trace, classifiers)
+        if len(classifiers) > 1 and is_of_timm(module):
+            shape = (count_pre_logits(module, input_shape),)
+            penultimate = ResolvedLayer(PENULTIMATE, "", shape, reads="pre-logits")
+        if penultimate is not None and penultimate.path in aliases and penultimate.reads == "output":
+            aliases[penultimate.path].append(PENULTIMATE)
         self._resolved: dict[str, ResolvedLayer] = {}
         self._stages = choose_stages(caffe, paths, aliases)
         self.table = LayerTable()
@@ -127,6 +152,8 @@ class LayerIndex:
             self._add(path, self.calls[path], (*names, *aliases[path]), parameters[path])
         if "fc8" in caffe.values() and "relu8" not in caffe.values():
             self._add_relu8()
+        if penultimate is not None:
+            self._add_penultimate(penultimate, classifiers)
         for path, call in self.calls.items():
             self._resolved.setdefault(path, self._resolve_call(path, path, call))
         if not self._resolved:
@@ -182,10 +209,17 @@ class LayerIndex:
     def stages(self) -> tuple[ResolvedLayer, ...]:
         """Return the layers worth caching in any pass: few, small after pooling, and well known.
 
-        These are the poolings, relu6, relu7 and fc8 of AlexNet and VGG, and the stages and the
-        global pooling of other networks.
+        These are the poolings, relu6, relu7 and fc8 of AlexNet and VGG, and the last five stages
+        and the global pooling of other networks; and the penultimate layer of all.
         """
-        return tuple(self._resolved[path] for path in self._stages)
+        names = [*self._stages, *([PENULTIMATE] if PENULTIMATE in self._resolved else [])]
+        return tuple({layer.source: layer for layer in map(self._resolved.get, names)}.values())
+
+    @property
+    def last_stage(self) -> str | None:
+        """The name of the last stage; None if the network does not have stages."""
+        numbers = [int(name[5:]) for name in self._resolved if re.fullmatch(r"stage\d+", name)]
+        return f"stage{max(numbers)}" if numbers else None
 
     def _add(self, path: str, call: Call, names: tuple[str, ...], parameters: int) -> None:
         resolved = self._resolve_call(names[0], path, call)
@@ -208,9 +242,43 @@ class LayerIndex:
         self._add(fc8.path, Call("ReLU", fc8.output_shape, False, 0, 0, -1), ("relu8",), 0)
         self._resolved["relu8"] = replace(fc8, name="relu8", rectified=True)
 
-    def _resolve_call(self, name: str, path: str, call: Call) -> ResolvedLayer:
-        prefix, has_class_token = self._tokens.find(call)
-        return ResolvedLayer(name, path, call.shape, call.channels_last, prefix, has_class_token)
+    def _find_penultimate(
+        self, trace: Trace, classifiers: tuple[str, ...]
+    ) -> ResolvedLayer | None:
+        """Find what the classifier takes, or what the network returns if it has none.
+
+        If another layer has returned the same, at most rearranged, it is that layer.
+        """
+        if PENULTIMATE in self.calls:  # a module of this name
+            return None
+        path = classifiers[0] if classifiers else ""
+        value = self.calls[path].input if classifiers else trace.output
+        if value is None or not value.shape or not self.calls:
+            return None
+        if value.source in self.calls:
+            call = self.calls[value.source]
+            if call.shape == value.shape or math.prod(call.shape[1:]) == 1:
+                return self._resolve_call(PENULTIMATE, value.source, call)
+        layer = self._resolve_call(PENULTIMATE, path, value)
+        return replace(layer, reads="input" if classifiers else "output")
+
+    def _add_penultimate(self, layer: ResolvedLayer, classifiers: tuple[str, ...]) -> None:
+        """Add the penultimate layer before the classifier, unless it is in the table already."""
+        if PENULTIMATE in self._resolved:
+            return
+        self._resolved[PENULTIMATE] = layer
+        kind = self.calls[layer.path].kind if layer.path else self.network
+        kind = kind if layer.reads == "output" else f"{layer.reads} of {kind}"
+        entry = Layer(PENULTIMATE, (), kind, layer.output_shape, count_channels(layer), 0, 0)
+        head = f"{classifiers[0]}." if classifiers else ""
+        before = [number for number, unit in enumerate(self.units) if head.startswith(f"{unit}.")]
+        self.table.insert(before[0] if before else len(self.table), entry)
+
+    def _resolve_call(self, name: str, path: str, value: Call | Value) -> ResolvedLayer:
+        prefix, has_class_token, grid = self._tokens.find(value)
+        return ResolvedLayer(
+            name, path, value.shape, value.channels_last, prefix, has_class_token, grid
+        )
 
 
 def count_channels(layer: ResolvedLayer) -> int:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
@@ -24,19 +25,41 @@ _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm),
     *(nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.RMSNorm, nn.LocalResponseNorm),
 )
+_MOST_STAGES = 5  # as in VGG and ResNets; of transformers each block is a stage
 _HEADS = ("classifier", "fc", "head", "heads")
 
 
-def find_units(module: nn.Module, calls: Mapping[str, Call], path: str = "") -> Iterator[str]:
+def find_units(
+    module: nn.Module, calls: Mapping[str, Call], declared: Sequence[str], path: str = ""
+) -> Iterator[str]:
     """Yield the paths of a network's layers: whole blocks, but never containers of blocks.
 
-    A module that does not return a tensor, or is not called itself, counts as a container.
+    A module that does not return a tensor, or is not called itself, counts as a container, and so
+    do a `declared` stage that returns what its blocks return and what is around such a stage.
     """
-    if path in calls and type(module) not in _CONTAINERS:
+    children = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
+    is_stage = path in declared and any(
+        type(child) is nn.Sequential
+        and name in calls
+        and calls[name].output == calls[path].output
+        and any(True for block in child for _ in block.children())
+        for name, child in children.items()
+    )
+    is_opened = is_stage or any(stage.startswith(f"{path}.") for stage in declared)
+    if path in calls and type(module) not in _CONTAINERS and not is_opened:
         yield path
         return
-    for name, child in module.named_children():
-        yield from find_units(child, calls, f"{path}.{name}" if path else name)
+    for name, child in children.items():
+        yield from find_units(child, calls, declared, name)
+
+
+def declared_stages(module: nn.Module, calls: Mapping[str, Call]) -> list[str]:
+    """Return the paths of the stages that timm's `feature_info` declares; empty if it does not."""
+    declared = getattr(module, "feature_info", None)
+    if not isinstance(declared, list):
+        return []
+    paths = [entry.get("module") for entry in declared if isinstance(entry, dict)]
+    return paths if all(path in calls for path in paths) else []
 
 
 def count_parameters(module: nn.Module, units: Sequence[str]) -> dict[str, int]:
@@ -94,11 +117,10 @@ def choose_stages(
     if caffe:
         stages = ("pool", "relu6", "relu7", "fc8")
         return [path for path in paths if caffe.get(path, "").startswith(stages)]
-    return [
-        path
-        for path in paths
-        if path == "avgpool" or any(re.fullmatch(r"stage\d+", name) for name in aliases[path])
+    ends = [
+        path for path in paths if any(re.fullmatch(r"stage\d+", name) for name in aliases[path])
     ]
+    return [path for path in paths if path == "avgpool" or path in ends[-_MOST_STAGES:]]
 
 
 def container_aliases(paths: list[str], calls: dict[str, Call]) -> dict[str, list[str]]:
@@ -113,8 +135,19 @@ def container_aliases(paths: list[str], calls: dict[str, Call]) -> dict[str, lis
     return aliases
 
 
-def find_stages(module: nn.Module, paths: list[str], calls: dict[str, Call]) -> list[str]:
-    """Return the last layer before each downsampling in the trunk of a network."""
+def find_stages(
+    module: nn.Module, paths: list[str], calls: dict[str, Call], declared: Sequence[str]
+) -> list[str]:
+    """Return the last layer of each stage in the trunk of a network.
+
+    These are the `declared` stages, if there are any, or else what ends before each downsampling;
+    of tokens that are never downsampled, each block.
+    """
+    last_with = {calls[path].output: path for path in paths}
+    ends = [last_with.get(calls[path].output) for path in declared]
+    found = [end for end in ends if end is not None]
+    if found and len(set(found)) == len(ends):
+        return sorted(found, key=paths.index)
     stages: list[str] = []
     group: list[str] = []
     for path in paths:
@@ -127,7 +160,24 @@ def find_stages(module: nn.Module, paths: list[str], calls: dict[str, Call]) -> 
             stages += _last_before_pooling(module, group)
             group = []
         group.append(path)
+    if not stages:
+        blocks = _find_blocks_of_tokens(group, calls)
+        if blocks:
+            return blocks
     return stages + _last_before_pooling(module, group)
+
+
+def _find_blocks_of_tokens(group: Sequence[str], calls: Mapping[str, Call]) -> list[str]:
+    """Return the layers of the most common kind that return tokens, if there are several."""
+    kinds = Counter(
+        calls[path].kind
+        for path in group
+        if len(calls[path].shape) == 2 and calls[path].channels_last
+    )
+    if not kinds or kinds.most_common(1)[0][1] == 1:
+        return []
+    kind = kinds.most_common(1)[0][0]
+    return [path for path in group if calls[path].kind == kind]
 
 
 def _last_before_pooling(module: nn.Module, group: list[str]) -> list[str]:

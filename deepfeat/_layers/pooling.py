@@ -1,6 +1,7 @@
 """Pooling: the output of a layer becomes one row per image."""
 
 import math
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -9,6 +10,43 @@ from .index import ResolvedLayer, count_channels
 
 Pooling: TypeAlias = Literal["avg", "max", "gem", "cls", "flatten"]
 _GEM_POWER = 3.0
+
+
+@dataclass(frozen=True)
+class PooledLayer:
+    """A layer and how its output becomes a row; `pooling` is None for vectors."""
+
+    layer: ResolvedLayer
+    pooling: Pooling | None
+
+    @property
+    def key(self) -> str:
+        """A string that identifies the row."""
+        return " ".join((self.layer.source, self.pooling or "", "relu" * self.layer.rectified))
+
+    @property
+    def n_features(self) -> int:
+        """The length of the row."""
+        return count_features(self.layer, self.pooling or "flatten")
+
+    def reduce(self, output: Tensor) -> Tensor:
+        """Turn the output of the layer into one float32 row per image."""
+        return pool(self.layer, output, self.pooling or "flatten")
+
+
+def pool_layer(layer: ResolvedLayer, pooling: Pooling) -> PooledLayer:
+    """Pair a layer with a pooling; vectors, and maps of one position, are left as they are.
+
+    Raises
+    ------
+    ValueError
+        If the output of the layer does not allow this pooling.
+    """
+    count_features(layer, pooling)
+    if len(layer.output_shape) == 1:
+        return PooledLayer(layer, None)
+    has_one_position = len(layer.output_shape) == 3 and math.prod(layer.output_shape[1:]) == 1
+    return PooledLayer(layer, "avg" if has_one_position else pooling)
 
 
 def pool(layer: ResolvedLayer, output: Tensor, pooling: Pooling) -> Tensor:
@@ -58,3 +96,31 @@ def count_features(layer: ResolvedLayer, pooling: Pooling) -> int:
             f"got {pooling!r}."
         )
     return count_channels(layer)
+
+
+def lay_out(layer: ResolvedLayer, output: Tensor) -> Tensor:
+    """Turn the output of a layer into float32 maps (n, C, H, W), tokens without their prefix."""
+    output = output.float()
+    if output.ndim == 4:
+        maps = output.movedim(-1, 1) if layer.channels_last else output
+        return maps.relu() if layer.rectified else maps
+    patches = output[:, layer.prefix_tokens :]
+    return patches.movedim(-1, 1).unflatten(2, map_shape(layer)[1:])
+
+
+def map_shape(layer: ResolvedLayer) -> tuple[int, ...]:
+    """Return the shape (C, H, W) of the maps of a layer.
+
+    Raises
+    ------
+    ValueError
+        If the layer has none.
+    """
+    if len(layer.output_shape) == 3:
+        return layer.output_shape
+    if layer.grid is not None and len(layer.grid) == 2:
+        return (count_channels(layer), *layer.grid)
+    raise ValueError(
+        f"layer must return maps (C, H, W) or the tokens of patches that lie in a grid; got "
+        f"{layer.name!r} with output shape {layer.output_shape}."
+    )

@@ -3,15 +3,17 @@
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .index import ResolvedLayer
 from .trace import find_tensors, first_tensor, make_blank
+
+Reduce: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class ForwardPass:
@@ -26,29 +28,32 @@ class ForwardPass:
     ----------
     module : torch.nn.Module
         The network.
-    layers : sequence of ResolvedLayer
-        The layers to read.
-    reduce : callable
-        Function of a layer and its output that returns the tensor to keep, such as a pooled row
-        per image.
+    layers : mapping of str to (ResolvedLayer, callable)
+        The layers to read, by any key, each with a function of its output that returns the tensor
+        to keep, such as a pooled row per image.
     optional : collection of str, optional
-        Names of layers that may be missing from the result: those that the network does not call
+        Keys of layers that may be missing from the result: those that the network does not call
         for a batch, or that do not return one output per image.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        layers: Sequence[ResolvedLayer],
-        reduce: Callable[[ResolvedLayer, Tensor], Tensor],
+        layers: Mapping[str, tuple[ResolvedLayer, Reduce]],
         optional: Collection[str] = (),
     ):
         self._module = share_weights(module)
-        self._outputs = _Outputs(layers, reduce)
+        self._outputs = _Outputs(layers)
         self._optional = optional
-        for path in self._outputs.layers:
-            hook = functools.partial(self._outputs.record, path)
-            self._module.get_submodule(path).register_forward_hook(hook)
+        for layer in {layer.source: layer for layer, _ in layers.values()}.values():
+            record = functools.partial(self._outputs.record, layer.source)
+            read = self._module.get_submodule(layer.path)
+            if layer.reads == "pre-logits":
+                _read_pre_logits(read, record)
+            elif layer.reads == "input":
+                read.register_forward_pre_hook(functools.partial(_read_input, record))
+            else:
+                read.register_forward_hook(functools.partial(_read_output, record))
 
     def __call__(self, batch: Tensor) -> dict[str, Tensor]:
         """Run a batch; return the reduced outputs by layer name.
@@ -65,11 +70,13 @@ class ForwardPass:
             found = self._outputs.found
         finally:
             self._outputs.found = {}
-        valid = {name: output for name, output in found.items() if len(output) == len(batch)}
-        for name in self._outputs.names:
-            if name not in valid and name not in self._optional:
-                problem = "one output per image" if name in found else "a tensor"
-                raise ValueError(f"Layer {name!r} does not return {problem} in the forward pass.")
+        valid = {key: output for key, output in found.items() if len(output) == len(batch)}
+        for key, layer in self._outputs.layers.items():
+            if key not in valid and key not in self._optional:
+                problem = "one output per image" if key in found else "a tensor"
+                raise ValueError(
+                    f"Layer {layer.name!r} does not return {problem} in the forward pass."
+                )
         return valid
 
 
@@ -79,34 +86,50 @@ class _Outputs:
     It does not refer to the modules, whose hooks refer to it, so that there is no reference cycle.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[ResolvedLayer],
-        reduce: Callable[[ResolvedLayer, Tensor], Tensor],
-    ):
-        self.layers: dict[str, list[ResolvedLayer]] = {}
-        for layer in layers:
-            self.layers.setdefault(layer.path, []).append(layer)
-        self.names = [layer.name for layer in layers]
-        self.reduce = reduce
+    def __init__(self, layers: Mapping[str, tuple[ResolvedLayer, Reduce]]):
+        self.layers = {key: layer for key, (layer, _) in layers.items()}
+        self._reductions: dict[str, list[tuple[str, Reduce]]] = {}
+        for key, (layer, reduce) in layers.items():
+            self._reductions.setdefault(layer.source, []).append((key, reduce))
         self.start()
 
     def start(self) -> None:
-        self.unread = set(self.layers)
+        self.unread = set(self._reductions)
         self.found: dict[str, Tensor] = {}
 
-    def record(self, path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if path not in self.unread:
+    def record(self, source: str, output: Any) -> None:
+        if source not in self.unread:
             return
-        self.unread.remove(path)
+        self.unread.remove(source)
         try:
             tensor = first_tensor(output)
         except TypeError:  # unlike in the trace
             return
-        for layer in self.layers[path]:
-            self.found[layer.name] = _copy_if_shared(self.reduce(layer, tensor), tensor)
+        for key, reduce in self._reductions[source]:
+            self.found[key] = _copy_if_shared(reduce(tensor), tensor)
         if not self.unread:
             raise _AllRead
+
+
+def _read_pre_logits(module: Any, record: Callable[[Any], None]) -> None:
+    """Let a network of timm record what it gives its classifiers, of which it has several."""
+    forward_head = module.forward_head
+
+    def record_and_forward(features: Any, *args: Any, **options: Any) -> Any:
+        record(forward_head(features, pre_logits=True))
+        return forward_head(features, *args, **options)
+
+    module.forward_head = record_and_forward
+
+
+def _read_input(record: Callable[[Any], None], _module: nn.Module, inputs: Any) -> None:
+    record(inputs)
+
+
+def _read_output(
+    record: Callable[[Any], None], _module: nn.Module, _inputs: Any, output: Any
+) -> None:
+    record(output)
 
 
 class _AllRead(Exception):

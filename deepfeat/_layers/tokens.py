@@ -1,10 +1,11 @@
 """Tokens: those of the patches of an image, and the prefix tokens before them."""
 
+import math
 import re
 
 from torch import nn
 
-from .trace import Call, Trace
+from .trace import Call, Trace, Value
 
 # The names of token parameters in torchvision, timm, transformers and the code of papers.
 _CLASS_TOKEN = re.compile(r"(cls|class)_?(token|emb|embedding)s?_?\d*")
@@ -19,7 +20,7 @@ class Tokens:
     exceeds the number of patches by that of the prefix tokens.
     """
 
-    def __init__(self, module: nn.Module, trace: Trace):
+    def __init__(self, module: nn.Module, trace: Trace, input_shape: tuple[int, ...]):
         named = [(name.rpartition(".")[2], value) for name, value in module.named_parameters()]
         self._has_class_token = any(_CLASS_TOKEN.fullmatch(name) for name, _ in named)
         declared = (getattr(part, "num_prefix_tokens", 0) for part in module.modules())
@@ -31,20 +32,24 @@ class Tokens:
             ),
             *(number for number in declared if isinstance(number, int)),
         )
-        counts = [call.shape[0] for call in trace.calls.values() if _returns_tokens(call)]
-        self._grids: frozenset[int] | set[int] = trace.grids
+        counts = [call.shape[0] for call in trace.calls.values() if _are_tokens(call)]
+        self._grids = trace.grids
         if not any(self._count_prefix(count) is not None for count in counts):
-            self._grids = set(counts[:1])  # patches that do not come from a convolution
+            # Patches that do not come from a convolution.
+            self._grids = {count: _shape_grid(count, input_shape) for count in counts[:1]}
 
-    def find(self, call: Call) -> tuple[int, bool]:
-        """Return the number of prefix tokens, and whether the first token is a class token."""
-        if not _returns_tokens(call):
-            return 0, False
-        count = call.shape[0]
+    def find(self, value: Value | Call) -> tuple[int, bool, tuple[int, ...] | None]:
+        """Return the number of prefix tokens, whether the first is a class token, and the grid.
+
+        The grid is the shape (H, W) in which the other tokens lie; None if that is not known.
+        """
+        if not _are_tokens(value):
+            return 0, False, None
+        count = value.shape[0]
         prefix = self._count_prefix(count)
         if prefix is None:  # tokens without patches (the class tokens of CaiT's last blocks)
-            return 0, self._has_class_token and count <= self._max_prefix
-        return prefix, self._has_class_token and prefix > 0
+            return 0, self._has_class_token and count <= self._max_prefix, None
+        return prefix, self._has_class_token and prefix > 0, self._grids[count - prefix]
 
     def _count_prefix(self, count: int) -> int | None:
         """Return the number of tokens before those of a grid; None if no grid fits the count."""
@@ -52,5 +57,15 @@ class Tokens:
         return next((prefix for prefix in candidates if count - prefix in self._grids), None)
 
 
-def _returns_tokens(call: Call) -> bool:
-    return len(call.shape) == 2 and call.channels_last
+def _are_tokens(value: Value | Call) -> bool:
+    return len(value.shape) == 2 and value.channels_last
+
+
+def _shape_grid(count: int, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape (H, W) of so many patches of an image; if there is none, (count,)."""
+    if len(input_shape) != 3:
+        return (count,)
+    _, height, width = input_shape
+    rows = max(1, round(math.sqrt(count * height / width)))
+    is_grid = count % rows == 0 and rows * width == count // rows * height
+    return (rows, count // rows) if is_grid else (count,)

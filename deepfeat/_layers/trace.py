@@ -26,6 +26,20 @@ _GRIDS = {F.conv1d, F.conv2d, F.conv3d, F.unfold}
 
 
 @dataclass(frozen=True)
+class Value:
+    """The first tensor that a module takes or returns.
+
+    `shape` is the shape for one image: (C, H, W) for maps, even if the tensor is (H, W, C); (N, D)
+    for tokens; (C, L) for a sequence with its channels first. `source` is the path of the module
+    that has returned the same values, at most rearranged; empty if none has.
+    """
+
+    shape: tuple[int, ...]
+    channels_last: bool  # maps are (H, W, C); always true of tokens
+    source: str
+
+
+@dataclass(frozen=True)
 class Call:
     """The first call of a module in a forward pass.
 
@@ -41,6 +55,7 @@ class Call:
     multiply_adds: int
     output: int  # the same number if two modules return the same tensor
     is_passthrough: bool = False
+    input: Value | None = None  # None if it takes no tensor
 
     @property
     def raw_shape(self) -> tuple[int, ...]:
@@ -54,11 +69,13 @@ class Call:
 class Trace:
     """The first call of every module in a forward pass, in the order in which they return.
 
-    `grids` holds the numbers of positions in the outputs of convolutions.
+    `grids` holds the numbers of positions in the outputs of convolutions, with their shapes.
+    `output` is what the network returns; None if that is not a tensor.
     """
 
     calls: dict[str, Call]
-    grids: frozenset[int]
+    grids: dict[int, tuple[int, ...]]
+    output: Value | None
 
 
 def trace_calls(module: nn.Module, input_shape: tuple[int, ...]) -> Trace:
@@ -72,12 +89,16 @@ def trace_calls(module: nn.Module, input_shape: tuple[int, ...]) -> Trace:
         axes.mark(blank, 1)
         try:
             with tracer.counter, axes:
-                module(blank)
+                output = module(blank)
         except Exception as error:  # a module of the user may raise anything
             raise ValueError(
                 f"{type(module).__name__} does not accept an image of shape {input_shape}: {error}"
             ) from error
-    return Trace(tracer.calls, frozenset(axes.grids))
+        try:
+            returned = _describe(first_tensor(output))
+        except TypeError:
+            returned = None
+    return Trace(tracer.calls, axes.grids, returned)
 
 
 def make_blank(module: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
@@ -100,7 +121,7 @@ class _Tracer:
         self.calls: dict[str, Call] = {}
         # Only its total is confined to one thread: it counts per module with global hooks.
         self.counter = FlopCounterMode(display=False)
-        self._entered: dict[nn.Module, tuple[int, list[tuple[Tensor, int]]]] = {}
+        self._entered: dict[nn.Module, tuple[int, list[tuple[Tensor, int]], Value | None]] = {}
         self._numbers = itertools.count()
         self._latest: tuple[Tensor | None, int, int] = (None, 0, 0)
         for path, child in module.named_modules():
@@ -110,10 +131,11 @@ class _Tracer:
 
     def _enter(self, called: nn.Module, inputs: Any, options: Any) -> None:
         tensors = [(tensor, tensor._version) for tensor in find_tensors((inputs, options))]
-        self._entered[called] = self.counter.get_total_flops(), tensors
+        first = _describe(tensors[0][0]) if tensors else None
+        self._entered[called] = self.counter.get_total_flops(), tensors, first
 
     def _leave(self, path: str, called: nn.Module, _inputs: Any, output: Any) -> None:
-        flops, inputs = self._entered.pop(called)
+        flops, inputs, taken = self._entered.pop(called)
         spent = (self.counter.get_total_flops() - flops) // 2
         if path in self.calls:
             call = self.calls[path]
@@ -125,19 +147,22 @@ class _Tracer:
         number = self._number(first)
         if path in self.calls or first.ndim < 2:
             return
-        shape = tuple(first.shape[1:])
-        axis = _ChannelAxes.of(first)
-        # If the axis is unknown, three dimensions are taken for tokens, four for (C, H, W) maps.
-        is_last = axis in (None, 2) if first.ndim == 3 else first.ndim == 4 and axis == 3
+        # Flattening may copy, depending on the memory layout of its input.
+        is_passthrough = type(called) in (nn.Flatten, nn.Unflatten) or _is_unchanged(inputs, first)
+        if is_passthrough:
+            _ChannelAxes.mark_source(first, taken.source if taken is not None else "")
+        elif not _ChannelAxes.source_of(first):
+            _ChannelAxes.mark_source(first, path)
+        value = _describe(first)
         self.calls[path] = Call(
             type(called).__name__,
-            (shape[2], *shape[:2]) if is_last and len(shape) == 3 else shape,
-            is_last,
+            value.shape,
+            value.channels_last,
             sum(parameter.numel() for parameter in called.parameters()),
             spent,
             number,
-            # Flattening may copy, depending on the memory layout of its input.
-            type(called) in (nn.Flatten, nn.Unflatten) or _is_unchanged(inputs, first),
+            is_passthrough,
+            taken,
         )
 
     def _number(self, output: Tensor) -> int:
@@ -147,6 +172,15 @@ class _Tracer:
             number = next(self._numbers)
         self._latest = output, output._version, number
         return number
+
+
+def _describe(tensor: Tensor) -> Value:
+    shape = tuple(tensor.shape[1:])
+    axis = _ChannelAxes.of(tensor)
+    # If the axis is unknown, three dimensions are taken for tokens, four for (C, H, W) maps.
+    is_last = axis in (None, 2) if tensor.ndim == 3 else tensor.ndim == 4 and axis == 3
+    shape = (shape[2], *shape[:2]) if is_last and len(shape) == 3 else shape
+    return Value(shape, is_last, _ChannelAxes.source_of(tensor))
 
 
 def _is_unchanged(inputs: list[tuple[Tensor, int]], output: Tensor) -> bool:
@@ -160,11 +194,14 @@ def _is_unchanged(inputs: list[tuple[Tensor, int]], output: Tensor) -> bool:
 
 
 class _ChannelAxes(TorchFunctionMode):
-    """Tracks, through all functions, the axis of a tensor that holds the channels of an image."""
+    """Tracks, through all functions, the axis of a tensor that holds the channels of an image.
+
+    And, through views, the module that has returned a tensor.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.grids: set[int] = set()
+        self.grids: dict[int, tuple[int, ...]] = {}
 
     @staticmethod
     def mark(tensor: Tensor, axis: int) -> None:
@@ -174,6 +211,15 @@ class _ChannelAxes(TorchFunctionMode):
     def of(tensor: Tensor) -> int | None:
         return getattr(tensor, "_channel_axis", None)
 
+    @staticmethod
+    def mark_source(tensor: Tensor, path: str) -> None:
+        tensor._source = path, tensor._version  # type: ignore[attr-defined]
+
+    @staticmethod
+    def source_of(tensor: Tensor) -> str:
+        path, version = getattr(tensor, "_source", ("", None))
+        return path if version == tensor._version else ""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for output in find_tensors(result):
@@ -181,8 +227,16 @@ class _ChannelAxes(TorchFunctionMode):
             if axis is not None:
                 self.mark(output, axis)
             if func in _GRIDS:
-                self.grids.add(output.shape[2:].numel())
+                self.grids[output.shape[2:].numel()] = tuple(output.shape[2:])
+            self._follow_source(args, output)
         return result
+
+    def _follow_source(self, args: Any, output: Tensor) -> None:
+        for tensor in find_tensors(args):
+            path = self.source_of(tensor)
+            if path and tensor is not output and tensor.numel() == output.numel():
+                if _share_memory(tensor, output):
+                    self.mark_source(output, path)
 
     def _find(self, func: Any, args: Any, kwargs: Any, output: Tensor) -> int | None:
         if func in _CHANNELS_FIRST:

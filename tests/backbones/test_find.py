@@ -49,13 +49,18 @@ def test_all_classification_models_of_torchvision_are_backbones():
     [
         (
             lambda: find_backbone("resnet5"),
-            "There is no backbone 'resnet5'. Close matches: 'resnet50', 'resnet152', 'resnet34'.",
+            "There is no backbone 'resnet5'. Close matches: 'resnet50', 'resnet152', 'resnet34'. "
+            "Names of timm begin with 'timm/'.",
         ),
-        (lambda: find_backbone("zzz"), "There is no backbone 'zzz'. list_backbones() lists them."),
+        (
+            lambda: find_backbone("zzz"),
+            "There is no backbone 'zzz'. list_backbones() lists them. Names of timm begin with "
+            "'timm/'.",
+        ),
         (
             lambda: find_backbone("fcn_resnet50"),
             "There is no backbone 'fcn_resnet50'. Close matches: 'resnet50', 'wide_resnet50_2', "
-            "'resnet152'.",
+            "'resnet152'. Names of timm begin with 'timm/'.",
         ),
         (
             lambda: find_backbone("vgg16", "IMAGENET1K_V2"),

@@ -795,7 +795,7 @@ def test_the_names_of_several_layers_follow_their_columns(scene_paths):
     [
         (
             {"pooling": "mean"},
-            r"^pooling must be one of 'avg', .* or 'flatten'; got 'mean'\.",
+            r"^pooling must be 'avg', .* 'flatten' or a list of these; got 'mean'\.",
         ),
         ({"pooling": "cls"}, r"pooling='cls' needs a class token, but layer 'stage2'"),
         ({"norm": "l3"}, r"^norm must be one of 'l2', 'l1', 'max' or None; got 'l3'"),

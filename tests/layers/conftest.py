@@ -150,7 +150,8 @@ def read() -> Callable[..., list[Tensor]]:
         index = LayerIndex(net, tuple(batch.shape[1:]))
         layers = [index.resolve(name) for name in names]
         with torch.inference_mode():
-            outputs = ForwardPass(net, layers, lambda _layer, output: output)(batch)
+            wanted = {layer.name: (layer, lambda output: output) for layer in layers}
+            outputs = ForwardPass(net, wanted)(batch)
         return [outputs[layer.name] for layer in layers]
 
     return read

@@ -136,7 +136,6 @@ STAGES = {
     "squeezenet1_1": "features.1 features.4 features.7 features",
     "googlenet": "conv1 conv3 inception3b inception4e inception5b",
     "inception_v3": "Conv2d_2b_3x3 Conv2d_4a_3x3 Mixed_5d Mixed_6e Mixed_7c",
-    "vit.*": "encoder",
 }
 
 
@@ -145,6 +144,12 @@ def test_stages_end_before_each_down_sampling(
 ) -> None:
     """`stage1`, `stage2`, ... are the last layers of each resolution of the architecture."""
     index = index_of(backbone)
+    if backbone.startswith("vit"):  # which never downsample
+        blocks = [layer.name for layer in index.table if layer.kind == "EncoderBlock"]
+        stages = [index.resolve(f"stage{number + 1}").path for number in range(len(blocks))]
+        assert stages == blocks
+        assert f"stage{len(blocks)}" == index.last_stage
+        return
     (ends,) = (ends.split() for pattern, ends in STAGES.items() if re.fullmatch(pattern, backbone))
     areas = []
     for number, end in enumerate(ends, start=1):
@@ -238,7 +243,8 @@ class Reshaping(nn.Module):
 def test_a_module_that_returns_its_input_is_not_a_layer(idle: nn.Module) -> None:
     """In eval mode, at most with another shape; it can still be read by its path."""
     index = LayerIndex(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(True), idle), (3, 8, 8))
-    assert [layer.name for layer in index.table] == ["0", "1"]
+    listed = [layer.name for layer in index.table if layer.name != "penultimate"]
+    assert listed == ["0", "1"]
     assert index.resolve("2").path == "2"
 
 
@@ -276,7 +282,7 @@ def test_the_layers_of_a_module_that_returns_a_dict_are_listed() -> None:
     names = [layer.name for layer in LayerIndex(Maps(), (3, 32, 32)).table]
     first = ("conv1", "bn1", "relu", "maxpool", "layer1.0")
     assert names[:5] == [f"net.backbone.{name}" for name in first]
-    assert names[-1] == "net.classifier"
+    assert names[-2:] == ["net.classifier", "penultimate"]
 
 
 class Encoder(nn.Module):

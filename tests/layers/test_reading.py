@@ -28,7 +28,8 @@ def read_layers(
     reduce: Callable[[ResolvedLayer, Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """Read layers of a network once."""
-    return ForwardPass(module, layers, reduce)(batch)
+    wanted = {layer.name: (layer, functools.partial(reduce, layer)) for layer in layers}
+    return ForwardPass(module, wanted)(batch)
 
 
 GIANTS = ("convnext_large", "efficientnet_v2_l", "regnet_y_128gf", "vit_h_14")
@@ -68,7 +69,8 @@ def test_reading_gives_what_torchvision_extracts(
     """Every layer of every family has the values and the shape of torchvision's tracer."""
     net, batch = build(family, side), images(2 if side < 200 else 1, side)
     index = LayerIndex(copy.deepcopy(net).to("meta"), (3, side, side))
-    layers = [index.resolve(entry.name) for entry in index.table if entry.name != "relu8"]
+    apart = ("relu8", "penultimate")
+    layers = [index.resolve(entry.name) for entry in index.table if entry.name not in apart]
     with torch.inference_mode():
         outputs = read_layers(net, layers, batch, as_it_is)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from deepfeat._layers.index import LayerIndex
-from deepfeat._layers.pooling import count_features, pool
+from deepfeat._layers.pooling import PooledLayer, count_features, pool
 from deepfeat._layers.reading import ForwardPass
 
 
@@ -180,7 +180,8 @@ def test_pooled_blocks_are_timms_own_intermediates(
     stem = next(stem for stem in ("blocks", "layers", "stages") if hasattr(net, stem))
     layers = [index.resolve(f"{stem}.{number}") for number in range(len(maps))]
     with torch.no_grad():
-        rows = ForwardPass(net, layers, functools.partial(pool, pooling="avg"))(batch)
+        wanted = {layer.name: (layer, PooledLayer(layer, "avg").reduce) for layer in layers}
+        rows = ForwardPass(net, wanted)(batch)
     for layer, expected in zip(layers, maps, strict=True):
         assert_close(rows[layer.name], expected.mean((2, 3)), rtol=1e-4, atol=1e-5)
 
@@ -206,7 +207,7 @@ def test_cls_is_timms_own_class_token(name: str, side: int, images: Callable[...
     batch, layer = images(2, side), LayerIndex(net, (3, side, side)).resolve("norm")
     assert count_features(layer, "cls") == net.num_features
     with torch.no_grad():
-        rows = ForwardPass(net, [layer], functools.partial(pool, pooling="cls"))(batch)
+        rows = ForwardPass(net, {"norm": (layer, PooledLayer(layer, "cls").reduce)})(batch)
         assert_close(rows["norm"], net.forward_features(batch)[:, 0])
 
 

@@ -216,7 +216,7 @@ def test_a_sequence_has_its_channels_first(
 def test_multiply_adds_of_all_calls_are_counted() -> None:
     """A module that is called twice costs twice as much, but its parameters count once."""
     conv = nn.Conv2d(3, 3, 1, bias=False)
-    (layer,) = LayerIndex(nn.Sequential(conv, conv), (3, 8, 8)).table
+    layer = LayerIndex(nn.Sequential(conv, conv), (3, 8, 8)).table[0]
     assert (layer.multiply_adds, layer.parameters) == (2 * 9 * 64, 9)
 
 

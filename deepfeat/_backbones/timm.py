@@ -31,7 +31,7 @@ class TimmDescription:
 
     @property
     def config(self) -> Any:
-        """timm's configuration of the weights; its defaults where there is none."""
+        """The configuration of the weights in timm; its defaults where there is none."""
         models = _import("timm.models")
         return models.get_pretrained_cfg(self.name) or models.PretrainedCfg()
 
@@ -127,7 +127,7 @@ def _safe_name(filename: str) -> str:
 
 
 def is_installed() -> bool:
-    return True
+    return importlib.util.find_spec("timm") is not None
 
 
 def list_names() -> list[str]:

@@ -34,8 +34,9 @@ _FAMILIES: tuple[Family, ...] = (torchvision, resnet10_slim, timm)
 class Backbone:
     """A network that need not be loaded yet, and its preprocessing.
 
-    `skeleton` has the network's structure, without its weights; `build` builds it with arbitrary
-    ones, and `load` gives the network itself in eval mode on a device. If the first and the last are `shared` by the process they must not be changed.
+    `skeleton` has the network's structure, without its weights; `build` builds it anew without
+    them; `load` gives the network itself in eval mode on a device. If skeleton and network are
+    `shared` by the process they must not be changed.
     `fingerprint` digests the weights and the preprocessing, the same in every process; it raises
     `UnknownContentError` if they cannot be digested, and OSError if they cannot be downloaded and
     must be for that. `categories` names the outputs; None if they have no names.
@@ -81,9 +82,11 @@ def list_backbones(pattern: str | None = None) -> list[str]:
     ['vgg16', 'vgg16_bn']
     """
     if pattern is None:
-        return sorted(name for family in (torchvision, resnet10_slim) for name in family.list_names())
+        return sorted(
+            name for family in (torchvision, resnet10_slim) for name in family.list_names()
+        )
     start = re.split(r"[*?[]", pattern, maxsplit=1)[0]
-    families = [torchvision, resnet10_slim]
+    families: list[Family] = [torchvision, resnet10_slim]
     if start.startswith(timm.PREFIX) or (timm.PREFIX.startswith(start) and timm.is_installed()):
         families.append(timm)
     names = [name for family in families for name in family.list_names()]
@@ -126,7 +129,8 @@ def find_backbone(
         steps = source.description.preprocess(resize, image_size)
     else:
         steps = preprocess_with(preprocessing)
-    size = steps.input_shape[-2:] if family.is_sized(network) else None
+    *_, height, width = steps.input_shape
+    size = (height, width) if family.is_sized(network) else None
     file = source if isinstance(source, WeightsFile) else None
     skeleton = make_skeleton(family, network, size, file)
     return Backbone(
@@ -148,10 +152,11 @@ def _find_family(name: str) -> Family:
     is_of_timm = name.startswith(timm.PREFIX)
     listed = list_backbones(f"{timm.PREFIX}*" if is_of_timm else None)
     close = ", ".join(map(repr, difflib.get_close_matches(name, listed)))
+    everything = f"list_backbones('{timm.PREFIX}*')" if is_of_timm else "list_backbones()"
     hint = "" if is_of_timm else f" Names of timm begin with {timm.PREFIX!r}."
     raise ValueError(
         f"There is no backbone {name!r}. "
-        + (f"Close matches: {close}." if close else "list_backbones() lists them.")
+        + (f"Close matches: {close}." if close else f"{everything} lists them.")
         + hint
     )
 
@@ -171,8 +176,8 @@ def _find_weights(family: Family, name: str, weights: Weights, seed: int) -> Wei
     if not (isinstance(weights, str) and weights in known):
         raise ValueError(
             f"{name} has no weights {weights!r}. "
-            + (f"It has {', '.join(map(repr, known))}; " if known else "There are none to download; ")
-            + f"the path of a file ends in {', '.join(FILE_SUFFIXES)}."
+            + (f"It has {', '.join(map(repr, known))}" if known else "None are published")
+            + f"; the path of a file ends in {', '.join(FILE_SUFFIXES)}."
         )
     return known[weights]
 

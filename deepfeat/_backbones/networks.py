@@ -1,6 +1,7 @@
 """Networks with a name: built as a skeleton or with their weights, and shared by a process."""
 
 import functools
+import math
 import re
 import threading
 from collections import OrderedDict
@@ -102,7 +103,7 @@ def make_skeleton(
 
 
 def build_blank(family: Family, name: str, size: tuple[int, int] | None) -> nn.Module:
-    """Build a network with arbitrary weights; its buffers that no state dict has are right."""
+    """Build a network without weights, but with the buffers that no state dict has."""
     with Building(None):
         return family.build(name, size)
 
@@ -134,15 +135,14 @@ def _load_cached(
 
 
 class Building(TorchFunctionMode):
-    """Build networks with random weights from a generator of their own, or with arbitrary ones.
+    """Build networks with random weights from a generator of their own, or with NaN.
 
     In this thread alone: `torch.manual_seed` would seed the others and all devices too.
 
     Parameters
     ----------
     seed : int or None
-        Seed of the weights; if it is None, they keep what is in their memory: filling VGG16 takes
-        seconds.
+        Seed of the weights; if it is None, they are NaN: drawing those of VGG16 takes seconds.
     meta : bool, default=False
         Whether weights are on the meta device. Not `torch.device("meta")`, under which RegNet
         cannot compute its widths.
@@ -156,10 +156,12 @@ class Building(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.empty and self._meta:
+        if func in (torch.empty, torch.zeros, torch.ones) and self._meta:
             kwargs["device"] = "meta"
         if func in _FILLS and not self._is_filled:
-            return args[0] if args else kwargs["tensor"]
+            weights = args[0] if args else kwargs["tensor"]
+            weights.detach().fill_(math.nan)
+            return weights
         if func in _FILLS or func in _DRAWS:
             kwargs["generator"] = self._generator
         return func(*args, **kwargs)

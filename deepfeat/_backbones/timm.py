@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .._optional import import_optional
-from .networks import _FILLS, WRAPPERS, Building
+from .networks import WRAPPERS, Building
 from .preprocessing import Preprocessing, Resize, preprocess_like_timm
 from .resnet10_slim import NAME as NAME_WITHOUT_DOWNLOAD
 from .state_files import State, WeightsFile
@@ -203,11 +203,11 @@ def load(name: str, size: tuple[int, int] | None, state: State) -> nn.Module:
         n_classes = len(state[f"{head}.weight"])
     overlay = {"state_dict": state, "num_classes": n_classes}
     try:
-        with _Loading() as loading:
+        with Building(None):
             network = build(
                 name, size, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=n_classes
             )
-        loading.check(network)
+        _check_loaded(network)
         return network.float()
     except Exception as error:  # what converts other formats may raise anything
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:4])
@@ -216,32 +216,11 @@ def load(name: str, size: tuple[int, int] | None, state: State) -> nn.Module:
         raise ValueError(f"The weights file does not fit {name}: {reason}") from error
 
 
-class _Loading(Building):
-    """Build a network around a state dict, and note the weights that it lacks.
-
-    timm is strict about that with most networks only; they would be left as they are in memory.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self._unfilled: set[int] = set()  # addresses
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _FILLS:
-            self._unfilled.add((args[0] if args else kwargs["tensor"]).data_ptr())
-        if func is Tensor.copy_:
-            self._unfilled.discard(args[0].data_ptr())
-        return super().__torch_function__(func, types, args, kwargs)
-
-    def check(self, network: nn.Module) -> None:
-        """Raise ValueError if the state dict lacked weights that cannot do without it."""
-        missing = [
-            key
-            for key, value in network.state_dict().items()
-            if value.numel() and value.data_ptr() in self._unfilled
-        ]
-        if missing:
-            raise ValueError(f"{len(missing)} missing: {', '.join(missing[:5])}")
+def _check_loaded(network: nn.Module) -> None:
+    """Raise ValueError if the state dict lacked weights: timm is not strict with all networks."""
+    missing = [name for name, value in network.named_parameters() if value.isnan().any()]
+    if missing:
+        raise ValueError(f"{len(missing)} missing: {', '.join(missing[:5])}")
 
 
 def count_outputs(network: nn.Module) -> int:

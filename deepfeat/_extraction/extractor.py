@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -33,9 +33,6 @@ from .._layers.pooling import PooledLayer, Pooling, map_shape, pool_layer
 from .._parameters import check_device, check_parameters
 from .readers import index_layers
 from .rows import MEMORY, ExtractionSpec, read_maps, read_rows
-
-
-T = TypeVar("T")
 
 # Under which layers are kept for a search, in addition to the requested one.
 _SEARCHED_POOLINGS: tuple[Pooling, ...] = ("avg", "max", "cls")
@@ -97,13 +94,15 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     layer : str, int or list of these, default="penultimate"
         The layer to read, or several, whose columns are concatenated in that order. A name or
         alias of `list_layers(backbone)`, any module path, or an index into that list (-1 is the
-        last). "penultimate" is what the classifier of the network takes (`relu7` of VGG16, `avgpool`
-        of ResNets), or what the network returns if it does not have a classifier. AlexNet and VGG have Caffe's names (`conv5_3`, `relu5_3`, `pool5`, `fc6`, `relu6`);
-        every backbone has `stage1`, `stage2`, ... A convolution is read before its ReLU.
+        last). "penultimate" is what the classifier of the network takes (`relu7` of VGG16,
+        `avgpool` of ResNets), or what the network returns if it does not have a classifier.
+        AlexNet and VGG have Caffe's names (`conv5_3`, `relu5_3`, `pool5`, `fc6`, `relu6`); every
+        backbone has `stage1`, `stage2`, ... A convolution is read before its ReLU.
     weights : str, path, torchvision weights or None, default="DEFAULT"
-        "DEFAULT" or another name of torchvision's weights, downloaded on first use (those of
-        `resnet10_slim` come with deepfeat); the path of a `.pth` or `.safetensors` state dict,
-        preprocessed like "DEFAULT"; or None for random weights.
+        "DEFAULT" or another name of torchvision's weights or tag of timm's, downloaded on first use
+        (those of `resnet10_slim` come with deepfeat); the path of a `.pth` or `.safetensors` state
+        dict, preprocessed like "DEFAULT"; or None for random weights. "DEFAULT" of a backbone of
+        timm is the tag in its name.
     preprocessing : callable, default=None
         Turns an RGB PIL image into a float tensor of shape (C, H, W). By default the
         preprocessing of the weights; required if `backbone` is a module.
@@ -726,7 +725,7 @@ class _Section(NamedTuple):
     columns: slice
 
 
-def _as_list(given: T | list[T]) -> list[T]:
+def _as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [given]
 
 

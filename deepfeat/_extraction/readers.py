@@ -72,7 +72,7 @@ def make_layer_reader(
     *,
     optional: Collection[str] = (),
 ) -> Reader:
-    """Make a reader of pooled layers, by their keys; `optional` ones may be missing from a batch."""
+    """Make a reader of pooled layers, by key; `optional` ones may be missing from a batch."""
     layers = {output.key: (output.layer, output.reduce) for output in outputs}
     forward = ForwardPass(network, layers, optional)
     return TorchReader(network, forward, preprocessing, device, precision)

@@ -213,7 +213,8 @@ class _CachedExtraction:
         if matrix.shape[1] != output.n_features:
             raise CacheFormatError(
                 f"{self.cache} has rows of {matrix.shape[1]} values for layer "
-                f"{output.layer.source!r}, which gives {output.n_features}: it was tampered with. Delete it, or choose another one."
+                f"{output.layer.source!r}, which gives {output.n_features}: it was tampered with. "
+                "Delete it, or choose another one."
             )
 
     def _log_holders(self, images: Sequence[bytes]) -> None:

@@ -72,10 +72,11 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     preprocessing : callable, default=None
         As for `DeepFeatureExtractor`.
     unfreeze : str, int, list of these or None, default="last_stage"
-        The blocks to train in addition to the head. "last_stage": all that follows the last but
-        one of "stage1", "stage2", ... (`layer4` of ResNets, the last block of transformers). A name in `list_layers(backbone)`, an index
-        into that list, any module path, or "stage1", "stage2", ...: that block and all that
-        follow. A list: exactly these blocks. "all": the whole network. None: only the head.
+        The blocks to train in addition to the head. "last_stage": the last of "stage1", "stage2",
+        ... and all that follows (`layer4` of ResNets, the last block of most transformers). A name
+        in `list_layers(backbone)`, an index into that list, any module path, or "stage1", "stage2",
+        ...: that block and all that follow. A list: exactly these blocks. "all": the whole network.
+        None: only the head.
     head : {"replace", "append"}, default="replace"
         "replace" replaces the classification layer, also that of auxiliary classifiers (GoogLeNet,
         Inception). "append" adds ReLU and a linear layer after the output of the network: 1000

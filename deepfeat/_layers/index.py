@@ -22,7 +22,6 @@ from .names import (
 from .tokens import Tokens
 from .trace import Call, Trace, Value, trace_calls
 
-
 PENULTIMATE = "penultimate"
 
 
@@ -142,7 +141,11 @@ class LayerIndex:
         if len(classifiers) > 1 and is_of_timm(module):
             shape = (count_pre_logits(module, input_shape),)
             penultimate = ResolvedLayer(PENULTIMATE, "", shape, reads="pre-logits")
-        if penultimate is not None and penultimate.path in aliases and penultimate.reads == "output":
+        if (
+            penultimate is not None
+            and penultimate.path in aliases
+            and penultimate.reads == "output"
+        ):
             aliases[penultimate.path].append(PENULTIMATE)
         self._resolved: dict[str, ResolvedLayer] = {}
         self._stages = choose_stages(caffe, paths, aliases)
@@ -212,8 +215,9 @@ class LayerIndex:
         These are the poolings, relu6, relu7 and fc8 of AlexNet and VGG, and the last five stages
         and the global pooling of other networks; and the penultimate layer of all.
         """
-        names = [*self._stages, *([PENULTIMATE] if PENULTIMATE in self._resolved else [])]
-        return tuple({layer.source: layer for layer in map(self._resolved.get, names)}.values())
+        names = [*self._stages, PENULTIMATE]
+        layers = [self._resolved[name] for name in names if name in self._resolved]
+        return tuple({layer.source: layer for layer in layers}.values())
 
     @property
     def last_stage(self) -> str | None:
@@ -242,9 +246,7 @@ class LayerIndex:
         self._add(fc8.path, Call("ReLU", fc8.output_shape, False, 0, 0, -1), ("relu8",), 0)
         self._resolved["relu8"] = replace(fc8, name="relu8", rectified=True)
 
-    def _find_penultimate(
-        self, trace: Trace, classifiers: tuple[str, ...]
-    ) -> ResolvedLayer | None:
+    def _find_penultimate(self, trace: Trace, classifiers: tuple[str, ...]) -> ResolvedLayer | None:
         """Find what the classifier takes, or what the network returns if it has none.
 
         If another layer has returned the same, at most rearranged, it is that layer.

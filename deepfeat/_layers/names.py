@@ -37,7 +37,9 @@ def find_units(
     A module that does not return a tensor, or is not called itself, counts as a container, and so
     do a `declared` stage that returns what its blocks return and what is around such a stage.
     """
-    children = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
+    children = {
+        f"{path}.{name}" if path else name: child for name, child in module.named_children()
+    }
     is_stage = path in declared and any(
         type(child) is nn.Sequential
         and name in calls
@@ -58,7 +60,7 @@ def declared_stages(module: nn.Module, calls: Mapping[str, Call]) -> list[str]:
     declared = getattr(module, "feature_info", None)
     if not isinstance(declared, list):
         return []
-    paths = [entry.get("module") for entry in declared if isinstance(entry, dict)]
+    paths = [str(entry.get("module")) for entry in declared if isinstance(entry, dict)]
     return paths if all(path in calls for path in paths) else []
 
 

@@ -105,7 +105,7 @@ def lay_out(layer: ResolvedLayer, output: Tensor) -> Tensor:
         maps = output.movedim(-1, 1) if layer.channels_last else output
         return maps.relu() if layer.rectified else maps
     patches = output[:, layer.prefix_tokens :]
-    return patches.movedim(-1, 1).unflatten(2, map_shape(layer)[1:])
+    return patches.movedim(-1, 1).reshape(len(output), *map_shape(layer))
 
 
 def map_shape(layer: ResolvedLayer) -> tuple[int, ...]:

@@ -234,9 +234,9 @@ class _ChannelAxes(TorchFunctionMode):
     def _follow_source(self, args: Any, output: Tensor) -> None:
         for tensor in find_tensors(args):
             path = self.source_of(tensor)
-            if path and tensor is not output and tensor.numel() == output.numel():
-                if _share_memory(tensor, output):
-                    self.mark_source(output, path)
+            is_view = tensor.numel() == output.numel() and _share_memory(tensor, output)
+            if path and tensor is not output and is_view:
+                self.mark_source(output, path)
 
     def _find(self, func: Any, args: Any, kwargs: Any, output: Tensor) -> int | None:
         if func in _CHANNELS_FIRST:

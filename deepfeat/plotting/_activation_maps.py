@@ -167,37 +167,20 @@ class ActivationMapDisplay:
 def _read_maps(
     extractor: DeepFeatureExtractor, image: Any, layer: Any
 ) -> tuple[str, NDArray[np.float32]]:
-    """Return the name of a layer and its maps (C, H, W), neither pooled nor normalised."""
+    """Return the name of a layer and its maps (C, H, W)."""
     if isinstance(layer, (list, tuple)):
         raise ValueError(f"layer must be a single layer; got {layer!r}.")
     # A new extractor instead of a clone, which would copy a user's network.
-    params = extractor.get_params(deep=False)
-    raw = {"layer": layer, "pooling": "flatten", "norm": None, "cache": None, "on_error": "raise"}
-    reader = type(extractor)(**params | raw).fit([image])
+    params = extractor.get_params(deep=False) | {"layer": layer, "on_error": "raise"}
+    (maps,) = type(extractor)(**params).transform_maps([image])
+    if isinstance(layer, str):
+        return layer, maps
     listed = list_layers(
         extractor.backbone,
         preprocessing=extractor.preprocessing,
         image_size=extractor.image_size,
     )
-    if isinstance(layer, str):
-        found = [entry for entry in listed if layer in (entry.name, *entry.aliases)]
-    else:
-        found = [listed[layer]]
-    maps = [entry.name for entry in listed if len(entry.output_shape) == 3]
-    if not found or len(found[0].output_shape) != 3:
-        got = f" with shape {found[0].output_shape}" if found else ", which is not in list_layers"
-        raise ValueError(
-            f"layer must return maps (C, H, W); got {layer!r}{got}. "
-            + (
-                f"The layers with maps are {maps[0]!r}, ..., {maps[-1]!r}."
-                if maps
-                else "This network has no layers with maps."
-            )
-        )
-    # The number of channels is inferred, since weights from a file may have other classes.
-    return str(found[0].name if not isinstance(layer, str) else layer), reader.transform(
-        [image]
-    ).reshape(-1, *found[0].output_shape[1:])
+    return listed[layer].name, maps
 
 
 def _choose_channels(channels: int | Sequence[int], count: int, layer: str) -> list[int]:

@@ -387,7 +387,7 @@ def test_names_of_timm_are_listed_on_request():
         ),
         (
             lambda: find_backbone("timm/test_vit4"),
-            "timm/test_vit4 has no weights 'DEFAULT'. There are none to download; the path of a "
+            "timm/test_vit4 has no weights 'DEFAULT'. None are published; the path of a "
             "file ends in .pth, .pt, .tar, .safetensors.",
         ),
         (

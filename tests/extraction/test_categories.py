@@ -154,9 +154,7 @@ def test_weights_of_torchvision_bring_their_names(entry):
 
 def test_weights_without_categories_have_no_names(images):
     """VGG16's weights that were made for their features alone have no head to speak of."""
-    with pytest.raises(
-        ValueError, match=r"The outputs of vgg16 with .* have no category names"
-    ):
+    with pytest.raises(ValueError, match=r"The outputs of vgg16 with .* have no category names"):
         predict_categories(images, "vgg16", weights="IMAGENET1K_FEATURES")
 
 

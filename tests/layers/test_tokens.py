@@ -1,6 +1,5 @@
 """Tokens: which come before the patches, and which represents the image."""
 
-import functools
 from collections.abc import Callable
 
 import pytest

@@ -94,7 +94,6 @@ def test_all_maps_can_share_a_scale(photograph):
     [
         (make(), {"layer": "stage99"}, LayerNotFoundError, "no layer 'stage99'.*'stage"),
         (make(["stage1", "stage2"]), {}, ValueError, r"must be a single layer; got \['stage1'"),
-        (make(), {"layer": "features.3.squeeze"}, ValueError, "not in list_layers.*'features.0'"),
         (make(), {"channels": [64]}, ValueError, r"from 0 to 63, .* has 64 channels; got \[64\]"),
         (make(), {"channels": []}, ValueError, r"has 64 channels; got \[\]\."),
         (make(), {"channels": 0}, ValueError, r"channels must be at least 1; got 0\."),
@@ -103,11 +102,11 @@ def test_all_maps_can_share_a_scale(photograph):
             DeepFeatureExtractor("alexnet", "relu7", weights=None),
             {},
             ValueError,
-            r"maps \(C, H, W\); got 'relu7' with shape \(4096,\).*'conv1', ..., 'avgpool'",
+            r"must return maps \(C, H, W\) .* got 'relu7' with output shape \(4096,\)\.",
         ),
     ],
 )
 def test_a_layer_without_maps_is_refused(photograph, extractor, words, error, message):
-    """The error gives the layer, and those that have maps."""
+    """The error gives the layer and its shape."""
     with pytest.raises(error, match=message):
         ActivationMapDisplay.from_extractor(extractor, photograph, **words)

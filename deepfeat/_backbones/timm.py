@@ -37,12 +37,8 @@ class TimmDescription:
 
     @property
     def categories(self) -> Sequence[str] | None:
-        data = _import("timm.data")
-        subset = data.infer_imagenet_subset(self.config.to_dict())
-        if subset is None:
-            return None
-        names: list[str] = data.ImageNetInfo(subset).label_descriptions()
-        return names
+        subset = _import("timm.data").infer_imagenet_subset(self.config.to_dict())
+        return None if subset is None else _name_categories(subset)
 
     def preprocess(self, resize: Resize, image_size: int | None) -> Preprocessing:
         data = _import("timm.data")
@@ -50,6 +46,11 @@ class TimmDescription:
         if image_size is not None:
             config["input_size"] = (3, image_size, image_size)
         return preprocess_like_timm(config, data.create_transform, resize)
+
+
+@functools.cache  # the files that timm reads for it are large
+def _name_categories(subset: str) -> tuple[str, ...]:
+    return tuple(_import("timm.data").ImageNetInfo(subset).label_descriptions())
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,7 @@ def _split(name: str) -> tuple[str, str]:
     return architecture, tag
 
 
+@functools.cache
 def _list_tags(architecture: str) -> dict[str, Any]:
     configs: dict[str, Any] = _import("timm.models").get_arch_pretrained_cfgs(architecture)
     prefix = f"{architecture}."

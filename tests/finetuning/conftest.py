@@ -144,7 +144,7 @@ def prepare():
         blocks = find_blocks(LayerIndex(module, shape), module, unfreeze)
         head = add_head(module, find_head(module, shape), "replace", 3, 0)
         index = LayerIndex(module, shape)
-        trained = find_trained(module, index, blocks, head)
+        trained = find_trained(module, index, blocks, (head,))
         freeze(module, trained)
         return module, index, trained
 

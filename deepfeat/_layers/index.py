@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from .head import count_pre_logits, find_classifiers, is_of_timm
+from .head import count_pre_logits, find_classifiers
 from .names import (
     caffe_names,
     choose_stages,
@@ -137,16 +137,9 @@ class LayerIndex:
             if f"stage{number}" not in self.calls:  # ShuffleNet has modules of this name
                 aliases[path].append(f"stage{number}")
         classifiers = find_classifiers(module, trace)
-        penultimate = self._find_penultimate(trace, classifiers)
-        if len(classifiers) > 1 and is_of_timm(module):
-            shape = (count_pre_logits(module, input_shape),)
-            penultimate = ResolvedLayer(PENULTIMATE, "", shape, reads="pre-logits")
-        if (
-            penultimate is not None
-            and penultimate.path in aliases
-            and penultimate.reads == "output"
-        ):
-            aliases[penultimate.path].append(PENULTIMATE)
+        penultimate = self._find_penultimate(module, input_shape, trace, classifiers)
+        if penultimate is not None and penultimate.source in aliases:
+            aliases[penultimate.source].append(PENULTIMATE)
         self._resolved: dict[str, ResolvedLayer] = {}
         self._stages = choose_stages(caffe, paths, aliases)
         self.table = LayerTable()
@@ -246,13 +239,22 @@ class LayerIndex:
         self._add(fc8.path, Call("ReLU", fc8.output_shape, False, 0, 0, -1), ("relu8",), 0)
         self._resolved["relu8"] = replace(fc8, name="relu8", rectified=True)
 
-    def _find_penultimate(self, trace: Trace, classifiers: tuple[str, ...]) -> ResolvedLayer | None:
+    def _find_penultimate(
+        self,
+        module: nn.Module,
+        input_shape: tuple[int, ...],
+        trace: Trace,
+        classifiers: tuple[str, ...],
+    ) -> ResolvedLayer | None:
         """Find what the classifier takes, or what the network returns if it has none.
 
         If another layer has returned the same, at most rearranged, it is that layer.
         """
         if PENULTIMATE in self.calls:  # a module of this name
             return None
+        if len(classifiers) > 1:
+            shape = (count_pre_logits(module, input_shape),)
+            return ResolvedLayer(PENULTIMATE, "", shape, reads="pre-logits")
         path = classifiers[0] if classifiers else ""
         value = self.calls[path].input if classifiers else trace.output
         if value is None or not value.shape or not self.calls:

@@ -1,4 +1,4 @@
-"""Networks of torchvision, and how to read them."""
+"""Networks of torchvision and of timm, and how to read them."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -42,6 +42,30 @@ FAMILIES = {
     "vit_b_32": 64,
 }
 IN_A_DEFAULT_RUN = (*FAMILIES, NAME)
+
+# The smallest member of each module of timm, unless that has more than 60 million parameters.
+QUICK_OF_TIMM = ("test_byobnet", "test_convnext", "test_maxvit", "test_resnet", "test_vit")
+SMALLEST_OF_TIMM = (
+    *("halonet_h1", "cait_xxs24_224", "coat_tiny", "convit_tiny", "convmixer_768_32"),
+    *("cpubone_nano", "crossvit_tiny_240", "csatv2", "cs3darknet_focus_s", "cspnext_tiny"),
+    *("davit_tiny", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "densenet121"),
+    *("dla46x_c", "dpn48b", "edgenext_xx_small", "efficientformer_l1", "efficientformerv2_s0"),
+    *("test_efficientnet", "efficientvim_m1", "efficientvit_b0", "efficientvit_m0"),
+    *("vit_tiny_patch16_dinov3_qkvb", "fasternet_t0", "fastvit_t8", "focalnet_tiny_srf"),
+    *("gcvit_xxtiny", "ghostnet_050", "hardcorenas_b", "hgnetv2_b0", "hiera_tiny_224"),
+    *("sam2_hiera_tiny", "hrnet_w18_small", "iformer_t", "inception_next_atto"),
+    *("inception_resnet_v2", "inception_v3", "inception_v4", "lcnetv2_small", "levit_128s"),
+    *("levit_conv_128s", "lowformer_b0", "test_mambaout", "test_coatnet", "poolformerv2_s12"),
+    *("gmlp_ti16_224", "mobilenetv3_small_050", "mobilevit_xxs", "mvitv2_tiny", "nest_tiny"),
+    *("nextvit_small", "test_nfnet", "pit_ti_224", "pvt_v2_b0", "rdnet_tiny", "regnetx_002"),
+    *("repghostnet_050", "repvit_m1", "res2next50", "resnest14d", "resnetv2_18", "rexnet_100"),
+    *("selecsls42", "legacy_seresnet18", "sequencer2d_s", "shvit_s1", "skresnet18"),
+    *("starnet_s050", "swiftformer_xs", "swin_tiny_patch4_window7_224"),
+    *("swinv2_tiny_window8_256", "swinv2_cr_tiny_224", "tiny_vit_5m_224"),
+    *("tnt_s_legacy_patch16_224", "tresnet_m", "twins_svt_small", "visformer_tiny"),
+    *("vit_tiny_r_s16_p8_224", "test_vit_relpos", "vitamin_small_224", "volo_d1_224"),
+    *("ese_vovnet19b_slim_dw", "legacy_xception", "xception41p", "xcit_nano_12_p8_224"),
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -130,6 +154,27 @@ def build_narrow(name: str) -> nn.Module:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     return net.eval()
+
+
+@pytest.fixture(
+    params=[*QUICK_OF_TIMM, *(pytest.param(n, marks=pytest.mark.slow) for n in SMALLEST_OF_TIMM)]
+)
+def name_in_timm(request: pytest.FixtureRequest) -> str:
+    """One small network of each module of timm; a default run covers a few."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def build_timm() -> Callable[..., nn.Module]:
+    """Build a network of timm with random weights."""
+    timm = pytest.importorskip("timm")
+
+    def build_timm(name: str, **options: Any) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return timm.create_model(name, **options).eval()
+
+    return build_timm
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ templates_path = ["_templates"]
 html_theme = "pydata_sphinx_theme"
 html_title = "deepfeat"
 html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+html_sidebars = {"guide/*": []}  # an empty one would leave less room for tables
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",

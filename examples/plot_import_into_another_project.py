@@ -125,7 +125,7 @@ print("the same neighbours:", np.array_equal(restored.find(album[queries]), foun
 # A network from the other project
 # --------------------------------
 #
-# The network does not have to be one of torchvision's. Any ``torch.nn.Module`` will do, together
+# The network does not have to be torchvision's or timm's. Any ``torch.nn.Module`` will do, together
 # with a function that turns an RGB image into the input of the module. Its layers are named by
 # their paths. The module itself does not change: it stays in its mode and on its device.
 

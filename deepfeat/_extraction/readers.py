@@ -86,7 +86,16 @@ def make_map_reader(
     precision: Precision,
 ) -> Reader:
     """Make a reader of the maps (n, C, H, W) of a layer, as "maps"."""
-    forward = ForwardPass(network, {"maps": (layer, functools.partial(lay_out, layer))})
+    read = ForwardPass(network, {"maps": (layer, functools.partial(lay_out, layer))})
+
+    def forward(batch: Tensor) -> Outputs:
+        if tuple(batch.shape[1:]) != preprocessing.input_shape:  # another grid of tokens, too
+            raise ValueError(
+                "preprocessing must give images of one shape if maps are read; got "
+                f"{tuple(batch.shape[1:])} and {preprocessing.input_shape}."
+            )
+        return read(batch)
+
     return TorchReader(network, forward, preprocessing, device, precision)
 
 

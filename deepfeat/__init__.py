@@ -1,4 +1,4 @@
-"""Pretrained-CNN features as scikit-learn estimators.
+"""Features of pretrained networks as scikit-learn estimators.
 
 >>> from deepfeat import DeepFeatureExtractor
 >>> from sklearn.pipeline import make_pipeline

@@ -65,7 +65,8 @@ def find_blocks(index: LayerIndex, module: nn.Module, unfreeze: Unfreeze) -> tup
             )
         unfreeze = index.last_stage
     if not isinstance(unfreeze, (list, tuple)):
-        return tuple(_with_all_after(module, index.calls, index.block(unfreeze)[0]))
+        start = _first_call(index.calls, index.block(unfreeze)[0])
+        return tuple(_find_all_from(module, index.calls, start))
     blocks: list[str] = []
     for name in unfreeze:
         paths = index.block(name)
@@ -165,24 +166,18 @@ def _first_call(calls: Mapping[str, Call], path: str) -> float:
     return next((index for index, other in enumerate(calls) if lies_in(other, [path])), math.inf)
 
 
-def _with_all_after(module: nn.Module, calls: Mapping[str, Call], path: str) -> list[str]:
-    """Return the path of a module and of all modules that are called after it.
+def _find_all_from(
+    module: nn.Module, calls: Mapping[str, Call], start: float, path: str = ""
+) -> Iterator[str]:
+    """Yield the paths of the largest modules whose first call is the one at `start` or later.
 
     A container's own parameters count as its beginning.
     """
-    trained, is_whole = [path], True
-    while path:
-        parent = path.rpartition(".")[0]
-        siblings = [
-            f"{parent}.{name}" if parent else name
-            for name, _ in module.get_submodule(parent).named_children()
-        ]
-        start = _first_call(calls, path)
-        later = [sibling for sibling in siblings if start < _first_call(calls, sibling) < math.inf]
-        is_whole = is_whole and not any(_first_call(calls, sibling) < start for sibling in siblings)
-        trained = [parent] if is_whole else trained + later
-        path = parent
-    return trained
+    if start <= _first_call(calls, path) < math.inf:
+        yield path
+        return
+    for name, child in module.named_children():
+        yield from _find_all_from(child, calls, start, f"{path}.{name}" if path else name)
 
 
 def _active_dropouts(module: nn.Module, index: LayerIndex, trained: Trained) -> Iterator[str]:

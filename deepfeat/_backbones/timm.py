@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._optional import import_optional
 from .networks import WRAPPERS, Building
@@ -65,41 +65,40 @@ class HubWeights:
     @property
     def digest(self) -> str:
         """SHA-256 of the file's content, computed once in a process."""
-        return self._find_file().digest
+        return _find_file(self.description).digest
 
     def state(self) -> State:
-        return self._find_file().state()
-
-    def _find_file(self) -> WeightsFile:
-        config = self.description.config
-        path = _download(self.description.name, config.hf_hub_id, config.hf_hub_filename)
-        file = WeightsFile.find(path, self.description)
-        # In the hub's cache a file is a link to one that is named by the SHA-256 of its content.
-        expected = path.resolve().name
-        if re.fullmatch("[0-9a-f]{64}", expected) and file.digest != expected:
-            raise OSError(
-                f"{path} does not hold the weights {self.description.network}: its SHA-256 is "
-                f"{file.digest}, not {expected}. Delete {path.resolve()}: it is then downloaded "
-                "again."
-            )
-        return file
+        return _find_file(self.description).state()
 
 
 @functools.cache  # in one process, all rows are of one revision
-def _download(name: str, repository: str | None, filename: str | None) -> Path:
+def _find_file(description: TimmDescription) -> WeightsFile:
+    path = _download(description)
+    file = WeightsFile.find(path, description)
+    # In the hub's cache a file is a link to one that is named by the SHA-256 of its content.
+    expected = path.resolve().name
+    if re.fullmatch("[0-9a-f]{64}", expected) and file.digest != expected:
+        raise OSError(
+            f"{path} does not hold the weights {description.network}: its SHA-256 is "
+            f"{file.digest}, not {expected}. Delete {path.resolve()}: it is then downloaded again."
+        )
+    return file
+
+
+def _download(description: TimmDescription) -> Path:
     """Find the weights in the hub's cache, or download them; raise OSError if that fails."""
     hub = _import("huggingface_hub")
-    weights = f"The weights {PREFIX}{name}"
-    if repository is None:
+    config = description.config
+    weights = f"The weights {description.network}"
+    if config.hf_hub_id is None:
         raise OSError(
             f"{weights} are not on the Hugging Face hub, from which alone weights of timm are "
             "downloaded. Download them yourself and give the path of the file as weights=."
         )
-    repository, _, revision = repository.partition("@")
+    repository, _, revision = config.hf_hub_id.partition("@")
+    filename = _safe_name(config.hf_hub_filename or "model.safetensors")
     try:
-        path = hub.hf_hub_download(
-            repository, _safe_name(filename or "model.safetensors"), revision=revision or None
-        )
+        path = hub.hf_hub_download(repository, filename, revision=revision or None)
     except Exception as error:  # the network, the disk and the server may raise anything
         if isinstance(error, hub.errors.LocalEntryNotFoundError):
             reason = str(error.__cause__ or error)  # why the hub was not reached
@@ -139,8 +138,10 @@ def has_name(name: str) -> bool:
     if not name.startswith(PREFIX):
         return False
     architecture, tag = _split(name)
-    is_model: bool = _import("timm").is_model(architecture)
-    return is_model and (not tag or tag in _list_tags(architecture))
+    # A name that timm has replaced by another is a model, too, but does not have a configuration.
+    if not _import("timm").is_model(architecture) or _is_deprecated(architecture):
+        return False
+    return not tag or tag in _list_tags(architecture)
 
 
 def known_weights(name: str) -> dict[str, HubWeights]:
@@ -156,7 +157,7 @@ def known_weights(name: str) -> dict[str, HubWeights]:
     default = tag or next(iter(tags), "")
     if default in known:
         known = {"DEFAULT": known[default], **known}
-    elif tags:  # weights without a tag
+    elif tags and not tag:  # weights without a tag
         known["DEFAULT"] = HubWeights(TimmDescription(architecture))
     return known
 
@@ -204,12 +205,16 @@ def load(name: str, size: tuple[int, int] | None, state: State) -> nn.Module:
         n_classes = len(state[f"{head}.weight"])
     overlay = {"state_dict": state, "num_classes": n_classes}
     try:
-        with Building(None):
+        with _Loading() as loading:
             network = build(
                 name, size, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=n_classes
             )
-        _check_loaded(network)
+        loading.check(network)
+        kept: Any = network.pretrained_cfg
+        kept.pop("state_dict")  # all of it, in addition to the network
         return network.float()
+    except MemoryError:
+        raise
     except Exception as error:  # what converts other formats may raise anything
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:4])
         if len(reason) > 500:
@@ -217,11 +222,29 @@ def load(name: str, size: tuple[int, int] | None, state: State) -> nn.Module:
         raise ValueError(f"The weights file does not fit {name}: {reason}") from error
 
 
-def _check_loaded(network: nn.Module) -> None:
-    """Raise ValueError if the state dict lacked weights: timm is not strict with all networks."""
-    missing = [name for name, value in network.named_parameters() if value.isnan().any()]
-    if missing:
-        raise ValueError(f"{len(missing)} missing: {', '.join(missing[:5])}")
+class _Loading(Building):
+    """Build a network, and note what is copied into it: timm is strict with most networks only."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self._copied: set[int] = set()  # addresses
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.copy_:
+            self._copied.add(args[0].data_ptr())
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def check(self, network: nn.Module) -> None:
+        """Raise ValueError if the state dict lacked an entry."""
+        missing = [
+            key
+            for key, value in network.state_dict().items()
+            if value.data_ptr() not in self._copied
+            and value.numel()
+            and not key.endswith("num_batches_tracked")
+        ]
+        if missing:
+            raise ValueError(f"{len(missing)} missing: {', '.join(missing[:5])}")
 
 
 def count_outputs(network: nn.Module) -> int:
@@ -231,6 +254,10 @@ def count_outputs(network: nn.Module) -> int:
 
 def _import(module: str) -> Any:
     return import_optional(module, extra="timm")
+
+
+def _is_deprecated(architecture: str) -> bool:
+    return architecture in _import("timm.models").get_deprecated_models()
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -261,6 +261,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             that of images or is ambiguous.
         LayerNotFoundError
             If the backbone does not have the layer.
+        ModuleNotFoundError
+            If the backbone is one of timm, and timm is not installed.
         """
         index = index_layers(self._find_backbone())
         self._find_sections(index)
@@ -304,7 +306,9 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
                 if indices:
                     rows = self._scale(batch.rows[section.pooled.key])
                     features[indices, section.columns] = rows
-            errors |= self._find_reasons(self._blank_non_finite(batch.samples, features))
+            rows = features[indices]
+            errors |= self._find_reasons(self._blank_non_finite(batch.samples, rows))
+            features[indices] = rows
         self._set_errors(errors, records, stacklevel=4)  # past scikit-learn's wrapper
         return features
 
@@ -331,8 +335,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If `layer` is a list or does not return maps or the tokens of patches, or if `out` has
-            another shape or type; otherwise as `transform`.
+            If `layer` names several or does not return maps or the tokens of patches, or if `out`
+            is not a writeable array of that shape and type; otherwise as `transform`.
         OSError
             If the weights cannot be downloaded.
 
@@ -355,18 +359,19 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         shape = (len(records), *map_shape(layer))
         if out is None:
             out = np.empty(shape, dtype=np.float32)
-        elif out.shape != shape or out.dtype != np.float32:
-            raise ValueError(
-                f"out must be a float32 array of shape {shape}; got {out.dtype} and {out.shape}."
-            )
+        elif not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != np.float32:
+            got = f"{out.dtype} {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
+            raise ValueError(f"out must be a float32 array of shape {shape}; got {got}.")
+        elif not out.flags.writeable:
+            raise ValueError("out must be writeable; got a read-only array.")
         errors: dict[int, str] = {}
         for batch in self._show_progress(backbone, records, read_maps(spec, layer, records)):
             errors |= self._find_reasons(batch.failures)
             out[[record.index for record, _ in batch.failures]] = np.nan
             if batch.samples:
                 maps = batch.rows["maps"]
+                errors |= self._find_reasons(self._blank_non_finite(batch.samples, maps))
                 out[[record.index for record in batch.samples]] = maps
-            errors |= self._find_reasons(self._blank_non_finite(batch.samples, out))
         self._set_errors(errors, records, stacklevel=3)
         return out
 
@@ -463,7 +468,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         return self
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
-        """Return the names of the features: layer and number, such as "relu7_0017".
+        """Return the names of the features: layer and number, such as "penultimate_0017".
 
         With several poolings: layer, pooling and number, such as "norm_cls_0017".
 
@@ -655,17 +660,19 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         return rows
 
     def _blank_non_finite(
-        self, records: list[Record], features: NDArray[np.float32]
+        self, records: list[Record], values: NDArray[np.float32]
     ) -> list[tuple[Record, Exception]]:
-        """Blank the rows in which the network gave NaN or infinity; return their failures."""
+        """Blank the values of images for which the network gave NaN or infinity, in place.
+
+        Return these images as failures.
+        """
         failures: list[tuple[Record, Exception]] = []
-        values = features[[record.index for record in records]]
         finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
-        for record in (records[number] for number in np.flatnonzero(~finite)):
+        for number in np.flatnonzero(~finite):
             hint = "; float16 ends at 65,504: try bfloat16" * (self.precision == "float16")
             reason = f"the network gave NaN or infinity at layer {self.layer!r}{hint}"
-            features[record.index] = np.nan
-            failures.append((record, ImageError(str(record), reason)))
+            values[number] = np.nan
+            failures.append((records[number], ImageError(str(records[number]), reason)))
         return failures
 
     def _check_parameters(self) -> None:
@@ -713,9 +720,13 @@ def _pool_small(
     """Yield the poolings that layers allow, but no flattened maps."""
     for layer in layers:
         for pooling in poolings:
-            if pooling != "flatten" or len(layer.output_shape) == 1:
-                with contextlib.suppress(ValueError):
-                    yield pool_layer(layer, pooling)
+            if pooling == "flatten" and len(layer.output_shape) > 1:
+                continue
+            try:
+                pooled = pool_layer(layer, pooling)
+            except ValueError:
+                continue
+            yield pooled
 
 
 class _Section(NamedTuple):

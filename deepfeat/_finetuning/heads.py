@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.models import GoogLeNet, Inception3
 
 from .._backbones.networks import Building
-from .._layers.head import HeadLocation
+from .._layers.head import HeadLocation, reset_heads
 
 Head: TypeAlias = Literal["replace", "append"]
 
@@ -59,13 +59,10 @@ def reset_classifier(module: nn.Module, n_classes: int, seed: int) -> tuple[str,
     """
     reference = next(module.parameters())
     with Building(seed):
-        module.reset_classifier(n_classes)  # type: ignore[operator]
-    found = module.get_classifier()  # type: ignore[operator]
-    heads = found if isinstance(found, (tuple, list)) else (found,)
-    paths = {part: path for path, part in module.named_modules()}
+        heads = reset_heads(module, n_classes)
     for head in heads:
-        head.to(reference.device, reference.dtype)
-    return tuple(paths[head] for head in heads)
+        module.get_submodule(head).to(reference.device, reference.dtype)
+    return heads
 
 
 def auxiliary_of(module: nn.Module) -> list[str]:

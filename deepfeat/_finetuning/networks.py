@@ -1,7 +1,7 @@
 """Networks with new heads, built from a backbone or from a state dict."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def rebuild_network(
     location = _find_head(backbone.skeleton, head, backbone.preprocessing.input_shape)
     if location is not None and n_outputs != location.n_outputs:  # of a file with other classes
         _add_head(module, None if is_of_timm(module) else location, "replace", n_outputs, 0)
-        location = replace(location, n_outputs=n_outputs)
+        location = find_head(copy.deepcopy(module).to("meta"), backbone.preprocessing.input_shape)
     paths = _add_head(module, location, head, n_classes, 0)
     drop_auxiliary(module, _missing_auxiliary(state))
     loaded = module.state_dict()  # for its metadata, which MNASNet needs

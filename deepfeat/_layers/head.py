@@ -1,6 +1,7 @@
 """The head of a network: where it classifies, and its number of outputs."""
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -62,15 +63,43 @@ def find_classifiers(module: nn.Module, trace: Trace) -> tuple[str, ...]:
     """
     calls = trace.calls
     if is_of_timm(module):
-        found = module.get_classifier()  # type: ignore[operator]
-        heads = found if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
-        paths = {part: path for path, part in module.named_modules()}
-        return tuple(paths[head] for head in heads if paths.get(head) in calls)
+        weights = itertools.chain(module.parameters(), module.buffers())
+        copied = copy.deepcopy(module, {id(tensor): tensor for tensor in weights})
+        with torch.device("meta"):  # so that nothing is drawn
+            heads = reset_heads(copied, 2)
+        return tuple(path for path in heads if path in calls)
     with_weights = [path for path in _list_leaves(calls) if calls[path].parameters]
     if not with_weights or trace.output is None or len(trace.output.shape) != 1:
         return ()
     n_outputs = count_linear_outputs(module.get_submodule(with_weights[-1]))
     return (with_weights[-1],) if n_outputs == trace.output.shape[0] else ()
+
+
+def reset_heads(module: nn.Module, n_classes: int) -> tuple[str, ...]:
+    """Give a network of timm other classifiers, in place; return their paths.
+
+    A classifier is what timm says, with all else that it makes anew for it, such as a norm.
+    """
+    old = {id(parameter) for parameter in module.parameters()}
+    module.reset_classifier(n_classes)  # type: ignore[operator]
+    found = module.get_classifier()  # type: ignore[operator]
+    is_several = isinstance(found, (tuple, list, nn.ModuleList))
+    paths = {part: path for path, part in module.named_modules()}
+    is_new = {name: id(value) not in old for name, value in module.named_parameters()}
+    heads = [paths[head] for head in (found if is_several else [found]) if head in paths]
+    return tuple(heads if len(heads) > 1 else (_widen(head, is_new) for head in heads))
+
+
+def _widen(path: str, is_new: Mapping[str, bool]) -> str:
+    """Return the largest module around a new one that has other new weights, and only new ones."""
+    container = path.rpartition(".")[0]
+    while container:
+        inside = [name for name in is_new if name.startswith(f"{container}.")]
+        others = [name for name in inside if not name.startswith(f"{path}.")]
+        if not others or not all(is_new[name] for name in inside):
+            break
+        path, container = container, container.rpartition(".")[0]
+    return path
 
 
 def is_of_timm(module: nn.Module) -> bool:

@@ -195,6 +195,11 @@ class LayerIndex:
         ):
             return (layer,)
         resolved = self.resolve(layer)
+        if not resolved.path:
+            raise LayerNotFoundError(
+                f"{layer!r} of {self.network} is not a module, but what the network as a whole "
+                "computes."
+            )
         stage = re.fullmatch(r"stage(\d+)", resolved.name)
         if stage is None:
             return (resolved.path,)
@@ -215,8 +220,8 @@ class LayerIndex:
     @property
     def last_stage(self) -> str | None:
         """The name of the last stage; None if the network does not have stages."""
-        numbers = [int(name[5:]) for name in self._resolved if re.fullmatch(r"stage\d+", name)]
-        return f"stage{max(numbers)}" if numbers else None
+        stages = [int(name[5:]) for name in self._resolved if re.fullmatch(r"stage\d+", name)]
+        return f"stage{max(stages)}" if stages else None
 
     def _add(self, path: str, call: Call, names: tuple[str, ...], parameters: int) -> None:
         resolved = self._resolve_call(names[0], path, call)
@@ -261,7 +266,8 @@ class LayerIndex:
             return None
         if value.source in self.calls:
             call = self.calls[value.source]
-            if call.shape == value.shape or math.prod(call.shape[1:]) == 1:
+            has_one_position = math.prod(call.shape[1:]) == 1 and len(call.shape) == 3
+            if call.shape == value.shape or has_one_position:
                 return self._resolve_call(PENULTIMATE, value.source, call)
         layer = self._resolve_call(PENULTIMATE, path, value)
         return replace(layer, reads="input" if classifiers else "output")

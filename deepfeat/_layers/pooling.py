@@ -42,11 +42,12 @@ def pool_layer(layer: ResolvedLayer, pooling: Pooling) -> PooledLayer:
     ValueError
         If the output of the layer does not allow this pooling.
     """
-    count_features(layer, pooling)
     if len(layer.output_shape) == 1:
         return PooledLayer(layer, None)
-    has_one_position = len(layer.output_shape) == 3 and math.prod(layer.output_shape[1:]) == 1
-    return PooledLayer(layer, "avg" if has_one_position else pooling)
+    if len(layer.output_shape) == 3 and math.prod(layer.output_shape[1:]) == 1:
+        return PooledLayer(layer, "avg")
+    count_features(layer, pooling)
+    return PooledLayer(layer, pooling)
 
 
 def pool(layer: ResolvedLayer, output: Tensor, pooling: Pooling) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
@@ -51,7 +52,8 @@ class ForwardPass:
             if layer.reads == "pre-logits":
                 _read_pre_logits(read, record)
             elif layer.reads == "input":
-                read.register_forward_pre_hook(functools.partial(_read_input, record))
+                hook = functools.partial(_read_input, record)
+                read.register_forward_pre_hook(hook, with_kwargs=True)
             else:
                 read.register_forward_hook(functools.partial(_read_output, record))
 
@@ -113,17 +115,21 @@ class _Outputs:
 
 def _read_pre_logits(module: Any, record: Callable[[Any], None]) -> None:
     """Let a network of timm record what it gives its classifiers, of which it has several."""
-    forward_head = module.forward_head
+    # Weak, so that there is no reference cycle, which would keep the weights alive.
+    forward_head = weakref.WeakMethod(module.forward_head)
 
     def record_and_forward(features: Any, *args: Any, **options: Any) -> Any:
-        record(forward_head(features, pre_logits=True))
-        return forward_head(features, *args, **options)
+        forward: Any = forward_head()
+        record(forward(features, pre_logits=True))
+        return forward(features, *args, **options)
 
     module.forward_head = record_and_forward
 
 
-def _read_input(record: Callable[[Any], None], _module: nn.Module, inputs: Any) -> None:
-    record(inputs)
+def _read_input(
+    record: Callable[[Any], None], _module: nn.Module, inputs: Any, options: Any
+) -> None:
+    record(next(find_tensors((inputs, options)), None))
 
 
 def _read_output(

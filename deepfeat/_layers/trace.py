@@ -149,9 +149,9 @@ class _Tracer:
             return
         # Flattening may copy, depending on the memory layout of its input.
         is_passthrough = type(called) in (nn.Flatten, nn.Unflatten) or _is_unchanged(inputs, first)
-        if is_passthrough:
-            _ChannelAxes.mark_source(first, taken.source if taken is not None else "")
-        elif not _ChannelAxes.source_of(first):
+        if type(called) in (nn.Flatten, nn.Unflatten) and taken is not None:
+            _ChannelAxes.mark_source(first, taken.source)
+        elif not is_passthrough and not _ChannelAxes.source_of(first):
             _ChannelAxes.mark_source(first, path)
         value = _describe(first)
         self.calls[path] = Call(

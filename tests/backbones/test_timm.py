@@ -54,9 +54,9 @@ def timm_state(draw_network):
 @pytest.fixture(autouse=True)
 def forget_downloads():
     """Start and leave without knowing where in the hub's cache files are."""
-    timm_networks._download.cache_clear()
+    timm_networks._find_file.cache_clear()
     yield
-    timm_networks._download.cache_clear()
+    timm_networks._find_file.cache_clear()
 
 
 # The hub ----------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_one_process_keeps_to_one_revision(hub, cache, timm_state, draw_network)
     exactly(other.load(CPU).state_dict(), timm_state)
     assert other.fingerprint() == before
     assert hub.gets() == ["model.safetensors"]
-    timm_networks._download.cache_clear()
+    timm_networks._find_file.cache_clear()
     assert find_backbone(NAME).fingerprint() != before
 
 
@@ -299,14 +299,14 @@ def test_a_damaged_file_in_the_cache_is_named(use, hub, cache, timm_state):
     (blob,) = (path for path in cache.rglob("blobs/*") if path.is_file())
     damage(blob)
     building._load_cached.cache_clear()
-    timm_networks._download.cache_clear()
+    timm_networks._find_file.cache_clear()
     backbone = find_backbone(NAME)
     with pytest.raises(OSError, match=f"does not hold the weights {NAME}") as caught:
         backbone.fingerprint() if use == "fingerprint" else backbone.load(CPU)
     assert f"Delete {blob.resolve()}: it is then downloaded again." in str(caught.value)
     assert str(cache) in str(caught.value)
     blob.unlink()
-    timm_networks._download.cache_clear()
+    timm_networks._find_file.cache_clear()
     exactly(backbone.load(CPU).state_dict(), timm_state)
 
 
@@ -837,3 +837,41 @@ def test_the_network_takes_what_is_prepared():
     assert find_backbone("timm/test_vit", None).skeleton.patch_embed.img_size == (160, 160)
     wide = timm_networks.TimmDescription("vit_base_patch16_sapiens2.fb").preprocess("weights", None)
     assert wide.input_shape == (3, 1024, 768)
+
+
+# Files and names that only look right -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key", ["base_layer.1.weight", "base_layer.1.bias", "base_layer.1.running_mean", "fc.weight"]
+)
+def test_a_file_must_have_every_entry(key, tmp_path):
+    """Those that a new network has as zeros or ones, too, and where timm does not ask for them."""
+    state = timm.create_model("dla46x_c").state_dict()
+    del state[key]
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=f"does not fit timm/dla46x_c.in1k: 1 missing: {key}"):
+        find_backbone("timm/dla46x_c", tmp_path / "file.pth")
+
+
+def test_a_network_does_not_keep_its_file(tmp_path):
+    """A pickle of it is as large as its weights."""
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "file.pth")
+    backbone = find_backbone("timm/test_vit", tmp_path / "file.pth")
+    network = backbone.load(CPU)
+    size = sum(value.nbytes for value in network.state_dict().values())
+    assert size < len(pickle.dumps(network)) < 1.2 * size
+    assert len(pickle.dumps(backbone.skeleton)) < 0.2 * size
+
+
+def test_a_tag_without_weights_does_not_have_those_of_another():
+    """Its default weights are none."""
+    with pytest.raises(ValueError, match="has no weights 'DEFAULT'"):
+        find_backbone("timm/vit_huge_patch14_224.untrained")
+    assert find_backbone("timm/vit_huge_patch14_224.untrained", None).name.endswith("untrained")
+
+
+def test_a_name_that_timm_has_replaced_is_refused():
+    """It does not have the configuration of the new one."""
+    with pytest.raises(ValueError, match="There is no backbone 'timm/vit_tiny_patch16_224_in21k'"):
+        find_backbone("timm/vit_tiny_patch16_224_in21k")

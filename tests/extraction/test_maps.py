@@ -253,10 +253,10 @@ def test_out_is_filled_and_returned(kind, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("out", "came"),
     [
-        (np.zeros((16, 64, 4, 4), np.float64), r"float64 and \(16, 64, 4, 4\)"),
-        (np.zeros((15, 64, 4, 4), np.float32), r"float32 and \(15, 64, 4, 4\)"),
-        (np.zeros((16, 4, 4, 64), np.float32), r"float32 and \(16, 4, 4, 64\)"),
-        (np.zeros((16, 64 * 16), np.float32), r"float32 and \(16, 1024\)"),
+        (np.zeros((16, 64, 4, 4), np.float64), r"float64 \(16, 64, 4, 4\)"),
+        (np.zeros((15, 64, 4, 4), np.float32), r"float32 \(15, 64, 4, 4\)"),
+        (np.zeros((16, 4, 4, 64), np.float32), r"float32 \(16, 4, 4, 64\)"),
+        (np.zeros((16, 64 * 16), np.float32), r"float32 \(16, 1024\)"),
     ],
     ids=["float64", "rows", "channels last", "flat"],
 )
@@ -267,6 +267,16 @@ def test_a_wrong_out_is_refused(out, came, pictures):
     ):
         make().transform_maps(pictures, out=out)
     assert not out.any()
+
+
+def test_what_cannot_be_filled_is_refused(pictures, tmp_path):
+    """A list, and a file that is open for reading."""
+    shape = make().transform_maps(pictures).shape
+    with pytest.raises(ValueError, match=r"out must be a float32 array .*; got list"):
+        make().transform_maps(pictures, out=[])
+    np.save(tmp_path / "maps.npy", np.zeros(shape, np.float32))
+    with pytest.raises(ValueError, match="out must be writeable"):
+        make().transform_maps(pictures, out=np.load(tmp_path / "maps.npy", mmap_mode="r"))
 
 
 # What is refused ----------------------------------------------------------------------------------

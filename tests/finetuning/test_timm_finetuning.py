@@ -12,7 +12,12 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from deepfeat import DeepFeatureExtractor, FineTuneClassifier, list_backbones
+from deepfeat import (
+    DeepFeatureExtractor,
+    FineTuneClassifier,
+    LayerNotFoundError,
+    list_backbones,
+)
 from deepfeat._backbones.find import find_backbone
 from deepfeat._backbones.timm import HubWeights
 from deepfeat._finetuning.freezing import find_blocks
@@ -316,3 +321,32 @@ def test_the_features_of_a_classifier_are_what_its_head_takes(name, side, tune):
         logits = heads(torch.from_numpy(rows)).numpy()
     expected = classifier.decision_function(X)
     assert_allclose(logits[:, 1] - logits[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+# What a review found ------------------------------------------------------------------------------
+
+
+def test_all_of_a_new_head_is_trained(tune):
+    """Also the norm that timm makes anew with the classifier."""
+    classifier, _, _ = tune("efficientvit_m0", 224)
+    state = classifier.module_.state_dict()
+    assert classifier.module_.head.bn.weight.requires_grad
+    assert (state["head.bn.running_mean"] != 0).any()
+    assert (state["head.bn.weight"] != 1).any()
+
+
+def test_a_head_is_appended_to_a_file_with_other_classes(tune, tmp_path):
+    """Even if the published weights do not have a classifier; `load` finds the same layers."""
+    name, file = "vit_small_patch14_dinov2.lvd142m", tmp_path / "classes.pth"
+    network = timm.create_model("vit_small_patch14_dinov2", num_classes=7, img_size=28)
+    torch.save(network.state_dict(), file)
+    classifier, X, _ = tune(name, 28, weights=str(file), head="append", unfreeze=None)
+    classifier.save(tmp_path / "classifier.safetensors")
+    loaded = FineTuneClassifier.load(tmp_path / "classifier.safetensors")
+    assert_array_equal(loaded.predict_proba(X), classifier.predict_proba(X))
+
+
+def test_what_several_classifiers_take_is_not_a_block(tune):
+    """It would be the whole network."""
+    with pytest.raises(LayerNotFoundError, match=r"'penultimate' of .* is not a module"):
+        tune("deit_tiny_distilled_patch16_224", 32, unfreeze="penultimate")

@@ -1,5 +1,7 @@
 """The penultimate layer: what the classifier of a network takes, or what the network returns."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -241,3 +243,73 @@ def test_in_timm_it_is_what_a_network_without_classes_returns(
         expected = net(batch)
     assert_relatively_close(found, expected)
     assert_relatively_close(read_penultimate(net, batch), expected)
+
+
+@pytest.mark.parametrize("name", ["efficientvit_m0", "shvit_s1", "test_convnext"])
+def test_a_norm_that_belongs_to_the_classifier_comes_after_it(
+    name: str, read_penultimate: Callable[[nn.Module, Tensor], Tensor]
+) -> None:
+    """As timm has it, and with statistics that change the values, as those of real weights do."""
+    net = pytest.importorskip("timm").create_model(name).eval()
+    generator = torch.Generator().manual_seed(0)
+    for key, value in net.state_dict().items():
+        if key.endswith(("running_mean", "running_var")) or "norm" in key:
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    batch = torch.rand(2, *net.pretrained_cfg["input_size"], generator=generator)
+    with torch.inference_mode():
+        expected = net.forward_head(net.forward_features(batch), pre_logits=True)
+    assert_close(read_penultimate(net, batch), expected.flatten(1), rtol=1e-4, atol=1e-5)
+
+
+class Choosing(nn.Module):
+    """Returns the second of two inputs."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return second
+
+
+def test_a_module_that_chooses_an_input_is_not_its_first(
+    images: Callable[..., Tensor], read_penultimate: Callable[[nn.Module, Tensor], Tensor]
+) -> None:
+    """The classifier takes what was chosen."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 5), nn.Linear(12, 5)
+            self.choose, self.head = Choosing(), nn.Linear(5, 3)
+
+        def forward(self, batch: Tensor) -> Tensor:
+            flat = batch.flatten(1)
+            return self.head(input=self.choose(self.a(flat), self.b(flat)))
+
+    net, batch = Net().eval(), images(2, 2)
+    with torch.inference_mode():
+        assert_close(read_penultimate(net, batch), net.b(batch.flatten(1)))
+
+
+def test_one_value_per_token_is_not_averaged(
+    images: Callable[..., Tensor], read_penultimate: Callable[[nn.Module, Tensor], Tensor]
+) -> None:
+    """Tokens of one value, flattened for the classifier, are as many features."""
+    net = nn.Sequential(
+        nn.Flatten(2), nn.Conv1d(3, 6, 1), nn.Unflatten(1, (6,)), nn.Linear(16, 1), nn.Flatten(),
+        nn.Linear(6, 2),
+    ).eval()  # fmt: skip
+    batch = images(2, 4)
+    assert read_penultimate(net, batch).shape == (2, 6)
+
+
+def test_weights_are_freed_with_a_network_that_has_several_classifiers() -> None:
+    """Without the garbage collector: what reads them is not part of a cycle."""
+    net = pytest.importorskip("timm").create_model("deit_tiny_distilled_patch16_224", img_size=32)
+    layer = LayerIndex(net, (3, 32, 32)).resolve("penultimate")
+    weight = weakref.ref(net.head.weight)
+    read = ForwardPass(net, {"penultimate": (layer, lambda output: output)})
+    gc.collect()
+    gc.disable()
+    try:
+        del net, read
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -161,7 +161,9 @@ def _find_family(name: str) -> Family:
     )
 
 
-def _find_weights(family: Family, name: str, weights: Weights, seed: int) -> WeightsSource:
+def _find_weights(
+    family: Family, name: str, weights: Weights, seed: int
+) -> WeightsSource | RandomWeights:
     """Find the source of weights; a file and random weights stand in for "DEFAULT"."""
     if weights is None:
         return RandomWeights(seed, family.describe(name), family.version())
@@ -182,7 +184,9 @@ def _find_weights(family: Family, name: str, weights: Weights, seed: int) -> Wei
     return known[weights]
 
 
-def _find_categories(source: WeightsSource, n_outputs: int) -> tuple[str, ...] | None:
+def _find_categories(
+    source: WeightsSource | RandomWeights, n_outputs: int
+) -> tuple[str, ...] | None:
     if isinstance(source, RandomWeights):
         return None
     names = source.description.categories

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .descriptions import Description
 from .state_files import State, WeightsFile
 
-WRAPPERS = re.compile(r"\b(?:module|_orig_mod)\.")  # of DataParallel and torch.compile
+_WRAPPERS = re.compile(r"\b(?:module|_orig_mod)\.")  # of DataParallel and torch.compile
 _FILLS = (
     *(Tensor.normal_, Tensor.uniform_, Tensor.exponential_),
     *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_),
@@ -52,9 +52,6 @@ class RandomWeights:
     def digest(self) -> str:
         """A string that identifies these weights in every process."""
         return f"seed {self.seed}, torch {torch.__version__}, {self.version}"
-
-    def state(self) -> State:
-        raise NotImplementedError("Random weights are drawn while the network is built.")
 
 
 class Family(Hashable, Protocol):
@@ -109,7 +106,10 @@ def build_blank(family: Family, name: str, size: tuple[int, int] | None) -> nn.M
 
 
 def load_shared(
-    family: Family, size: tuple[int, int] | None, source: WeightsSource, device: torch.device
+    family: Family,
+    size: tuple[int, int] | None,
+    source: WeightsSource | RandomWeights,
+    device: torch.device,
 ) -> nn.Module:
     """Load a network in eval mode, or return the one that this process has already."""
     with _loading:  # threads that ask for one network at once share it too
@@ -118,7 +118,10 @@ def load_shared(
 
 @functools.lru_cache(maxsize=4)
 def _load_cached(
-    family: Family, size: tuple[int, int] | None, source: WeightsSource, device: torch.device
+    family: Family,
+    size: tuple[int, int] | None,
+    source: WeightsSource | RandomWeights,
+    device: torch.device,
 ) -> nn.Module:
     name = source.description.network
     with torch.inference_mode(False):  # the caller's would stick to tensors that others train
@@ -167,11 +170,16 @@ class Building(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def strip_wrappers(state: State) -> State:
+    """Return a state dict without the names that DataParallel and torch.compile put before."""
+    return {_WRAPPERS.sub("", key): value for key, value in state.items()}
+
+
 def load_strictly(
     name: str, build: Callable[..., nn.Module], state: State, **options: Any
 ) -> nn.Module:
     """Build a network around a state dict, checked strictly but for the number of classes."""
-    state = {WRAPPERS.sub("", key): value for key, value in state.items()}
+    state = strip_wrappers(state)
     with Building(None, meta=True):
         head, _ = _last_entry(build())
         if head in state and state[head].ndim:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._optional import import_optional
-from .networks import WRAPPERS, Building
+from .networks import Building, strip_wrappers
 from .preprocessing import Preprocessing, Resize, preprocess_like_timm
 from .resnet10_slim import NAME as NAME_WITHOUT_DOWNLOAD
 from .state_files import State, WeightsFile
@@ -197,7 +197,7 @@ def load(name: str, size: tuple[int, int] | None, state: State) -> nn.Module:
 
     Position embeddings are resampled to the input size.
     """
-    state = {WRAPPERS.sub("", key): value for key, value in state.items()}
+    state = strip_wrappers(state)
     config = _config_of(name)
     n_classes = config.num_classes
     head = config.classifier[0] if isinstance(config.classifier, tuple) else config.classifier

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._layers.index import LayerIndex
-from .._layers.reading import share_weights
-from .._layers.trace import first_tensor
+from .._layers.trace import first_tensor, share_weights
 from .freezing import Trained, is_touched, lies_in
 
 Fill: TypeAlias = Callable[..., Tensor]  # makes a tensor from one of its kind and a shape

@@ -1,14 +1,13 @@
 """The head of a network: where it classifies, and its number of outputs."""
 
 import copy
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .trace import Call, Trace, first_tensor, make_blank, trace_calls
+from .trace import Call, Trace, first_tensor, make_blank, share_weights, trace_calls
 
 _PROBABILITIES = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)
 
@@ -63,10 +62,8 @@ def find_classifiers(module: nn.Module, trace: Trace) -> tuple[str, ...]:
     """
     calls = trace.calls
     if is_of_timm(module):
-        weights = itertools.chain(module.parameters(), module.buffers())
-        copied = copy.deepcopy(module, {id(tensor): tensor for tensor in weights})
         with torch.device("meta"):  # so that nothing is drawn
-            heads = reset_heads(copied, 2)
+            heads = reset_heads(share_weights(module), 2)
         return tuple(path for path in heads if path in calls)
     with_weights = [path for path in _list_leaves(calls) if calls[path].parameters]
     if not with_weights or trace.output is None or len(trace.output.shape) != 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .index import ResolvedLayer
-from .trace import find_tensors, first_tensor, make_blank
+from .trace import find_tensors, first_tensor, make_blank, share_weights
 
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -146,15 +146,6 @@ def _copy_if_shared(reduced: Tensor, output: Tensor) -> Tensor:
     """Copy a tensor that shares memory with an output, which an in-place ReLU may overwrite."""
     shared = reduced.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
     return reduced.clone() if shared else reduced
-
-
-def share_weights(module: nn.Module) -> nn.Module:
-    """Copy the modules of a network, but share its parameters and buffers.
-
-    Changes to the modules of the copy, such as hooks, do not affect the network.
-    """
-    weights = itertools.chain(module.parameters(), module.buffers())
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in weights})
 
 
 def prefer_channels_last(module: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:

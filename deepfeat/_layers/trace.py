@@ -101,6 +101,15 @@ def trace_calls(module: nn.Module, input_shape: tuple[int, ...]) -> Trace:
     return Trace(tracer.calls, axes.grids, returned)
 
 
+def share_weights(module: nn.Module) -> nn.Module:
+    """Copy the modules of a network, but share its parameters and buffers.
+
+    Changes to the modules of the copy, such as hooks, do not affect the network.
+    """
+    weights = itertools.chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in weights})
+
+
 def make_blank(module: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
     """Make a batch of one black image, with the dtype and device of a network's weights."""
     reference = next(module.parameters(), torch.empty(0))

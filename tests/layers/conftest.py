@@ -1,7 +1,8 @@
 """Networks of torchvision and of timm, and how to read them."""
 
+import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
@@ -185,6 +186,28 @@ def images() -> Callable[..., Tensor]:
         return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
     return images
+
+
+@pytest.fixture(scope="session")
+def capture_by_hooks() -> Callable[..., dict[str, Tensor]]:
+    """Run a whole network and keep a clone of the first output of modules."""
+
+    def capture_by_hooks(
+        net: nn.Module, paths: Collection[str], batch: Tensor
+    ) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+
+        def keep(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+            kept.setdefault(path, (output if isinstance(output, Tensor) else output[0]).clone())
+
+        hooked = copy.deepcopy(net)
+        for path in paths:
+            hooked.get_submodule(path).register_forward_hook(functools.partial(keep, path))
+        with torch.inference_mode():
+            hooked(batch)
+        return kept
+
+    return capture_by_hooks
 
 
 @pytest.fixture(scope="session")

@@ -48,23 +48,12 @@ def out_of_place(net: nn.Module) -> nn.Module:
     return net
 
 
-def capture_by_hooks(net: nn.Module, paths: list[str], batch: Tensor) -> dict[str, Tensor]:
-    """Run the whole network and keep a clone of each first output."""
-    kept: dict[str, Tensor] = {}
-
-    def keep(path: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        kept.setdefault(path, output.clone())
-
-    hooked = copy.deepcopy(net)
-    for path in paths:
-        hooked.get_submodule(path).register_forward_hook(functools.partial(keep, path))
-    with torch.inference_mode():
-        hooked(batch)
-    return kept
-
-
 def test_reading_gives_what_torchvision_extracts(
-    family: str, side: int, build: Callable[..., nn.Module], images: Callable[..., Tensor]
+    family: str,
+    side: int,
+    build: Callable[..., nn.Module],
+    images: Callable[..., Tensor],
+    capture_by_hooks: Callable[..., dict[str, Tensor]],
 ) -> None:
     """Every layer of every family has the values and the shape of torchvision's tracer."""
     net, batch = build(family, side), images(2 if side < 200 else 1, side)
@@ -94,7 +83,10 @@ def test_reading_gives_what_torchvision_extracts(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GIANTS)
 def test_giants_are_read_like_the_others(
-    name: str, build: Callable[..., nn.Module], images: Callable[..., Tensor]
+    name: str,
+    build: Callable[..., nn.Module],
+    images: Callable[..., Tensor],
+    capture_by_hooks: Callable[..., dict[str, Tensor]],
 ) -> None:
     """The largest networks, too, have the values of clones taken in a full pass."""
     side = 28 if name == "vit_h_14" else 32

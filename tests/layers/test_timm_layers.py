@@ -1,9 +1,7 @@
 """Layers of timm's networks: their values, their stages and their tokens are timm's own."""
 
 import copy
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -26,21 +24,6 @@ def noise() -> Callable[[nn.Module], Tensor]:
     return noise
 
 
-def capture_by_hooks(net: nn.Module, paths: set[str], batch: Tensor) -> dict[str, Tensor]:
-    """Run the whole network and keep a clone of the first output of modules."""
-    kept: dict[str, Tensor] = {}
-
-    def keep(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        kept.setdefault(path, (output if isinstance(output, Tensor) else output[0]).clone())
-
-    hooked = copy.deepcopy(net)
-    for path in paths:
-        hooked.get_submodule(path).register_forward_hook(functools.partial(keep, path))
-    with torch.inference_mode():
-        hooked(batch)
-    return kept
-
-
 def assert_relatively_close(found: Tensor, expected: Tensor) -> None:
     """Raise unless all values are equal up to 1e-5 of the largest."""
     scale = expected.abs().max().clamp(min=1e-30)
@@ -60,6 +43,7 @@ def test_every_listed_layer_has_the_values_of_its_module(
     name_in_timm: str,
     build_timm: Callable[..., nn.Module],
     noise: Callable[[nn.Module], Tensor],
+    capture_by_hooks: Callable[..., dict[str, Tensor]],
 ) -> None:
     """All layers of one pass are those that plain hooks see, and have the shape that is listed."""
     net = build_timm(name_in_timm)
@@ -102,6 +86,7 @@ def test_stages_are_those_that_timm_declares(
     name_in_timm: str,
     build_timm: Callable[..., nn.Module],
     noise: Callable[[nn.Module], Tensor],
+    capture_by_hooks: Callable[..., dict[str, Tensor]],
 ) -> None:
     """The modules of `feature_info`, in the order of computation."""
     if name_in_timm in WITHOUT_STAGES:

@@ -2,21 +2,26 @@
 
 import functools
 import math
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode
-from torchvision.transforms import functional as F
 from torchvision.transforms._presets import ImageClassification
+from torchvision.transforms.v2 import functional as F
 
 Resize: TypeAlias = Literal["weights", "squash", "pad"]
+RGB: TypeAlias = NDArray[np.uint8]  # of shape (H, W, 3)
+Fit: TypeAlias = Callable[[Tensor], Tensor]
 
 _THIN = 8  # times as long as wide: beyond, most of what is enlarged would be cut off
+_NATIVE = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
 _REACH = 4  # pixels: one more than the widest filter, Lanczos, looks to each side when enlarging
 
 
@@ -24,20 +29,20 @@ _REACH = 4  # pixels: one more than the widest filter, Lanczos, looks to each si
 class Preprocessing:
     """What is done to an image before it enters a network.
 
-    `prepare` turns an RGB image into a tensor, image by image, in a worker thread; `prepare_whole`
+    `prepare` turns RGB pixels into a tensor, image by image, in a worker thread; `prepare_whole`
     is the same without cropping, for images that are cropped already. `normalize` finishes a batch,
     on the device, as float32 of shape (n, C, H, W). `settings` identifies all of it.
     """
 
-    prepare: Callable[[Image.Image], Tensor]
-    prepare_whole: Callable[[Image.Image], Tensor]
+    prepare: Callable[[RGB], Tensor]
+    prepare_whole: Callable[[RGB], Tensor]
     normalize: Callable[[Tensor], Tensor]
     input_shape: tuple[int, ...]  # (C, H, W)
     settings: Any
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Turn an RGB image into what the network takes, of shape (C, H, W)."""
-        return self.normalize(self.prepare(image)[None])[0]
+        return self.normalize(self.prepare(np.array(image))[None])[0]
 
 
 def preprocess_with(prepare: Callable[[Image.Image], Tensor]) -> Preprocessing:
@@ -48,7 +53,12 @@ def preprocess_with(prepare: Callable[[Image.Image], Tensor]) -> Preprocessing:
             "preprocessing must turn an RGB PIL image into a float tensor of shape (C, H, W); "
             f"got {_shape_words(sample)}."
         )
-    return Preprocessing(prepare, prepare, _as_float32, tuple(sample.shape), prepare)
+    prepare_pixels = functools.partial(_prepare_with, prepare)
+    return Preprocessing(prepare_pixels, prepare_pixels, _as_float32, tuple(sample.shape), prepare)
+
+
+def _prepare_with(prepare: Callable[[Image.Image], Tensor], pixels: RGB) -> Tensor:
+    return prepare(Image.fromarray(pixels))
 
 
 def _as_float32(batch: Tensor) -> Tensor:
@@ -103,7 +113,7 @@ def preprocess_like_timm(
     """
     size = tuple(config["input_size"][1:])
     interpolation = InterpolationMode(config["interpolation"])
-    fit: Callable[[Image.Image], Image.Image]
+    fit: Fit
     if config["crop_mode"] == "center" and size[0] == size[1]:  # the same, also for thin images
         fit = functools.partial(
             _resize_and_crop,
@@ -116,14 +126,15 @@ def preprocess_like_timm(
         fit = functools.partial(_pad, size=size, fill=fill, interpolation=interpolation)
     else:
         # Without the last step, which makes a tensor.
-        fit = Compose(create_transform(**config, normalize=False).transforms[:-1])
+        transform = Compose(create_transform(**config, normalize=False).transforms[:-1])
+        fit = functools.partial(_fit_with, transform)
     settings = ("timm", resize, sorted(config.items()))
     return _preprocess(resize, fit, size, interpolation, config["mean"], config["std"], settings)
 
 
 def _preprocess(
     resize: Resize,
-    fit: Callable[[Image.Image], Image.Image],
+    fit: Fit,
     size: tuple[int, int],
     interpolation: InterpolationMode,
     mean: Sequence[float],
@@ -132,9 +143,9 @@ def _preprocess(
 ) -> Preprocessing:
     """Make a preprocessing, of which `fit` is what the weights themselves ask for."""
     fill = tuple(round(255 * value) for value in mean)
-    fits: dict[Resize, Callable[[Image.Image], Image.Image]] = {
+    fits: dict[Resize, Fit] = {
         "weights": fit,
-        "squash": functools.partial(_squash, size=size, interpolation=interpolation),
+        "squash": functools.partial(_resize, size=size, interpolation=interpolation),
         "pad": functools.partial(_pad, size=size, fill=fill, interpolation=interpolation),
     }
     return Preprocessing(
@@ -146,34 +157,68 @@ def _preprocess(
     )
 
 
-def _prepare(image: Image.Image, fit: Callable[[Image.Image], Image.Image]) -> Tensor:
+def _prepare(pixels: RGB, fit: Fit) -> Tensor:
     """Fit an image to the input size, as 8-bit (H, W, C): a quarter of the bytes of floats."""
-    return torch.from_numpy(np.array(fit(image)))
+    return fit(torch.from_numpy(pixels)).contiguous()
 
 
 def _normalize(batch: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """Turn 8-bit (n, H, W, C) into normalised float32 (n, C, H, W), channels last in memory."""
-    floats = F.convert_image_dtype(batch.permute(0, 3, 1, 2), torch.float32)
+    floats = F.to_dtype(batch.permute(0, 3, 1, 2), torch.float32, scale=True)
     normalized: Tensor = F.normalize(floats, mean, std, inplace=True)
     return normalized
 
 
-def _resize_and_crop(image: Image.Image, size: int, short_side: int, **how: Any) -> Image.Image:
-    short, long = sorted(image.size)
+# Fitting: images of shape (H, W, C) ---------------------------------------------------------------
+
+
+def _resize(image: Tensor, size: tuple[int, int], interpolation: InterpolationMode) -> Tensor:
+    """Resize an image as torchvision does it, or Pillow, which differs by a level of grey or two.
+
+    Torch has kernels for 8-bit images that are several times as fast as Pillow, but not for all
+    processors and interpolations; its others are slower.
+    """
+    if interpolation in _NATIVE and _has_native_resize():
+        resized: Tensor = F.resize(image.permute(2, 0, 1), list(size), interpolation)
+        return resized.permute(1, 2, 0)
+    resample = Image.Resampling[interpolation.name]
+    return _from_picture(Image.fromarray(image.numpy()).resize(size[::-1], resample))
+
+
+def _has_native_resize() -> bool:
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or (
+        platform.machine() in ("aarch64", "arm64")
+    )
+
+
+def _from_picture(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture))
+
+
+def _fit_with(transform: Callable[[Image.Image], Image.Image], image: Tensor) -> Tensor:
+    return _from_picture(transform(Image.fromarray(image.numpy())))
+
+
+def _resize_and_crop(
+    image: Tensor, size: int, short_side: int, interpolation: InterpolationMode
+) -> Tensor:
+    short, long = sorted(image.shape[:2])
+    height, width = (int(short_side * side / short) for side in image.shape[:2])
     if short < short_side and long > _THIN * short:
-        resample = Image.Resampling[how["interpolation"].name]
-        resized = _enlarge_centre(image, size, short_side, resample)
+        resample = Image.Resampling[interpolation.name]
+        picture = Image.fromarray(image.numpy())
+        resized = _from_picture(_enlarge_centre(picture, size, (width, height), resample))
     else:
-        resized = F.resize(image, [short_side], **how)
-    cropped: Image.Image = F.center_crop(resized, [size, size])  # pads what is smaller
-    return cropped
+        resized = _resize(image, (height, width), interpolation)
+    # Which pads what is smaller.
+    cropped: Tensor = F.center_crop(resized.permute(2, 0, 1), [size, size])
+    return cropped.permute(1, 2, 0)
 
 
 def _enlarge_centre(
-    image: Image.Image, size: int, short_side: int, resample: Image.Resampling
+    image: Image.Image, size: int, resized: tuple[int, int], resample: Image.Resampling
 ) -> Image.Image:
     """Resize and crop with the same result, without enlarging the parts that are cut off."""
-    resized = [int(short_side * side / min(image.size)) for side in image.size]
     width, height = (min(size, side) for side in resized)
     spans = [_find_centre(*sides, size) for sides in zip(image.size, resized, strict=True)]
     (left, right), (top, bottom) = spans
@@ -195,19 +240,13 @@ def _find_centre(side: int, resized: int, size: int) -> tuple[float, float]:
     return start * side / resized, min((start + size) * side / resized, side)
 
 
-def _squash(image: Image.Image, size: tuple[int, int], **how: Any) -> Image.Image:
-    squashed: Image.Image = F.resize(image, list(size), **how)
-    return squashed
-
-
 def _pad(
-    image: Image.Image, size: tuple[int, int], fill: tuple[int, ...], **how: Any
-) -> Image.Image:
+    image: Tensor, size: tuple[int, int], fill: tuple[int, ...], interpolation: InterpolationMode
+) -> Tensor:
     """Fit the whole image in, and pad with the mean colour, which is zero once normalised."""
-    scale = min(size[1] / image.width, size[0] / image.height)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    canvas = Image.new("RGB", (size[1], size[0]), fill)
-    canvas.paste(
-        F.resize(image, [height, width], **how), ((size[1] - width) // 2, (size[0] - height) // 2)
-    )
+    scale = min(side / own for side, own in zip(size, image.shape[:2], strict=True))
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    canvas = torch.tensor(fill, dtype=torch.uint8).repeat(*size, 1)
+    canvas[top : top + height, left : left + width] = _resize(image, (height, width), interpolation)
     return canvas

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import nn
 
 from .._backbones.find import Backbone
@@ -24,14 +23,14 @@ from .._cache.owners import PATIENCE_SECONDS
 from .._engine.batches import Batch, run_in_batches
 from .._engine.devices import Precision, find_device
 from .._engine.threads import Workers, map_in_threads
-from .._images.decoding import decoding_settings
+from .._images.decoding import RGB, decoding_settings
 from .._images.records import ImageError, Record
 from .._layers.index import ResolvedLayer
 from .._layers.pooling import PooledLayer
 from .readers import load_network, make_layer_reader, make_map_reader
 
 # Part of every key: increase it when the rows of the same image and layer change.
-_SCHEMA = 2
+_SCHEMA = 3
 _LOOK_UP = 1024  # images at a time, which limits what is in memory twice
 _WAIT_SECONDS = 0.05, 1.0  # at first, and at most
 _PATIENT_SECONDS = 5.0  # of waiting, before it is logged
@@ -299,11 +298,11 @@ class _CachedExtraction:
             claims.refuse(list(itertools.compress(ours, done)))
             yield from (self.groups[image][0] for image in itertools.compress(ours, ~done))
 
-    def _open(self, record: Record) -> Image.Image:
-        image = record.open()
+    def _open(self, record: Record) -> RGB:
+        pixels = record.open()
         if record in self.stats and record.stat() != self.stats[record]:
             raise ImageError(str(record), "the file was changed while X was being read")
-        return image
+        return pixels
 
     def _for_all(self, images: list[bytes], rows: dict[str, NDArray[np.float32]]) -> Batch[Record]:
         """Repeat the row of each image for all its records, for the requested layers."""
@@ -369,7 +368,7 @@ def _compute(
     network: nn.Module,
     outputs: tuple[PooledLayer, ...],
     records: Iterable[Record],
-    open_record: Callable[[Record], Image.Image] = Record.open,
+    open_record: Callable[[Record], RGB] = Record.open,
 ) -> Iterator[Batch[Record]]:
     """Run the network over records up to the deepest of some outputs."""
     requested = {output.key for output in _find_outputs(spec.layers)}

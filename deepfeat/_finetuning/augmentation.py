@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .._images.decoding import RGB
+
 Augment: TypeAlias = Literal["flip", "crop"] | Callable[[Image.Image], Image.Image] | None
 
 _CROP_AREA = 0.08, 1.0  # as shares of the image's area
@@ -27,30 +29,33 @@ def draw_flips(augment: Augment, seed: int, epoch: int | None, count: int) -> ND
     return np.random.default_rng([seed, epoch]).random(count) < 0.5
 
 
-def augment_image(
-    image: Image.Image, augment: Augment, seed: Sequence[int]
-) -> tuple[Image.Image, bool]:
+def mirror(pixels: RGB) -> RGB:
+    """Mirror an image from left to right."""
+    return np.ascontiguousarray(pixels[:, ::-1])
+
+
+def augment_image(pixels: RGB, augment: Augment, seed: Sequence[int]) -> tuple[RGB, bool]:
     """Augment an image that has been flipped already; return it, and whether it was cropped."""
     if callable(augment):
-        image = augment(image)
+        image = augment(Image.fromarray(pixels))
         if not isinstance(image, Image.Image):
             raise TypeError(
                 f"augment must return a PIL image; got a {type(image).__name__}. Leave "
                 "normalisation and conversion to a tensor to the preprocessing."
             )
-        return image.convert("RGB"), False
+        return np.array(image.convert("RGB")), False
     if augment == "crop":
-        return crop_at_random(image, np.random.default_rng(seed)), True
-    return image, False
+        return crop_at_random(pixels, np.random.default_rng(seed)), True
+    return pixels, False
 
 
-def crop_at_random(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def crop_at_random(pixels: RGB, rng: np.random.Generator) -> RGB:
     """Crop an image to 8 to 100 % of its area, with an aspect ratio between 3:4 and 4:3.
 
     Area and aspect ratio are drawn as in Szegedy et al. (2015), "Going Deeper with Convolutions".
     If no such crop fits into the image after ten tries, the whole image is returned.
     """
-    width, height = image.size
+    height, width = pixels.shape[:2]
     for _ in range(_CROP_TRIES):
         area = width * height * rng.uniform(*_CROP_AREA)
         ratio = math.exp(rng.uniform(math.log(_CROP_RATIO[0]), math.log(_CROP_RATIO[1])))
@@ -58,5 +63,5 @@ def crop_at_random(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         if 0 < w <= width and 0 < h <= height:
             left = int(rng.integers(width - w, endpoint=True))
             top = int(rng.integers(height - h, endpoint=True))
-            return image.crop((left, top, left + w, top + h))
-    return image
+            return pixels[top : top + h, left : left + w]
+    return pixels

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from .._backbones.preprocessing import Preprocessing
@@ -21,7 +20,8 @@ from .._engine.batches import run_in_batches, stack
 from .._engine.devices import Outputs, Precision, limit_part, to_device
 from .._engine.threads import Workers, attempt, map_in_threads
 from .._extraction.readers import TorchReader
-from .augmentation import Augment, augment_image, draw_flips
+from .._images.decoding import RGB
+from .augmentation import Augment, augment_image, draw_flips, mirror
 from .cutting import Cut
 from .labels import Dataset
 
@@ -123,11 +123,10 @@ class ImageSource(Source):
         flips = draw_flips(self.augment, self.seed, epoch, len(self))
         records = [all_records[index] for index in indices]
 
-        def prepare(index: int, image: Image.Image) -> Tensor:
-            image = ImageOps.mirror(image) if flips[index] else image
-            return self._augment(image, index, epoch)
+        def prepare(index: int, pixels: RGB) -> Tensor:
+            return self._augment(mirror(pixels) if flips[index] else pixels, index, epoch)
 
-        def open_image(index: int) -> Image.Image:
+        def open_image(index: int) -> RGB:
             return all_records[index].open()
 
         def open_and_prepare(index: int) -> Tensor:
@@ -149,12 +148,12 @@ class ImageSource(Source):
                 yield self.preprocessing.normalize(to_device(batch, self.device))
                 tensors = []
 
-    def _augment(self, image: Image.Image, index: int, epoch: int | None) -> Tensor:
+    def _augment(self, pixels: RGB, index: int, epoch: int | None) -> Tensor:
         if epoch is None:
-            return self.preprocessing.prepare(image)
-        image, is_cropped = augment_image(image, self.augment, (self.seed, epoch, index))
+            return self.preprocessing.prepare(pixels)
+        pixels, is_cropped = augment_image(pixels, self.augment, (self.seed, epoch, index))
         prepare = self.preprocessing.prepare_whole if is_cropped else self.preprocessing.prepare
-        return prepare(image)
+        return prepare(pixels)
 
 
 @dataclass(frozen=True)
@@ -205,10 +204,10 @@ def cache_activations(
         shape = tuple(activations.shape[1:])
         return {"": activations.float().flatten(1)}
 
-    def open_view(sample: tuple[int, int]) -> Image.Image:
+    def open_view(sample: tuple[int, int]) -> RGB:
         view, index = sample
-        image = records[index].open()
-        return ImageOps.mirror(image) if view else image
+        pixels = records[index].open()
+        return mirror(pixels) if view else pixels
 
     reader = TorchReader(source.module, forward, source.preprocessing, source.device, precision)
     cached: NDArray[np.float32] | None = None

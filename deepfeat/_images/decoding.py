@@ -1,6 +1,8 @@
 """Decoding: a path, bytes, a PIL image or an array becomes upright 8-bit RGB and has a digest."""
 
+import functools
 import hashlib
+import importlib
 import io
 import math
 import os
@@ -8,7 +10,7 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -24,6 +26,7 @@ from PIL.TiffImagePlugin import (
 )
 
 Pixels: TypeAlias = NDArray[Any]
+RGB: TypeAlias = NDArray[np.uint8]
 Content: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | Pixels
 
 CHANNELS = (1, 2, 3, 4)  # grey, grey + alpha, RGB, RGBA
@@ -38,6 +41,17 @@ _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 _OVERSHOOT = -0.25, 2.0
 _ROW_OVERSHOOT = -math.inf, 127.0
 _loading = threading.Lock()
+_STRIP = 2**20  # bytes of pixels that are copied from Pillow at a time
+_JPEG_SPACES = {"RGB": "RGB", "L": "GRAY"}
+_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # by EXIF orientation
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
+}
 
 
 @dataclass(eq=False)
@@ -54,15 +68,16 @@ class DatasetItem:
             return self.dataset[self.index]
 
 
-def open_image(source: Any, channels_last: bool = False, is_row: bool = False) -> Image.Image:
-    """Open a path, encoded bytes, a PIL image or an array as upright 8-bit RGB.
+def open_image(source: Any, channels_last: bool = False, is_row: bool = False) -> RGB:
+    """Open a path, encoded bytes, a PIL image or an array as upright RGB of shape (H, W, 3).
 
     An array has shape (H, W), (H, W, C) or, unless `channels_last`, (C, H, W). With `is_row` it is
     the row of a table.
 
     Alpha is composited on white, grey is copied to all three channels, the first frame of an
     animation is used and the EXIF orientation is applied. Floats are read on the scale [0, 1],
-    integers on [0, the maximum of their dtype].
+    integers on [0, the maximum of their dtype]. The pixels may be those of the source itself, and
+    must not be changed.
     """
     if isinstance(source, DatasetItem):
         item = source.read()
@@ -83,14 +98,17 @@ def open_image(source: Any, channels_last: bool = False, is_row: bool = False) -
         samples = _find_samples(content)
         upright = ImageOps.exif_transpose(content)
         _rescale_transparency(upright, content.format)
-        return _to_rgb(upright, samples)
+        return _as_pixels(_to_rgb(upright, samples))
     with _open_encoded(content) as image:
+        pixels = _decode_jpeg(image, content)
+        if pixels is not None:
+            return pixels
         tile = getattr(image, "tile", None)
         raw_mode = tile[0].args if tile else None  # the layout of the samples in the file
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         _rescale_transparency(image, image.format, raw_mode)
-        return _to_rgb(image, _find_samples(image))
+        return _as_pixels(_to_rgb(image, _find_samples(image)))
 
 
 def digest_image(source: Any, channels_last: bool = False, is_row: bool = False) -> bytes:
@@ -266,6 +284,56 @@ def _iterate_content(content: Content) -> Iterator[bytes]:
 # Files and PIL images ---------------------------------------------------------------------------
 
 
+def _decode_jpeg(image: Image.Image, source: str | os.PathLike[str] | bytes) -> RGB | None:
+    """Decode a JPEG bit for bit as Pillow does, but without its copies, if simplejpeg is installed.
+
+    Returns None for what is left to Pillow: rarer kinds, and whatever is wrong with a file.
+    """
+    decode = _find_jpeg_decoder()
+    is_plain = image.format in ("JPEG", "MPO") and image.mode in _JPEG_SPACES
+    if decode is None or not is_plain or ImageFile.LOAD_TRUNCATED_IMAGES:
+        return None
+    if not isinstance(source, bytes):
+        with open(source, "rb") as file:
+            source = file.read()
+    try:
+        pixels = decode(source, _JPEG_SPACES[image.mode], fastdct=False, fastupsample=False)
+    except ValueError:
+        return None
+    if pixels.shape[:2] != image.size[::-1]:  # the file holds more than one image
+        return None
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    if orientation in _UPRIGHT:
+        pixels = _UPRIGHT[orientation](pixels)
+    return _as_three_channels(pixels)
+
+
+@functools.cache
+def _find_jpeg_decoder() -> Callable[..., Pixels] | None:
+    try:
+        decode: Callable[..., Pixels] = importlib.import_module("simplejpeg").decode_jpeg
+    except ImportError:
+        return None
+    return decode
+
+
+def _as_pixels(image: Image.Image) -> RGB:
+    """Copy the pixels of an RGB image, in strips: Pillow needs twice as long for a large whole."""
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    rows = max(1, _STRIP // (3 * image.width))
+    for top in range(0, image.height, rows):
+        bottom = min(image.height, top + rows)
+        pixels[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    return pixels
+
+
+def _as_three_channels(pixels: RGB) -> RGB:
+    """Repeat grey, and copy what is not contiguous or must not be written to, as torch demands."""
+    if pixels.ndim == 2 or pixels.shape[-1] == 1:
+        pixels = np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
+    return np.require(pixels, requirements=["C", "W"])
+
+
 class _Samples(NamedTuple):
     """The format of a file's samples, if Pillow does not rescale them to those of a mode."""
 
@@ -367,7 +435,7 @@ _RESCALE = "pass its pixels as an array on the scale of its dtype"
 _FILE_REMEDIES = _Remedies(*(f"save it with 8 bits, or {_RESCALE}",) * 2, _RESCALE)
 
 
-def _from_array(array: Pixels, channels_last: bool, overshoot: tuple[float, float]) -> Image.Image:
+def _from_array(array: Pixels, channels_last: bool, overshoot: tuple[float, float]) -> RGB:
     if array.ndim not in (2, 3):
         raise ValueError(
             f"an array of shape {array.shape} is not an image: it must be (H, W) or (H, W, C)"
@@ -377,10 +445,10 @@ def _from_array(array: Pixels, channels_last: bool, overshoot: tuple[float, floa
         raise ValueError(f"an array of shape {array.shape} has no pixels")
     if array.ndim == 3 and not channels_last:
         array = channels_to_end(array, first_axis=0)
-    pixels = np.ascontiguousarray(_to_uint8(array, None, overshoot, _ARRAY_REMEDIES))
-    if pixels.ndim == 3 and pixels.shape[-1] == 1:
-        pixels = pixels[..., 0]
-    return _to_rgb(Image.fromarray(pixels))
+    pixels = _to_uint8(array, None, overshoot, _ARRAY_REMEDIES)
+    if pixels.ndim == 3 and pixels.shape[-1] in (2, 4):
+        return _as_pixels(_to_rgb(Image.fromarray(np.ascontiguousarray(pixels))))
+    return _as_three_channels(pixels)
 
 
 def _to_uint8(

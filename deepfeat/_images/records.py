@@ -14,6 +14,7 @@ from PIL import Image
 
 from .decoding import (
     CHANNELS,
+    RGB,
     DatasetItem,
     Pixels,
     channels_to_end,
@@ -57,8 +58,8 @@ class Record:
     def __str__(self) -> str:
         return f"{self.input_name}[{self.index}] ({describe(self.source)})"
 
-    def open(self) -> Image.Image:
-        """Return the upright RGB image.
+    def open(self) -> RGB:
+        """Return the upright image, 8-bit RGB of shape (H, W, 3), which must not be changed.
 
         Raises
         ------

@@ -90,7 +90,7 @@ class PredictionDisplay:
         ValueError
             If the numbers of predictions and images differ, or an image cannot be read.
         """
-        pictures = [record.open() for record in as_records(images)]
+        pictures = [Image.fromarray(record.open()) for record in as_records(images)]
         if len(predictions) != len(pictures):
             raise ValueError(
                 "predictions must have one sequence of pairs (name, probability) per image; "

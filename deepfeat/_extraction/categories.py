@@ -9,11 +9,11 @@ from .._backbones.find import Backbone, find_backbone
 from .._backbones.preprocessing import Resize
 from .._backbones.state_files import Weights
 from .._engine.batches import run_in_batches
-from .._engine.devices import Precision, find_device
+from .._engine.devices import Precision
 from .._engine.threads import Workers
 from .._images.records import ImageError, Record, as_records
 from .._parameters import check_parameters
-from .readers import make_logit_reader
+from .readers import find_engine, make_logit_reader
 
 
 def predict_categories(
@@ -107,8 +107,9 @@ def predict_categories(
             f"top must be at most {len(names)}, the number of {found.name}'s categories; got {top}."
         )
     records = as_records(images, image_shape)
-    target = find_device(device)
-    reader = make_logit_reader(found.load(target), found.preprocessing, target, precision)
+    engine = find_engine("torch", device, precision)
+    network = found.load(engine.device)
+    reader = make_logit_reader(found.name, network, found.preprocessing, engine)
     predictions: list[list[tuple[str, float]]] = []
     for batch in run_in_batches(
         reader, records, Record.open, batch_size=batch_size, num_workers=num_workers

@@ -31,7 +31,7 @@ from .._images.tables import find_records, tag_images
 from .._layers.index import LayerIndex, LayerTable, ResolvedLayer
 from .._layers.pooling import PooledLayer, Pooling, map_shape, pool_layer
 from .._parameters import check_device, check_parameters
-from .readers import index_layers
+from .readers import EngineName, check_engine, index_layers
 from .rows import MEMORY, ExtractionSpec, read_maps, read_rows
 
 # Under which layers are kept for a search, in addition to the requested one.
@@ -128,6 +128,11 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         "auto" takes CUDA, else MPS, else the CPU.
     precision : {"float32", "bfloat16", "float16"}, default="float32"
         Type in which the network computes (autocast). Features are always float32.
+    engine : {"torch", "openvino"}, default="torch"
+        What runs the network. "openvino" (extra `openvino`) is faster on most processors of Intel
+        and AMD, and converts the network first, which takes some seconds: once in a process, or
+        once for all if the environment variable `DEEPFEAT_OPENVINO_DIR` names a folder to keep it
+        in. A batch that is not full takes as long as a full one.
     num_workers : int or "auto", default="auto"
         Number of threads that read and prepare images while the network runs; 0 for none.
     cache : "memory", path, FeatureCache or None, default="memory"
@@ -211,6 +216,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         batch_size: int = 32,
         device: str | torch.device = "auto",
         precision: Precision = "float32",
+        engine: EngineName = "torch",
         num_workers: Workers = "auto",
         cache: str | os.PathLike[str] | FeatureCache | None = "memory",
         prefetch: list[str | int] | str | None = "stages",
@@ -230,6 +236,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
+        self.engine = engine
         self.num_workers = num_workers
         self.cache = cache
         self.prefetch = prefetch
@@ -262,7 +269,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         LayerNotFoundError
             If the backbone does not have the layer.
         ModuleNotFoundError
-            If the backbone is one of timm, and timm is not installed.
+            If the backbone is one of timm, or the engine is OpenVINO, and that is not installed.
         """
         index = index_layers(self._find_backbone())
         self._find_sections(index)
@@ -560,10 +567,12 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
             prefetched=tuple(_pool_small(prefetched, poolings)),
             repooled=tuple(_pool_small(kept, _SEARCHED_POOLINGS)),
             searched=tuple(_pool_small(searched, [*poolings, *_SEARCHED_POOLINGS])),
+            engine=self.engine,
             device=self.device,
             precision=self.precision,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            verbose=self.verbose,
         )
 
     def _find_prefetched(self, index: LayerIndex) -> Iterable[ResolvedLayer]:
@@ -678,6 +687,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
     def _check_parameters(self) -> None:
         check_parameters(DeepFeatureExtractor, self.get_params(deep=False))
         check_device(self.device)
+        check_engine(self.engine, self.device, self.precision)
         self._check_pooling()
         if not (self.prefetch in ("stages", None) or isinstance(self.prefetch, (list, tuple))):
             raise ValueError(

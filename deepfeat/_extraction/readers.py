@@ -2,7 +2,9 @@
 
 import functools
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +12,58 @@ from torch import Tensor, nn
 from .._backbones.find import Backbone
 from .._backbones.preprocessing import Preprocessing
 from .._engine.batches import Reader
-from .._engine.devices import Outputs, Precision, autocast, run_in_parts
+from .._engine.devices import Outputs, Precision, autocast, find_device, run_in_parts
 from .._layers.index import LayerIndex, ResolvedLayer
+from .._layers.inference import InferenceNetwork, prefer_channels_last, prepare_for_inference
 from .._layers.pooling import PooledLayer, lay_out
-from .._layers.reading import ForwardPass, prefer_channels_last
+from .._layers.reading import ForwardPass, Reduce
 from .._layers.trace import first_tensor
+from .openvino import OpenVinoReader, Source, check_openvino
+
+EngineName: TypeAlias = Literal["torch", "openvino"]
 
 # How many images of a shape fit into memory at once, by network.
 _fitting: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = (
     weakref.WeakKeyDictionary()
 )
+_ready: weakref.WeakKeyDictionary[nn.Module, dict[Precision, InferenceNetwork]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs networks, where and how; found by `find_engine`."""
+
+    name: EngineName
+    device: torch.device
+    precision: Precision
+    batch_size: int = 32
+    verbose: int = 0
+
+
+def find_engine(
+    name: EngineName,
+    device: str | torch.device,
+    precision: Precision,
+    batch_size: int = 32,
+    verbose: int = 0,
+) -> Engine:
+    """Find the device on which an engine runs.
+
+    Raises
+    ------
+    ValueError
+        If the device cannot be used.
+    """
+    found = torch.device("cpu") if name == "openvino" else find_device(device)
+    return Engine(name, found, precision, batch_size, verbose)
+
+
+def check_engine(name: EngineName, device: str | torch.device, precision: Precision) -> None:
+    """Raise unless an engine is installed, and allows this device and precision."""
+    if name == "openvino":
+        check_openvino(device, precision)
 
 
 class TorchReader:
@@ -64,50 +108,94 @@ class TorchReader:
 
 
 def make_layer_reader(
+    backbone: Backbone,
     network: nn.Module,
     outputs: Sequence[PooledLayer],
-    preprocessing: Preprocessing,
-    device: torch.device,
-    precision: Precision,
+    engine: Engine,
     *,
     optional: Collection[str] = (),
 ) -> Reader:
     """Make a reader of pooled layers, by key; `optional` ones may be missing from a batch."""
     layers = {output.key: (output.layer, output.reduce) for output in outputs}
-    forward = ForwardPass(network, layers, optional)
-    return TorchReader(network, forward, preprocessing, device, precision)
+    forward = _make_pass(backbone, network, layers, engine, optional)
+    return _make_reader(backbone, network, forward, forward.module, tuple(layers), engine)
 
 
 def make_map_reader(
-    network: nn.Module,
-    layer: ResolvedLayer,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    precision: Precision,
+    backbone: Backbone, network: nn.Module, layer: ResolvedLayer, engine: Engine
 ) -> Reader:
     """Make a reader of the maps (n, C, H, W) of a layer, as "maps"."""
-    read = ForwardPass(network, {"maps": (layer, functools.partial(lay_out, layer))})
+    layers = {"maps": (layer, functools.partial(lay_out, layer))}
+    read = _make_pass(backbone, network, layers, engine)
+    input_shape = backbone.preprocessing.input_shape
 
     def forward(batch: Tensor) -> Outputs:
-        if tuple(batch.shape[1:]) != preprocessing.input_shape:  # another grid of tokens, too
+        if tuple(batch.shape[1:]) != input_shape:  # another grid of tokens, too
             raise ValueError(
                 "preprocessing must give images of one shape if maps are read; got "
-                f"{tuple(batch.shape[1:])} and {preprocessing.input_shape}."
+                f"{tuple(batch.shape[1:])} and {input_shape}."
             )
         return read(batch)
 
-    return TorchReader(network, forward, preprocessing, device, precision)
+    return _make_reader(backbone, network, forward, read.module, ("maps", layer.name), engine)
 
 
 def make_logit_reader(
-    network: nn.Module, preprocessing: Preprocessing, device: torch.device, precision: Precision
+    name: str, network: nn.Module, preprocessing: Preprocessing, engine: Engine
 ) -> Reader:
-    """Make a reader of what the network puts out, as "logits"."""
+    """Make a reader of what a network puts out, as "logits"; torch runs it as it is."""
 
     def forward(batch: Tensor) -> Outputs:
         return {"logits": first_tensor(network(batch)).float()}
 
-    return TorchReader(network, forward, preprocessing, device, precision)
+    if engine.name == "torch":
+        return TorchReader(network, forward, preprocessing, engine.device, engine.precision)
+    source = Source(name, network, network, forward, ("logits",), preprocessing)
+    return OpenVinoReader(source, engine.precision, engine.batch_size, engine.verbose)
+
+
+def _make_pass(
+    backbone: Backbone,
+    network: nn.Module,
+    layers: Mapping[str, tuple[ResolvedLayer, Reduce]],
+    engine: Engine,
+    optional: Collection[str] = (),
+) -> ForwardPass:
+    if engine.name == "openvino":  # which prepares the network itself
+        return ForwardPass(network, layers, optional)
+    ready = _prepare_once(network, backbone.preprocessing.input_shape, engine)
+    return ForwardPass(ready.module, layers, optional, convolutions=ready.convolutions)
+
+
+def _make_reader(
+    backbone: Backbone,
+    network: nn.Module,
+    forward: Callable[[Tensor], Outputs],
+    module: nn.Module,
+    reads: tuple[str, ...],
+    engine: Engine,
+) -> Reader:
+    """Make a reader of what `forward` returns, which runs `module`, made of the network."""
+    steps = backbone.preprocessing
+    if engine.name == "torch":
+        return TorchReader(network, forward, steps, engine.device, engine.precision)
+    source = Source(backbone.name, network, module, forward, reads, steps, backbone.fingerprint)
+    return OpenVinoReader(source, engine.precision, engine.batch_size, engine.verbose)
+
+
+def _prepare_once(
+    network: nn.Module, input_shape: tuple[int, ...], engine: Engine
+) -> InferenceNetwork:
+    """Prepare a network for inference, which nobody else trains or changes."""
+    found = _ready.setdefault(network, {})
+    if engine.precision not in found:
+        found[engine.precision] = prepare_for_inference(
+            network,
+            input_shape,
+            functools.partial(autocast, engine.device, engine.precision),
+            getattr(torch, engine.precision),
+        )
+    return found[engine.precision]
 
 
 def index_layers(backbone: Backbone) -> LayerIndex:

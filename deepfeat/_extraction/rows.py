@@ -21,13 +21,20 @@ from .._cache.cache import FeatureCache, FileStat
 from .._cache.disk import CacheFormatError
 from .._cache.owners import PATIENCE_SECONDS
 from .._engine.batches import Batch, run_in_batches
-from .._engine.devices import Precision, find_device
+from .._engine.devices import Precision
 from .._engine.threads import Workers, map_in_threads
 from .._images.decoding import RGB, decoding_settings
 from .._images.records import ImageError, Record
 from .._layers.index import ResolvedLayer
 from .._layers.pooling import PooledLayer
-from .readers import load_network, make_layer_reader, make_map_reader
+from .readers import (
+    Engine,
+    EngineName,
+    find_engine,
+    load_network,
+    make_layer_reader,
+    make_map_reader,
+)
 
 # Part of every key: increase it when the rows of the same image and layer change.
 _SCHEMA = 3
@@ -53,10 +60,16 @@ class ExtractionSpec:
     prefetched: tuple[PooledLayer, ...]
     repooled: tuple[PooledLayer, ...]
     searched: tuple[PooledLayer, ...]
+    engine: EngineName
     device: str | torch.device
     precision: Precision
     batch_size: int
     num_workers: Workers
+    verbose: int = 0
+
+    def find_engine(self) -> Engine:
+        """Find the engine, when the first image needs it."""
+        return find_engine(self.engine, self.device, self.precision, self.batch_size, self.verbose)
 
 
 def read_rows(
@@ -70,7 +83,7 @@ def read_rows(
     """
     fingerprint = None if cache is None else _find_fingerprint(spec.backbone)
     if cache is None or fingerprint is None:
-        network = load_network(spec.backbone, find_device(spec.device))
+        network = load_network(spec.backbone, spec.find_engine().device)
         for batch in _compute(spec, network, _find_outputs(spec.layers), records):
             yield replace(batch, rows=_to_layers(spec.layers, batch.rows))
         return
@@ -90,9 +103,9 @@ def read_maps(
     spec: ExtractionSpec, layer: ResolvedLayer, records: list[Record]
 ) -> Iterator[Batch[Record]]:
     """Yield the maps (C, H, W) of a layer of all records, as "maps", in order."""
-    device = find_device(spec.device)
-    network = load_network(spec.backbone, device)
-    reader = make_map_reader(network, layer, spec.backbone.preprocessing, device, spec.precision)
+    engine = spec.find_engine()
+    network = load_network(spec.backbone, engine.device)
+    reader = make_map_reader(spec.backbone, network, layer, engine)
     return run_in_batches(
         reader, records, Record.open, batch_size=spec.batch_size, num_workers=spec.num_workers
     )
@@ -147,7 +160,12 @@ class _CachedExtraction:
         # Pillow 11.1 to 13.0 change 0.6 % of the pixels of JPEGs by one grey level, and devices and
         # releases of torch round differently as well. A cache that took weeks to fill should
         # survive upgrades of these and another GPU; a change beyond rounding increases _SCHEMA.
-        key = functools.partial(_digest, _SCHEMA, fingerprint, spec.precision, decoding_settings())
+        # In float32 engines differ by rounding, too; in bfloat16 by a hundred times as much as a
+        # row does from one run to the next, so that rows of the two should not be mixed.
+        arithmetic = (
+            spec.precision if spec.precision == "float32" else (spec.precision, spec.engine)
+        )
+        key = functools.partial(_digest, _SCHEMA, fingerprint, arithmetic, decoding_settings())
         self.namespaces = {
             output.key: key(output.layer.source, output.pooling or "") for output in self.second
         }
@@ -156,7 +174,7 @@ class _CachedExtraction:
     @functools.cached_property
     def network(self) -> nn.Module:
         """The network, loaded when the first image needs it, and once for all passes of a call."""
-        return load_network(self.spec.backbone, find_device(self.spec.device))
+        return load_network(self.spec.backbone, self.spec.find_engine().device)
 
     def _add_if_room(
         self, outputs: tuple[PooledLayer, ...], more: tuple[PooledLayer, ...]
@@ -373,11 +391,10 @@ def _compute(
     """Run the network over records up to the deepest of some outputs."""
     requested = {output.key for output in _find_outputs(spec.layers)}
     reader = make_layer_reader(
+        spec.backbone,
         network,
         outputs,
-        spec.backbone.preprocessing,
-        find_device(spec.device),
-        spec.precision,
+        spec.find_engine(),
         optional={output.key for output in outputs} - requested,
     )
     return run_in_batches(

@@ -24,7 +24,13 @@ from .._engine.batches import run_in_batches
 from .._engine.devices import Precision, find_device
 from .._engine.threads import Workers
 from .._extraction.extractor import DeepFeatureExtractor
-from .._extraction.readers import index_layers, make_logit_reader
+from .._extraction.readers import (
+    EngineName,
+    check_engine,
+    find_engine,
+    index_layers,
+    make_logit_reader,
+)
 from .._images.records import Record
 from .._images.tables import find_records, tag_images
 from .._layers.index import LayerNotFoundError
@@ -139,6 +145,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     precision : {"float32", "bfloat16", "float16"}, default="float32"
         Data type in which the network computes (autocast). Weights stay float32; float16 gradients
         are scaled as needed.
+    engine : {"torch", "openvino"}, default="torch"
+        What runs the network in `predict`, as for `DeepFeatureExtractor`; it is trained by torch.
     num_workers : int or "auto", default="auto"
         Number of threads that read and prepare images in the background; 0 for none.
     random_state : int, default=None
@@ -236,6 +244,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         image_shape: tuple[int, ...] | None = None,
         device: str | torch.device = "auto",
         precision: Precision = "float32",
+        engine: EngineName = "torch",
         num_workers: Workers = "auto",
         random_state: int | None = None,
         verbose: int = 0,
@@ -267,6 +276,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         self.image_shape = image_shape
         self.device = device
         self.precision = precision
+        self.engine = engine
         self.num_workers = num_workers
         self.random_state = random_state
         self.verbose = verbose
@@ -742,12 +752,15 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     def _compute_logits(self, X: Any) -> NDArray[np.float64]:
         """Run the network on images, in eval mode."""
         check_is_fitted(self, "module_")
-        names = ("batch_size", "num_workers", "precision")
+        names = ("batch_size", "num_workers", "precision", "engine")
         check_parameters(FineTuneClassifier, {name: getattr(self, name) for name in names})
+        check_engine(self.engine, self.device, self.precision)
         records = find_records(self, X, self.image_shape, reset=False)
-        device = find_device(self.device)
-        network = self.module_.to(device)
-        reader = make_logit_reader(network, self._preprocessing, device, self.precision)
+        engine = find_engine(
+            self.engine, self.device, self.precision, self.batch_size, self.verbose
+        )
+        network = self.module_.to(engine.device)
+        reader = make_logit_reader(self._name, network, self._preprocessing, engine)
         logits = np.empty((len(records), len(self.classes_)))
         with tqdm(
             total=len(records), desc=self._name, unit="image", disable=not self.verbose

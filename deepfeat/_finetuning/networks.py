@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._backbones.find import Backbone
 from .._extraction.readers import load_network
 from .._layers.head import HeadLocation, find_head, is_of_timm
-from .._layers.reading import prefer_channels_last
+from .._layers.inference import prefer_channels_last
 from .heads import AUXILIARY, Head, add_head, drop_auxiliary, reset_classifier
 
 

@@ -1,18 +1,15 @@
 """Reading of layers: a forward pass that ends at the deepest requested layer."""
 
-import copy
 import functools
-import itertools
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from .index import ResolvedLayer
-from .trace import find_tensors, first_tensor, make_blank, share_weights
+from .trace import find_tensors, first_tensor, share_weights
 
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -35,6 +32,9 @@ class ForwardPass:
     optional : collection of str, optional
         Keys of layers that may be missing from the result: those that the network does not call
         for a batch, or that do not return one output per image.
+    convolutions : mapping of str to torch.nn.Module, optional
+        Convolutions, by path, into which the network has folded the norm after them. If they are
+        to be read, they run in addition.
     """
 
     def __init__(
@@ -42,15 +42,22 @@ class ForwardPass:
         module: nn.Module,
         layers: Mapping[str, tuple[ResolvedLayer, Reduce]],
         optional: Collection[str] = (),
+        *,
+        convolutions: Mapping[str, nn.Module] | None = None,
     ):
-        self._module = share_weights(module)
+        self.module = share_weights(module)
         self._outputs = _Outputs(layers)
         self._optional = optional
         for layer in {layer.source: layer for layer, _ in layers.values()}.values():
             record = functools.partial(self._outputs.record, layer.source)
-            read = self._module.get_submodule(layer.path)
+            read = self.module.get_submodule(layer.path)
+            convolution = (convolutions or {}).get(layer.path)
             if layer.reads == "pre-logits":
                 _read_pre_logits(read, record)
+            elif layer.reads == "output" and convolution is not None:
+                read.register_forward_pre_hook(
+                    functools.partial(_read_convolution, convolution, record)
+                )
             elif layer.reads == "input":
                 hook = functools.partial(_read_input, record)
                 read.register_forward_pre_hook(hook, with_kwargs=True)
@@ -68,7 +75,7 @@ class ForwardPass:
         self._outputs.start()
         try:
             with suppress(_AllRead):
-                self._module(batch)
+                self.module(batch)
             found = self._outputs.found
         finally:
             self._outputs.found = {}
@@ -132,6 +139,12 @@ def _read_input(
     record(next(find_tensors((inputs, options)), None))
 
 
+def _read_convolution(
+    convolution: nn.Module, record: Callable[[Any], None], _module: nn.Module, inputs: Any
+) -> None:
+    record(convolution(*inputs))
+
+
 def _read_output(
     record: Callable[[Any], None], _module: nn.Module, _inputs: Any, output: Any
 ) -> None:
@@ -146,33 +159,3 @@ def _copy_if_shared(reduced: Tensor, output: Tensor) -> Tensor:
     """Copy a tensor that shares memory with an output, which an in-place ReLU may overwrite."""
     shared = reduced.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
     return reduced.clone() if shared else reduced
-
-
-def prefer_channels_last(module: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
-    """Copy a network to the channels-last memory format, which is faster, if it allows that.
-
-    Some code requires maps to be contiguous channel by channel (`x.view(len(x), -1)`). Unless a
-    trial run gives the same output, up to rounding, the network itself is returned.
-    """
-    if not any(weight.ndim == 4 for weight in module.parameters()):
-        return module
-    changed = copy.deepcopy(module).to(memory_format=torch.channels_last)
-    noise = torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(0))
-    noise = noise.to(make_blank(module, ()))
-    try:
-        with torch.no_grad():
-            expected, found = list(find_tensors(module(noise))), list(find_tensors(changed(noise)))
-    except Exception:  # a network that fails in any format raises when the caller runs it
-        return module
-    pairs = itertools.zip_longest(expected, found)
-    return changed if expected and all(itertools.starmap(_is_close, pairs)) else module
-
-
-def _is_close(expected: Tensor | None, found: Tensor | None) -> bool:
-    """Return whether two outputs are equal up to rounding, relative to the largest value."""
-    if expected is None or found is None or expected.shape != found.shape:
-        return False
-    expected, found = expected.double(), found.double()
-    finite = expected[expected.isfinite()].abs()
-    scale = float(finite.max()) if finite.numel() else 0.0
-    return torch.allclose(expected, found, rtol=0, atol=1e-4 * scale, equal_nan=True)

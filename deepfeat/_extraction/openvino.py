@@ -1,0 +1,267 @@
+"""OpenVINO as an engine: networks converted, checked against torch, and run as Readers."""
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .._backbones.preprocessing import Preprocessing
+from .._engine.devices import Outputs, Precision, limit_part
+from .._layers.inference import is_close
+from .._optional import import_optional
+
+# A folder in which converted networks are kept for other processes.
+FOLDER_VARIABLE = "DEEPFEAT_OPENVINO_DIR"
+_TYPES: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
+_KEPT = 4  # converted networks of a network, each with a copy of its weights
+_KEYS = ["deepfeat", "keys"]  # where the keys of outputs stand in a converted network
+_converting = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled network, whose outputs have these keys."""
+
+    network: Any  # openvino.CompiledModel
+    keys: tuple[str, ...]
+
+
+_compiled: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, Compiled]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network of torch that is to be converted.
+
+    `forward` runs `module` on a normalised batch, and is what the tuple `reads` names. `network` is
+    where the weights come from; if nobody changes them, `digest` identifies them.
+    """
+
+    name: str
+    network: nn.Module
+    module: nn.Module
+    forward: Callable[[Tensor], Outputs]
+    reads: tuple[str, ...]
+    preprocessing: Preprocessing
+    digest: Callable[[], bytes] | None = None
+
+
+class OpenVinoReader:
+    """A network converted to OpenVINO, or a part of one, as a Reader on the CPU.
+
+    It runs on batches of one size; the last one is padded.
+    """
+
+    def __init__(self, source: Source, precision: Precision, batch_size: int, verbose: int):
+        self.device = torch.device("cpu")
+        self.prepare = source.preprocessing.prepare
+        self._source = source
+        self._precision = precision
+        self._batch_size = batch_size
+        self._verbose = verbose
+        self._requests: dict[Hashable, tuple[Any, tuple[str, ...]]] = {}
+
+    def read(self, batch: Tensor) -> Outputs:
+        """Run a batch, in parts of one size."""
+        size = limit_part(self._batch_size, tuple(batch.shape[1:]), self.device)
+        request, keys = self._find_request(size, batch)
+        parts = []
+        for part in torch.split(batch, size):
+            padded = F.pad(part, (*(0, 0) * (batch.ndim - 1), 0, size - len(part)))
+            outputs = request.infer([padded.numpy()]).values()
+            parts.append([torch.from_numpy(output[: len(part)].copy()) for output in outputs])
+        return {
+            key: torch.cat(outputs)
+            for key, outputs in zip(keys, zip(*parts, strict=True), strict=True)
+        }
+
+    def _find_request(self, size: int, batch: Tensor) -> tuple[Any, tuple[str, ...]]:
+        shape = (size, *batch.shape[1:])
+        if (shape, batch.dtype) not in self._requests:
+            noise = _make_noise(shape, batch.dtype)
+            compiled = _compile_once(self._source, noise, self._precision, self._verbose)
+            request = compiled.network.create_infer_request()
+            self._requests[shape, batch.dtype] = request, compiled.keys
+        return self._requests[shape, batch.dtype]
+
+
+def check_openvino(device: str | torch.device, precision: Precision) -> None:
+    """Raise unless OpenVINO is installed, and runs on this device in this precision."""
+    openvino = import_optional("openvino", extra="openvino")
+    if str(device) not in ("auto", "cpu"):
+        raise ValueError(
+            f"engine='openvino' runs on the CPU: device must be 'auto' or 'cpu'; got {device!r}."
+        )
+    if precision not in _TYPES:
+        raise ValueError(
+            f"precision must be 'float32' or 'bfloat16' if engine is 'openvino'; got {precision!r}."
+        )
+    if precision == "bfloat16" and "BF16" not in _find_core(openvino).get_property(
+        "CPU", "OPTIMIZATION_CAPABILITIES"
+    ):
+        raise ValueError(
+            "precision='bfloat16' is not possible with engine='openvino' on this processor, which "
+            "does not have instructions for it: use 'float32'."
+        )
+
+
+@functools.cache
+def _find_core(openvino: Any) -> Any:
+    return openvino.Core()
+
+
+def _make_noise(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if dtype.is_floating_point:
+        return torch.rand(shape, generator=generator, dtype=dtype)
+    return torch.randint(0, 256, shape, generator=generator, dtype=dtype)
+
+
+# Conversion ---------------------------------------------------------------------------------------
+
+
+def _compile_once(source: Source, noise: Tensor, precision: Precision, verbose: int) -> Compiled:
+    """Return a compiled network; the last few of each network are kept in this process."""
+    settings = source.preprocessing.settings
+    what = (
+        *(source.reads, tuple(noise.shape), str(noise.dtype)),
+        settings if isinstance(settings, str) else "",  # the user's own do nothing on the device
+    )
+    key = what, precision, torch.get_num_threads(), _find_versions(source.network)
+    with _converting:
+        kept = _compiled.setdefault(source.network, OrderedDict())
+        if key not in kept:
+            kept[key] = _compile(source, noise, precision, what, verbose)
+            while len(kept) > _KEPT:
+                kept.popitem(last=False)
+        kept.move_to_end(key)
+        return kept[key]
+
+
+def _find_versions(network: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Return what changes with the weights: where they are, and how often they were written."""
+    tensors = (*network.parameters(), *network.buffers())
+    return tuple(
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors
+    )
+
+
+def _compile(
+    source: Source, noise: Tensor, precision: Precision, what: Hashable, verbose: int
+) -> Compiled:
+    openvino = import_optional("openvino", extra="openvino")
+    file = _find_file(source, what, openvino)
+    converted = _load(file, openvino)
+    if converted is None:
+        if verbose:
+            tqdm.write(f"{source.name}: converting to OpenVINO")
+        converted = _convert(source, noise, openvino)
+        if file is not None:
+            _save(converted, file, openvino)
+    keys = json.loads(converted.get_rt_info(_KEYS).astype(str))
+    return Compiled(_compile_for(converted, precision, openvino), tuple(keys))
+
+
+def _convert(source: Source, noise: Tensor, openvino: Any) -> Any:
+    """Convert a network; refuse one that OpenVINO cannot convert, or computes differently."""
+    module = _Converting(source)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates the tracing that OpenVINO uses
+            expected = module(noise)
+            converted = openvino.convert_model(module, example_input=noise)
+        converted.reshape(list(noise.shape))
+        found = _compile_for(converted, "float32", openvino)([noise.numpy()]).values()
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(_refuse(source, f"cannot convert it: {reason}")) from error
+    for key, row, other in zip(module.keys, expected, found, strict=True):
+        if not is_close(row, torch.from_numpy(other)):
+            raise ValueError(
+                _refuse(source, f"computes other values of {key.strip()!r} than torch")
+            )
+    converted.set_rt_info(json.dumps(module.keys), _KEYS)  # names of outputs are changed on the way
+    return converted
+
+
+def _refuse(source: Source, problem: str) -> str:
+    return f"engine='openvino' is not possible for {source.name}: it {problem}. Use engine='torch'."
+
+
+class _Converting(nn.Module):
+    """A network as OpenVINO takes it: images as they are prepared in, a tuple of outputs out."""
+
+    def __init__(self, source: Source):
+        super().__init__()
+        self.module = source.module  # in which tracing looks for weights
+        self.keys: tuple[str, ...] = ()
+        self._normalize = source.preprocessing.normalize
+        self._forward = source.forward
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
+        outputs = self._forward(self._normalize(batch))
+        self.keys = tuple(outputs)
+        return tuple(outputs.values())
+
+
+def _compile_for(converted: Any, precision: Precision, openvino: Any) -> Any:
+    settings = {
+        # Left to itself, OpenVINO takes bfloat16 wherever the processor has it.
+        "INFERENCE_PRECISION_HINT": _TYPES[precision],
+        "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, on all threads
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    return _find_core(openvino).compile_model(converted, "CPU", settings)
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def _find_file(source: Source, what: Hashable, openvino: Any) -> Path | None:
+    """Return where a converted network is kept; None if that is not wanted, or not possible."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if not folder or source.digest is None:
+        return None
+    versions = openvino.get_version(), torch.__version__
+    content = repr((source.digest(), what, versions)).encode()
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return Path(folder).expanduser() / f"{digest}.xml"
+
+
+def _load(file: Path | None, openvino: Any) -> Any:
+    if file is None or not file.exists():
+        return None
+    try:
+        return _find_core(openvino).read_model(file)
+    except RuntimeError as error:
+        warnings.warn(f"{file} cannot be read, and is replaced: {error}", stacklevel=2)
+        return None
+
+
+def _save(converted: Any, file: Path, openvino: Any) -> None:
+    """Save a converted network in two files, of which that without weights is there last."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            new = Path(folder) / file.name
+            openvino.save_model(converted, new, compress_to_fp16=False)
+            for suffix in (".bin", ".xml"):
+                os.replace(new.with_suffix(suffix), file.with_suffix(suffix))
+    except (OSError, RuntimeError) as error:
+        warnings.warn(f"The converted network was not saved as {file}: {error}", stacklevel=2)

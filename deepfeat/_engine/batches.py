@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .devices import Outputs
+from .devices import Outputs, limit_workers
 from .threads import T, Workers, map_in_threads
 
 Fetched: TypeAlias = tuple[Outputs, torch.cuda.Event | None]
@@ -61,7 +61,9 @@ def run_in_batches(
         return reader.prepare(open_sample(sample))
 
     launched: deque[tuple[list[T], Fetched, list[tuple[T, Exception]]]] = deque()
-    for good, tensors, failures in _prepare_batches(samples, prepare, batch_size, num_workers):
+    limit = limit_workers(reader.device)
+    results = map_in_threads(prepare, samples, num_workers, ahead=2 * batch_size, limit=limit)
+    for good, tensors, failures in _gather_batches(results, batch_size):
         # The outputs get no name, which would keep them on the device while the next batch runs.
         launched.append((good, _fetch(_read(reader, good, tensors), reader.device), failures))
         if reader.device.type != "cuda" or len(launched) > 1:
@@ -73,17 +75,14 @@ def run_in_batches(
 # Batches ----------------------------------------------------------------------------------------
 
 
-def _prepare_batches(
-    samples: Iterable[T],
-    prepare: Callable[[T], Tensor],
-    batch_size: int,
-    num_workers: Workers,
+def _gather_batches(
+    results: Iterable[tuple[T, Tensor | Exception]], batch_size: int
 ) -> Iterator[tuple[list[T], list[Tensor], list[tuple[T, Exception]]]]:
     """Gather full batches of what could be prepared, and the failures among them."""
     good: list[T] = []
     tensors: list[Tensor] = []
     failures: list[tuple[T, Exception]] = []
-    for sample, result in map_in_threads(prepare, samples, num_workers, ahead=2 * batch_size):
+    for sample, result in results:
         if isinstance(result, Exception):
             failures.append((sample, result))
             if len(failures) == batch_size:  # however many there are, only a few are held

@@ -39,6 +39,11 @@ def limit_part(size: int, shape: tuple[int, ...], device: torch.device) -> int:
     return size if device.type != "cpu" else min(int(size), max(1, _CPU_VALUES // math.prod(shape)))
 
 
+def limit_workers(device: torch.device) -> int | None:
+    """Return how many threads prepare images at most; those of a GPU have all processors."""
+    return None if device.type == "cuda" else 8
+
+
 def run_in_parts(
     function: Callable[[Tensor], Outputs],
     batch: Tensor,

@@ -1,6 +1,7 @@
 """Threads: a function mapped over samples, in order."""
 
 import os
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,14 +15,22 @@ R = TypeVar("R")
 
 
 def map_in_threads(
-    function: Callable[[T], R], samples: Iterable[T], num_workers: Workers, *, ahead: int
+    function: Callable[[T], R],
+    samples: Iterable[T],
+    num_workers: Workers,
+    *,
+    ahead: int,
+    limit: int | None = 8,
 ) -> Iterator[tuple[T, R | Exception]]:
     """Map in threads, in order, at most `ahead` samples before the one that is taken.
 
-    An exception that `function` raises for a sample is the result for that sample.
+    "auto" takes a thread per processor, up to `limit`. An exception that `function` raises for a
+    sample is the result for that sample.
     """
     iterator = iter(samples)
-    workers = _count_workers() if num_workers == "auto" else num_workers
+    workers = (
+        min(_count_processors(), limit or sys.maxsize) if num_workers == "auto" else num_workers
+    )
     if workers == 0:
         yield from ((sample, attempt(function, sample)) for sample in iterator)
         return
@@ -39,11 +48,11 @@ def map_in_threads(
         threads.shutdown(cancel_futures=True)
 
 
-def _count_workers() -> int:
-    """Count the processors that this process may use; more than 8 threads do not pay off."""
+def _count_processors() -> int:
+    """Count the processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return min(8, len(os.sched_getaffinity(0)))
-    return min(8, os.cpu_count() or 1)
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def attempt(function: Callable[[T], R], sample: T) -> R | Exception:

@@ -179,29 +179,43 @@ def _compile(
 
 
 def _convert(source: Source, noise: Tensor, openvino: Any) -> Any:
-    """Convert a network; refuse one that OpenVINO cannot convert, or computes differently."""
+    """Convert a network; refuse one that OpenVINO cannot convert, or computes differently.
+
+    A conversion follows the path that the computation takes for one batch. It is tried on a darker
+    and on a lighter one, so that a network that decides by its input does not go unnoticed.
+    """
     module = _Converting(source)
+    trials = noise // 4, 255 - noise // 4
+    if noise.is_floating_point():
+        trials = noise / 4, 1 - noise / 4
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates the tracing that OpenVINO uses
-            expected = module(noise)
             converted = openvino.convert_model(module, example_input=noise)
-        converted.reshape(list(noise.shape))
-        found = _compile_for(converted, "float32", openvino)([noise.numpy()]).values()
+            converted.reshape(list(noise.shape))
+            compiled = _compile_for(converted, "float32", openvino)
+            expected = [module(trial) for trial in trials]
+            found = [compiled([trial.numpy()]).values() for trial in trials]
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(_refuse(source, f"cannot convert it: {reason}")) from error
-    for key, row, other in zip(module.keys, expected, found, strict=True):
-        if not is_close(row, torch.from_numpy(other)):
-            raise ValueError(
-                _refuse(source, f"computes other values of {key.strip()!r} than torch")
-            )
+        raise ValueError(_refuse(source, f"cannot be converted ({_explain(error)})")) from error
+    for ours, theirs in zip(expected, found, strict=True):
+        close = (
+            is_close(row, torch.from_numpy(other)) for row, other in zip(ours, theirs, strict=True)
+        )
+        if not all(close):
+            raise ValueError(_refuse(source, "gives other values there than in torch"))
     converted.set_rt_info(json.dumps(module.keys), _KEYS)  # names of outputs are changed on the way
     return converted
 
 
+def _explain(error: Exception) -> str:
+    lines = [line.lstrip("- ") for line in str(error).splitlines() if line.strip()]
+    missing = [line for line in lines if line.startswith("No conversion rule")]
+    return (missing or lines or [type(error).__name__])[0]
+
+
 def _refuse(source: Source, problem: str) -> str:
-    return f"engine='openvino' is not possible for {source.name}: it {problem}. Use engine='torch'."
+    return f"engine='openvino' is not possible for {source.name}, which {problem}: use 'torch'."
 
 
 class _Converting(nn.Module):

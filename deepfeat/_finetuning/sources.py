@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._backbones.preprocessing import Preprocessing
 from .._engine.batches import run_in_batches, stack
-from .._engine.devices import Outputs, Precision, limit_part, to_device
+from .._engine.devices import Outputs, Precision, limit_part, limit_workers, to_device
 from .._engine.threads import Workers, attempt, map_in_threads
 from .._extraction.readers import TorchReader
 from .._images.decoding import RGB
@@ -135,7 +135,13 @@ class ImageSource(Source):
         # The random numbers that a user's function draws have one order in a single thread only.
         in_turn = callable(self.augment) and epoch is not None
         work: Callable[[int], Any] = open_image if in_turn else open_and_prepare
-        results = map_in_threads(work, indices.tolist(), self.num_workers, ahead=2 * batch_size)
+        results = map_in_threads(
+            work,
+            indices.tolist(),
+            self.num_workers,
+            ahead=2 * batch_size,
+            limit=limit_workers(self.device),
+        )
         tensors: list[Tensor] = []
         for number, (index, result) in enumerate(results, start=1):
             if in_turn and not isinstance(result, Exception):

@@ -135,7 +135,7 @@ def test_nan_in_a_row_is_an_error_of_the_call_or_of_that_image():
         find_records(BaseEstimator(), table, (4, 4), reset=True)
     options = {"reset": True, "ensure_all_finite": False}
     good, bad = find_records(BaseEstimator(), table, (4, 4), **options)
-    assert good.open().size == (4, 4)
+    assert good.open().shape == (4, 4, 3)
     with pytest.raises(ImageError, match=r"^X\[1\].*contains NaN"):
         bad.open()
 

@@ -134,7 +134,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         once for all if the environment variable `DEEPFEAT_OPENVINO_DIR` names a folder to keep it
         in. A batch that is not full takes as long as a full one.
     num_workers : int or "auto", default="auto"
-        Number of threads that read and prepare images while the network runs; 0 for none.
+        Number of threads that read and prepare images while the network runs; 0 for none. "auto":
+        as many as the process has processors, and at most 8 unless the device is CUDA.
     cache : "memory", path, FeatureCache or None, default="memory"
         Where rows are kept, before `norm`, so that an image goes through the network only once
         however often it comes: in this process, up to 1 GiB; in a directory, shared by all

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     PHOTOMETRIC_INTERPRETATION,
@@ -43,7 +43,7 @@ _ROW_OVERSHOOT = -math.inf, 127.0
 _loading = threading.Lock()
 _STRIP = 2**20  # bytes of pixels that are copied from Pillow at a time
 _JPEG_SPACES = {"RGB": "RGB", "L": "GRAY"}
-_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # by EXIF orientation
+_UPRIGHT: dict[Any, Callable[[Pixels], Pixels]] = {  # by EXIF orientation
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -96,9 +96,9 @@ def open_image(source: Any, channels_last: bool = False, is_row: bool = False) -
             raise ValueError(f"an image of size {content.size} has no pixels")
         _load(content)
         samples = _find_samples(content)
-        upright = ImageOps.exif_transpose(content)
-        _rescale_transparency(upright, content.format)
-        return _as_pixels(_to_rgb(upright, samples))
+        copy = content.copy()
+        _rescale_transparency(copy, content.format)
+        return _turn_upright(_as_pixels(_to_rgb(copy, samples)), content)
     with _open_encoded(content) as image:
         pixels = _decode_jpeg(image, content)
         if pixels is not None:
@@ -106,9 +106,9 @@ def open_image(source: Any, channels_last: bool = False, is_row: bool = False) -
         tile = getattr(image, "tile", None)
         raw_mode = tile[0].args if tile else None  # the layout of the samples in the file
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
+        samples = _find_samples(image)
         _rescale_transparency(image, image.format, raw_mode)
-        return _as_pixels(_to_rgb(image, _find_samples(image)))
+        return _turn_upright(_as_pixels(_to_rgb(image, samples)), image)
 
 
 def digest_image(source: Any, channels_last: bool = False, is_row: bool = False) -> bytes:
@@ -302,10 +302,7 @@ def _decode_jpeg(image: Image.Image, source: str | os.PathLike[str] | bytes) -> 
         return None
     if pixels.shape[:2] != image.size[::-1]:  # the file holds more than one image
         return None
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
-    if orientation in _UPRIGHT:
-        pixels = _UPRIGHT[orientation](pixels)
-    return _as_three_channels(pixels)
+    return _turn_upright(_as_three_channels(pixels), image)
 
 
 @functools.cache
@@ -325,6 +322,15 @@ def _as_pixels(image: Image.Image) -> RGB:
         bottom = min(image.height, top + rows)
         pixels[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
     return pixels
+
+
+def _turn_upright(pixels: RGB, image: Image.Image) -> RGB:
+    """Turn the pixels of an image as its EXIF data say.
+
+    Unlike Pillow's function for this, it does not write EXIF data, which fails if they are damaged.
+    """
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
 def _as_three_channels(pixels: RGB) -> RGB:

@@ -102,11 +102,12 @@ def examples(session):
         run_python(session, script, "--quick", "--out", session.create_tmp(), env=OFFLINE)
 
 
-@on_request()
+@nox.session(default=False)
 def bench(session):
-    """Run the benchmarks and print their results."""
+    """Run the benchmarks and print their results, in an environment with other libraries."""
+    session.install("--editable", ".[jpeg,openvino]", *requirements("bench"))
     for script in scripts_in(session, "tests/benchmarks"):
-        run_python(session, script, *session.posargs)
+        session.run("python", script, *session.posargs)
 
 
 @on_request()

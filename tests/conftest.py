@@ -22,6 +22,20 @@ def no_network(request, monkeypatch):
         monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
 
 
+@pytest.fixture
+def pillow_resizes(monkeypatch):
+    """Resize with Pillow, as without AVX2, so that other programs' pixels can be compared with."""
+    monkeypatch.setattr("deepfeat._backbones.preprocessing._has_native_resize", lambda: False)
+
+
+@pytest.fixture(params=["Pillow", "torch"])
+def resizer(request):
+    """Resize with Pillow, and with torch where it has the kernels; a test runs once for each."""
+    if request.param == "Pillow":
+        request.getfixturevalue("pillow_resizes")
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def scene_labels():
     """The classes of `scene_paths`."""

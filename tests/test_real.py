@@ -18,6 +18,7 @@ from sklearn.svm import LinearSVC
 from torchvision import models
 
 from deepfeat import DeepFeatureExtractor, FineTuneClassifier, predict_categories
+from deepfeat._backbones import preprocessing
 from deepfeat.datasets._folders import load_image_folder
 from deepfeat.datasets._scene15 import load_scene15
 
@@ -127,6 +128,7 @@ def small_grey(paths):
     return np.stack([np.asarray(image).ravel() for image in images])
 
 
+@pytest.mark.usefixtures("pillow_resizes")
 @pytest.mark.parametrize("backbone", ["mobilenet_v2", "squeezenet1_1"])
 def test_rows_of_real_images_are_those_of_a_plain_loop(folder, split, backbone):
     """Real weights, real JPEGs: PIL, `weights.transforms()`, the network, the mean, the norm."""
@@ -144,6 +146,36 @@ def test_rows_of_real_images_are_those_of_a_plain_loop(folder, split, backbone):
     assert_allclose(rows, normalize(np.array(means)), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "squeezenet1_1"])
+def test_features_hardly_depend_on_who_resizes(
+    folder, split, backbone, monkeypatch, record_property
+):
+    """On ten images of each class: levels of grey next to Pillow's hardly turn the features.
+
+    Pillow is furthest from torch where an upright image is squashed to a lower and wider one: it
+    resizes the columns first, torch always the rows.
+    """
+    paths = split.groupby("class").head(10)["path"]
+    assert len(paths) == 150
+    for resize, least in (("weights", 0.9999), ("squash", 0.999)):
+        extractor = DeepFeatureExtractor(
+            *(backbone, "features"),
+            **{"weights": folder / "weights" / f"{backbone}.pth", "resize": resize, "cache": None},
+        )
+        by_torch = extractor.fit_transform(paths)
+        with monkeypatch.context() as patch:
+            patch.setattr(preprocessing, "_has_native_resize", lambda: False)
+            by_pillow = extractor.fit_transform(paths)
+        cosines = (by_torch * by_pillow).sum(axis=1)
+        record_property(
+            "figure",
+            f"15-Scene, {backbone}, resize={resize!r}: cosine of features by torch's resizing and "
+            f"by Pillow's {cosines.min():.6f} at least, {np.median(cosines):.6f} in the middle",
+        )
+        assert cosines.min() >= least
+
+
+@pytest.mark.usefixtures("pillow_resizes")
 @pytest.mark.parametrize("backbone", ["mobilenet_v2", "squeezenet1_1"])
 def test_categories_of_photographs_are_those_of_torchvision(folder, record_property, backbone):
     """Real weights on scikit-learn's two photographs: names and probabilities as by hand."""

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode
 from torchvision.transforms._presets import ImageClassification
+from torchvision.transforms.functional import convert_image_dtype
 from torchvision.transforms.v2 import functional as F
 
 Resize: TypeAlias = Literal["weights", "squash", "pad"]
@@ -164,7 +165,7 @@ def _prepare(pixels: RGB, fit: Fit) -> Tensor:
 
 def _normalize(batch: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """Turn 8-bit (n, H, W, C) into normalised float32 (n, C, H, W), channels last in memory."""
-    floats = F.to_dtype(batch.permute(0, 3, 1, 2), torch.float32, scale=True)
+    floats = convert_image_dtype(batch.permute(0, 3, 1, 2))
     normalized: Tensor = F.normalize(floats, mean, std, inplace=True)
     return normalized
 
@@ -173,10 +174,10 @@ def _normalize(batch: Tensor, mean: list[float], std: list[float]) -> Tensor:
 
 
 def _resize(image: Tensor, size: tuple[int, int], interpolation: InterpolationMode) -> Tensor:
-    """Resize an image as torchvision does it, or Pillow, which differs by a level of grey or two.
+    """Resize an image with torch's kernels for 8 bits, or with Pillow where it has none.
 
-    Torch has kernels for 8-bit images that are several times as fast as Pillow, but not for all
-    processors and interpolations; its others are slower.
+    They differ by a level of grey (bilinear) or two (bicubic), and by more where recent releases
+    of Pillow resize columns first: for some images that are squashed or thin.
     """
     if interpolation in _NATIVE and _has_native_resize():
         resized: Tensor = F.resize(image.permute(2, 0, 1), list(size), interpolation)

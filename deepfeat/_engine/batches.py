@@ -62,8 +62,11 @@ def run_in_batches(
 
     launched: deque[tuple[list[T], Fetched, list[tuple[T, Exception]]]] = deque()
     limit = limit_workers(reader.device)
-    results = map_in_threads(prepare, samples, num_workers, ahead=2 * batch_size, limit=limit)
-    for good, tensors, failures in _gather_batches(results, batch_size):
+    # The threads get no name, in which the traceback of an error would keep them alive.
+    for good, tensors, failures in _gather_batches(
+        map_in_threads(prepare, samples, num_workers, ahead=2 * batch_size, limit=limit),
+        batch_size,
+    ):
         # The outputs get no name, which would keep them on the device while the next batch runs.
         launched.append((good, _fetch(_read(reader, good, tensors), reader.device), failures))
         if reader.device.type != "cuda" or len(launched) > 1:

@@ -103,6 +103,8 @@ def _agree(expected: nn.Module, found: nn.Module, noise: Tensor, tolerance: floa
 
 def _fold_norms(network: nn.Module, noise: Tensor) -> InferenceNetwork:
     """Let convolutions compute what the norms after them would; exact up to rounding."""
+    if not any(map(_is_norm, network.modules())):
+        return InferenceNetwork(network)
     trial = _Trial(network)
     try:
         pairs = trial.run(noise)
@@ -143,7 +145,7 @@ class _Trial(TorchFunctionMode):
         for path, module in hooked.named_modules():
             if isinstance(module, _ConvNd) and not module.transposed:
                 module.register_forward_hook(self._keep(path))
-            elif isinstance(getattr(module, "running_var", None), Tensor):
+            elif _is_norm(module):
                 module.register_forward_pre_hook(self._take(path))
                 module.register_forward_hook(self._compare(path))
         with torch.no_grad(), self:
@@ -192,6 +194,10 @@ class _Trial(TorchFunctionMode):
                     self._pairs[conv] = path
 
         return compare
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "running_var", None), Tensor)
 
 
 def _fold(conv: nn.Module, norm: nn.Module) -> nn.Module | None:

@@ -714,6 +714,13 @@ def prepare_by_timm(name, image, **changes):
     return undo(config, timm.data.create_transform(**config)(image))
 
 
+def assert_about(found, expected, resizer):
+    """Compare levels of grey: the same where Pillow resizes, and else nearly all, or the next."""
+    assert_close(found, expected, rtol=0, atol={"Pillow": 1e-3, "torch": 2.001}[resizer])
+    assert ((found - expected).abs() > 0.5).float().mean() <= 0.05
+    assert ((found - expected).abs() > 1.5).float().mean() <= 0.001
+
+
 def undo(config, normalized):
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     return 255 * (normalized * std + mean)
@@ -729,7 +736,7 @@ def prepare(name, image, resize="weights", image_size=None):
 
 
 @pytest.mark.parametrize("name", PREPARED)
-def test_images_are_prepared_as_by_timm(name, photographs):
+def test_images_are_prepared_as_by_timm(name, photographs, resizer):
     """Pixel by pixel, whatever part of an image the weights want, and in what size."""
     config = timm.data.resolve_data_config(
         pretrained_cfg=timm.models.get_pretrained_cfg(name).to_dict()
@@ -738,12 +745,11 @@ def test_images_are_prepared_as_by_timm(name, photographs):
     assert (config["crop_mode"], config["crop_pct"]) == (mode, part)
     assert (config["interpolation"], config["input_size"]) == (interpolation, (3, *size))
     for image in photographs.values():
-        expected = prepare_by_timm(name, image)
-        assert_close(prepare(name, image), expected, rtol=0, atol=1e-3)
+        assert_about(prepare(name, image), prepare_by_timm(name, image), resizer)
 
 
 @pytest.mark.slow
-def test_images_are_prepared_as_by_timm_for_all_weights(photographs):
+def test_images_are_prepared_as_by_timm_for_all_weights(photographs, resizer):
     """Each of the combinations of crop mode, part, interpolation and size."""
     groups = {
         tuple(
@@ -755,20 +761,20 @@ def test_images_are_prepared_as_by_timm_for_all_weights(photographs):
     assert len(groups) > 100
     for name in groups.values():
         for image in photographs.values():
-            expected = prepare_by_timm(name, image)
-            assert_close(prepare(name, image), expected, rtol=0, atol=1e-3, msg=name)
+            assert_about(prepare(name, image), prepare_by_timm(name, image), resizer)
 
 
 @pytest.mark.parametrize("side", [96, 260])
 @pytest.mark.parametrize("name", PREPARED)
-def test_image_size_replaces_the_size_of_the_weights(name, side, photographs):
+def test_image_size_replaces_the_size_of_the_weights(name, side, photographs, resizer):
     """The same part of an image comes in another size, as timm prepares it."""
     for image in photographs.values():
         expected = prepare_by_timm(name, image, input_size=(3, side, side))
         assert expected.shape == (3, side, side)
-        assert_close(prepare(name, image, image_size=side), expected, rtol=0, atol=1e-3)
+        assert_about(prepare(name, image, image_size=side), expected, resizer)
 
 
+@pytest.mark.usefixtures("pillow_resizes")  # which resizes these in another order, to other levels
 @pytest.mark.parametrize("name", PREPARED)
 @pytest.mark.parametrize("size", [(7, 500), (500, 7), (3, 30), (901, 100)], ids=str)
 def test_thin_images_are_prepared_as_by_timm(name, size):
@@ -789,14 +795,18 @@ def test_a_thin_image_takes_no_more_memory_than_its_pixels(name, size, resize):
 
 
 @pytest.mark.parametrize("name", PREPARED)
-def test_the_whole_image_can_be_kept(name, photographs):
+def test_the_whole_image_can_be_kept(name, photographs, resizer):
     """Squashed it fills the input; padded it keeps its proportions, in the middle."""
     *_, interpolation, (height, width) = PREPARED[name]
     resample = Image.Resampling[interpolation.upper()]
     for image in photographs.values():
-        squashed = image.resize((width, height), resample)
+        if resizer == "torch":  # always first along the rows; Pillow as it is faster
+            squashed = image.resize((width, image.height), resample)
+            squashed = squashed.resize((width, height), resample)
+        else:
+            squashed = image.resize((width, height), resample)
         expected = torch.from_numpy(np.array(squashed)).permute(2, 0, 1).float()
-        assert_close(prepare(name, image, "squash"), expected, rtol=0, atol=1e-3)
+        assert_about(prepare(name, image, "squash"), expected, resizer)
 
         scale = min(width / image.width, height / image.height)
         across, down = round(image.width * scale), round(image.height * scale)
@@ -805,7 +815,7 @@ def test_the_whole_image_can_be_kept(name, photographs):
         left, top = (width - across) // 2, (height - down) // 2
         padded = prepare(name, image, "pad")
         middle = padded[:, top : top + down, left : left + across]
-        assert_close(middle, expected, rtol=0, atol=1e-3)
+        assert_about(middle, expected, resizer)
 
 
 @pytest.mark.parametrize("resize", ["weights", "squash", "pad"])

@@ -66,6 +66,7 @@ def same(predictions, expected):
     assert_allclose(probabilities, split_pairs(expected)[1], rtol=1e-4)
 
 
+@pytest.mark.usefixtures("pillow_resizes")
 @pytest.mark.parametrize("size", [None, 64])
 @pytest.mark.parametrize("top", [1, 5])
 def test_names_and_probabilities_are_those_of_torchvision_by_hand(net, weights, images, top, size):

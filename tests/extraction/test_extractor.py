@@ -90,6 +90,7 @@ def rows_by_hand(paths, name, node, pooling, norm):
     return np.array(rows) if norm is None else normalize(rows, norm)
 
 
+@pytest.mark.usefixtures("pillow_resizes")
 @pytest.mark.parametrize(
     ("name", "layer", "node", "pooling", "norm"),
     [
@@ -293,6 +294,7 @@ def test_what_is_no_sequence_of_images_is_refused(X, message, method):
 # Preview ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("pillow_resizes")
 def test_a_preview_is_what_torchvision_feeds_the_network(scene_paths):
     """Normalized as the weights ask, the pictures are torchvision's own input to the network."""
     pictures = DeepFeatureExtractor("mobilenet_v2", -1, weights=None).preview(scene_paths)

@@ -74,6 +74,7 @@ def class_token(net, batch):
     return net.forward_features(batch)[:, 0]
 
 
+@pytest.mark.usefixtures("pillow_resizes")
 @pytest.mark.parametrize(
     ("name", "layer", "pooling", "read", "options"),
     [

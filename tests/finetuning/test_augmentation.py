@@ -36,19 +36,18 @@ def test_every_other_image_is_mirrored():
 def test_a_crop_lies_inside_the_image(width, height, seed):
     """It has at least one pixel, and 8 to 100 % of the area up to rounding."""
     rows, columns = np.mgrid[:height, :width]
-    whole = Image.fromarray((np.stack([columns, rows, 0 * rows], -1) % 256).astype(np.uint8))
+    whole = (np.stack([columns, rows, 0 * rows], -1) % 256).astype(np.uint8)
     crop = crop_at_random(whole, np.random.default_rng(seed))
-    w, h = crop.size
+    h, w = crop.shape[:2]
     assert 1 <= w <= width
     assert 1 <= h <= height
-    if crop.size != whole.size:
+    if crop.shape != whole.shape:
         assert (w + 1) * (h + 1) >= 0.08 * width * height
         assert (w - 0.5) / (h + 0.5) <= 4 / 3
         assert (w + 0.5) / (max(h, 1) - 0.5) >= 3 / 4
-        left, top = np.asarray(crop)[0, 0, :2].astype(int)
-        inside = np.asarray(whole)
+        left, top = crop[0, 0, :2].astype(int)
         assert any(
-            np.array_equal(np.asarray(crop), inside[t : t + h, x : x + w])
+            np.array_equal(crop, whole[t : t + h, x : x + w])
             for x in range(left, width, 256)
             for t in range(top, height, 256)
         )
@@ -56,10 +55,10 @@ def test_a_crop_lies_inside_the_image(width, height, seed):
 
 def test_crops_are_spread_as_the_paper_says():
     """Areas uniformly, ratios uniformly on a logarithmic scale, positions uniformly."""
-    whole = Image.fromarray(np.mgrid[:200, :200].transpose(1, 2, 0)[..., [0, 1, 1]].astype("u1"))
+    whole = np.mgrid[:200, :200].transpose(1, 2, 0)[..., [0, 1, 1]].astype("u1")
     crops = [crop_at_random(whole, np.random.default_rng(seed)) for seed in range(2000)]
-    sizes = np.array([crop.size for crop in crops if crop.size != whole.size])
-    areas, ratios = sizes.prod(axis=1) / 200**2, sizes[:, 0] / sizes[:, 1]
+    sides = np.array([crop.shape[:2] for crop in crops if crop.shape != whole.shape])
+    areas, ratios = sides.prod(axis=1) / 200**2, sides[:, 1] / sides[:, 0]
     assert 0.078 <= areas.min() < 0.1
     assert 0.9 < areas.max() <= 1
     assert 0.74 <= ratios.min() < 0.77
@@ -67,8 +66,8 @@ def test_crops_are_spread_as_the_paper_says():
     assert_allclose(np.log(ratios).mean(), 0, atol=0.02)
     small = areas < 0.5  # larger ones must have a ratio that fits in
     assert_allclose(np.quantile(areas[small], [0.25, 0.5, 0.75]), [0.185, 0.29, 0.395], atol=0.02)
-    starts = np.array([np.asarray(crop)[0, 0, :2] for crop in crops])
-    ends = 199 - np.array([np.asarray(crop)[-1, -1, :2] for crop in crops])
+    starts = np.array([crop[0, 0, :2] for crop in crops])
+    ends = 199 - np.array([crop[-1, -1, :2] for crop in crops])
     assert_allclose(starts.mean(axis=0), ends.mean(axis=0), atol=4)
 
 
@@ -192,6 +191,12 @@ def test_a_crop_takes_the_place_of_the_weights_own_crop(
 # The user's functions ---------------------------------------------------------------------------
 
 
+def paint(image):
+    """Paint over an image."""
+    image.paste("red", (0, 0, *image.size))
+    return image
+
+
 def test_a_callable_gets_upright_pictures_one_after_the_other(
     scene_paths, scene_labels, make_classifier
 ):
@@ -215,7 +220,16 @@ def test_a_callable_gets_upright_pictures_one_after_the_other(
     assert len(set(drawn)) == len(sizes) == 24
     assert threads == {threading.main_thread()}
     pictures = [open_image(path) for path in scene_paths]
-    assert set(sizes) == {picture.size for picture in pictures}
+    assert set(sizes) == {picture.shape[1::-1] for picture in pictures}
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop", paint])
+def test_images_are_not_changed_by_augmenting(augment, make_images, make_classifier):
+    """Arrays are not copied before, but a function of the user may paint on what it gets."""
+    X, y = make_images(8, 64)
+    before = np.array(X)
+    make_classifier(augment=augment).fit(X, y)
+    assert_array_equal(X, before)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -358,6 +358,7 @@ def test_a_device_that_is_not_there_is_refused(images, make_classifier):
 # Back to features -------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("pillow_resizes")
 @pytest.mark.parametrize("layer", ["stage2", "features.12", ["stage1", "stage3"]])
 def test_features_are_those_of_the_tuned_network(scene_paths, scene_labels, layer, make_classifier):
     """Through the preprocessing of the weights, read by torchvision's own extractor."""

@@ -191,6 +191,7 @@ def test_networks_with_two_heads_or_none_are_trained(name, side, heads, tune):
     assert classifier.history_[-1]["train_loss"] < classifier.history_[0]["train_loss"]
 
 
+@pytest.mark.usefixtures("pillow_resizes")
 @pytest.mark.parametrize("head", ["replace", "append"])
 @pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_convnext.r160_in1k"])
 def test_logits_are_those_of_the_network_itself(name, head, tune):

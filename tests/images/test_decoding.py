@@ -275,6 +275,13 @@ def test_every_pil_mode_becomes_rgb(image, expected):
     assert_allclose(np.asarray(open_image(image)), expected, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("size", [(1000, 1000), (500_000, 3), (3, 500_000), (1, 1)], ids=str)
+def test_images_of_many_pixels_are_read_whole(size, as_source):
+    """Their pixels are copied in strips, of which the last is lower, or one is a row."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    assert_array_equal(read([as_source(encode(to_pil(pixels), "PPM"))])[0], pixels)
+
+
 # Where row 0 and column 0 of the stored image belong, by TIFF 6.0, page 36.
 SIDES = {
     1: ("top", "left"),

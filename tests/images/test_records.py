@@ -223,6 +223,17 @@ def test_no_kind_of_input_is_changed(as_kind, pictures):
     assert_equal(copy_content(X), before)
 
 
+@pytest.mark.parametrize("pictures", ["grey", "RGB", "RGBA"], indirect=True)
+def test_torch_can_take_over_the_pixels_of_any_kind(as_kind, pictures):
+    """They are contiguous and may be written to, so that torch neither copies them nor warns."""
+    for record in as_records(as_kind(pictures), pictures.shape[1:]):
+        pixels = record.open()
+        tensor = torch.from_numpy(pixels)
+        assert_equal((tensor.dtype, tensor.shape), (torch.uint8, (HEIGHT, WIDTH, 3)))
+        assert tensor.is_contiguous()
+        assert np.shares_memory(tensor.numpy(), pixels)
+
+
 def copy_content(X):
     """Copy the content of X, without the library's help."""
     if hasattr(X, "to_numpy"):

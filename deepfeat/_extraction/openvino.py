@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .._backbones.fingerprint import UnknownContentError
 from .._backbones.preprocessing import Preprocessing
 from .._engine.devices import Outputs, Precision, limit_part
 from .._layers.inference import is_close
@@ -27,7 +28,8 @@ from .._optional import import_optional
 # A folder in which converted networks are kept for other processes.
 FOLDER_VARIABLE = "DEEPFEAT_OPENVINO_DIR"
 _TYPES: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
-_KEPT = 4  # converted networks of a network, each with a copy of its weights
+_FORMAT = 1  # part of the names of files: increase it when conversions change
+_KEPT = 4  # converted networks in a process, each with a copy of its weights
 _KEYS = ["deepfeat", "keys"]  # where the keys of outputs stand in a converted network
 _converting = threading.Lock()
 
@@ -40,9 +42,7 @@ class Compiled:
     keys: tuple[str, ...]
 
 
-_compiled: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, Compiled]] = (
-    weakref.WeakKeyDictionary()
-)
+_compiled: OrderedDict[Hashable, Compiled] = OrderedDict()  # the least recently used first
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Source:
     """A network of torch that is to be converted.
 
     `forward` runs `module` on a normalised batch, and is what the tuple `reads` names. `network` is
-    where the weights come from; if nobody changes them, `digest` identifies them.
+    where the weights come from; `digest` identifies them, if they have one.
     """
 
     name: str
@@ -137,43 +137,64 @@ def _make_noise(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _compile_once(source: Source, noise: Tensor, precision: Precision, verbose: int) -> Compiled:
-    """Return a compiled network; the last few of each network are kept in this process."""
+    """Return a compiled network; the last few are kept in this process."""
     settings = source.preprocessing.settings
     what = (
         *(source.reads, tuple(noise.shape), str(noise.dtype)),
         settings if isinstance(settings, str) else "",  # the user's own do nothing on the device
     )
-    key = what, precision, torch.get_num_threads(), _find_versions(source.network)
+    digest = _find_digest(source)
+    weights = _look_at(source.network) if digest is None else digest
+    key = weights, what, precision, torch.get_num_threads()
     with _converting:
-        kept = _compiled.setdefault(source.network, OrderedDict())
-        if key not in kept:
-            kept[key] = _compile(source, noise, precision, what, verbose)
-            while len(kept) > _KEPT:
-                kept.popitem(last=False)
-        kept.move_to_end(key)
-        return kept[key]
+        if key not in _compiled:
+            _compiled[key] = _compile(source, noise, precision, (digest, what), verbose)
+            while len(_compiled) > _KEPT:
+                _compiled.popitem(last=False)
+        _compiled.move_to_end(key)
+        return _compiled[key]
 
 
-def _find_versions(network: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Return what changes with the weights: where they are, and how often they were written."""
-    tensors = (*network.parameters(), *network.buffers())
-    return tuple(
-        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors
+def _find_digest(source: Source) -> bytes | None:
+    try:
+        return None if source.digest is None else source.digest()
+    except UnknownContentError:
+        return None
+
+
+def _look_at(network: nn.Module) -> Hashable:
+    """Return what changes if a network does, without reading all of its weights.
+
+    Weights that are written through `data` keep their version, but hardly their first value.
+    """
+    modules = tuple((id(module), type(module)) for module in network.modules())
+    tensors = tuple(
+        (
+            tensor.data_ptr(),
+            0 if tensor.is_inference() else tensor._version,
+            tensor[(0,) * tensor.ndim].item() if tensor.numel() else None,
+        )
+        for tensor in (*network.parameters(), *network.buffers())
     )
+    return weakref.ref(network), modules, tensors
 
 
 def _compile(
-    source: Source, noise: Tensor, precision: Precision, what: Hashable, verbose: int
+    source: Source,
+    noise: Tensor,
+    precision: Precision,
+    content: tuple[bytes | None, Hashable],
+    verbose: int,
 ) -> Compiled:
     openvino = import_optional("openvino", extra="openvino")
-    file = _find_file(source, what, openvino)
+    file = _find_file(content, openvino)
     converted = _load(file, openvino)
     if converted is None:
         if verbose:
             tqdm.write(f"{source.name}: converting to OpenVINO")
         converted = _convert(source, noise, openvino)
-        if file is not None:
-            _save(converted, file, openvino)
+        if file is not None and _save(converted, file, openvino):
+            converted = _load(file, openvino)  # which computes as it will in other processes
     keys = json.loads(converted.get_rt_info(_KEYS).astype(str))
     return Compiled(_compile_for(converted, precision, openvino), tuple(keys))
 
@@ -189,7 +210,7 @@ def _convert(source: Source, noise: Tensor, openvino: Any) -> Any:
     if noise.is_floating_point():
         trials = noise / 4, 1 - noise / 4
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates the tracing that OpenVINO uses
             converted = openvino.convert_model(module, example_input=noise)
             converted.reshape(list(noise.shape))
@@ -247,35 +268,47 @@ def _compile_for(converted: Any, precision: Precision, openvino: Any) -> Any:
 # Files --------------------------------------------------------------------------------------------
 
 
-def _find_file(source: Source, what: Hashable, openvino: Any) -> Path | None:
+def _find_file(content: tuple[bytes | None, Hashable], openvino: Any) -> Path | None:
     """Return where a converted network is kept; None if that is not wanted, or not possible."""
     folder = os.environ.get(FOLDER_VARIABLE)
-    if not folder or source.digest is None:
+    if not folder or content[0] is None:
         return None
-    versions = openvino.get_version(), torch.__version__
-    content = repr((source.digest(), what, versions)).encode()
-    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-    return Path(folder).expanduser() / f"{digest}.xml"
+    versions = _FORMAT, openvino.get_version(), torch.__version__
+    name = hashlib.blake2b(repr((content, versions)).encode(), digest_size=16).hexdigest()
+    return Path(folder).expanduser() / f"{name}.xml"
 
 
 def _load(file: Path | None, openvino: Any) -> Any:
+    """Load a converted network; None if there is none, or, with a warning, if it is damaged."""
     if file is None or not file.exists():
         return None
     try:
+        if file.with_suffix(".digest").read_text() != _digest_files(file):
+            raise ValueError("its content has changed")
         return _find_core(openvino).read_model(file)
-    except RuntimeError as error:
+    except (OSError, ValueError, RuntimeError) as error:
         warnings.warn(f"{file} cannot be read, and is replaced: {error}", stacklevel=2)
         return None
 
 
-def _save(converted: Any, file: Path, openvino: Any) -> None:
-    """Save a converted network in two files, of which that without weights is there last."""
+def _save(converted: Any, file: Path, openvino: Any) -> bool:
+    """Save a converted network, in three files, of which the one that is looked for comes last."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             new = Path(folder) / file.name
             openvino.save_model(converted, new, compress_to_fp16=False)
-            for suffix in (".bin", ".xml"):
+            new.with_suffix(".digest").write_text(_digest_files(new))
+            for suffix in (".digest", ".bin", ".xml"):
                 os.replace(new.with_suffix(suffix), file.with_suffix(suffix))
     except (OSError, RuntimeError) as error:
         warnings.warn(f"The converted network was not saved as {file}: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def _digest_files(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    for suffix in (".bin", ".xml"):
+        digest.update(file.with_suffix(suffix).read_bytes())
+    return digest.hexdigest()

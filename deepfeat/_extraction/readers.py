@@ -26,7 +26,8 @@ EngineName: TypeAlias = Literal["torch", "openvino"]
 _fitting: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = (
     weakref.WeakKeyDictionary()
 )
-_ready: weakref.WeakKeyDictionary[nn.Module, dict[Precision, InferenceNetwork]] = (
+# Networks made ready for inference, by network; None if a network stays as it is.
+_ready: weakref.WeakKeyDictionary[nn.Module, dict[Precision, InferenceNetwork | None]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -164,7 +165,7 @@ def _make_pass(
     if engine.name == "openvino":  # which prepares the network itself
         return ForwardPass(network, layers, optional)
     ready = _prepare_once(network, backbone.preprocessing.input_shape, engine)
-    return ForwardPass(ready.module, layers, optional, convolutions=ready.convolutions)
+    return ForwardPass(ready.module, layers, optional, originals=ready.originals)
 
 
 def _make_reader(
@@ -189,13 +190,15 @@ def _prepare_once(
     """Prepare a network for inference, which nobody else trains or changes."""
     found = _ready.setdefault(network, {})
     if engine.precision not in found:
-        found[engine.precision] = prepare_for_inference(
+        ready = prepare_for_inference(
             network,
             input_shape,
             functools.partial(autocast, engine.device, engine.precision),
             getattr(torch, engine.precision),
         )
-    return found[engine.precision]
+        # A reference to the network would keep it alive.
+        found[engine.precision] = None if ready.module is network else ready
+    return found[engine.precision] or InferenceNetwork(network)
 
 
 def index_layers(backbone: Backbone) -> LayerIndex:

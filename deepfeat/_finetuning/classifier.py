@@ -590,6 +590,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     def _check_parameters(self) -> None:
         check_parameters(FineTuneClassifier, self.get_params(deep=False))
         check_device(self.device)
+        check_engine(self.engine, self.device, self.precision)  # before it is trained
         if not callable(self.augment):
             check_parameter("augment", self.augment, Augment, "a callable")
         if not isinstance(self.class_weight, Mapping):

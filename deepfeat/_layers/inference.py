@@ -1,9 +1,9 @@
 """Networks made ready for inference: the same outputs, computed in less time."""
 
 import copy
-import itertools
+import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,11 +24,12 @@ _CAST = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear
 class InferenceNetwork:
     """A network for inference.
 
-    `convolutions` are those whose norm has become part of them, by path, as they were before.
+    `originals` are the convolutions, by path, that a norm has become part of, as they were before,
+    and the modules that end with one.
     """
 
     module: nn.Module
-    convolutions: Mapping[str, nn.Module] = field(default_factory=dict)
+    originals: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def prepare_for_inference(
@@ -54,9 +55,11 @@ def prepare_for_inference(
     dtype : torch.dtype, default=torch.float32
         The type of autocast, to which weights are cast.
     """
-    noise = make_noise(network, 1, input_shape)
-    folded = _fold_norms(network, noise)
-    return folded if dtype == torch.float32 else _cast_weights(folded, noise, autocast, dtype)
+    if any(module.training for module in network.modules()):  # a trial would be seen by its norms
+        return InferenceNetwork(network)
+    trials = make_trials(network, input_shape)
+    folded = _fold_norms(network, trials)
+    return folded if dtype == torch.float32 else _cast_weights(folded, trials, autocast, dtype)
 
 
 def prefer_channels_last(module: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
@@ -68,13 +71,17 @@ def prefer_channels_last(module: nn.Module, input_shape: tuple[int, ...]) -> nn.
     if not any(weight.ndim == 4 for weight in module.parameters()):
         return module
     changed = copy.deepcopy(module).to(memory_format=torch.channels_last)
-    return changed if _agree(module, changed, make_noise(module, 1, input_shape)) else module
+    return changed if _agree(module, changed, make_trials(module, input_shape)[:1]) else module
 
 
-def make_noise(module: nn.Module, count: int, input_shape: tuple[int, ...]) -> Tensor:
-    """Make a batch of noise, with the dtype and device of a network's weights."""
-    noise = torch.rand(count, *input_shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(make_blank(module, ()))
+def make_trials(module: nn.Module, input_shape: tuple[int, ...]) -> list[Tensor]:
+    """Make batches of one image on which networks are compared: noise, a dark and a light image.
+
+    They have the dtype and the device of the network's weights, and the range of normalised images.
+    """
+    noise = torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(0))
+    batches = noise, noise - 2.5, noise + 1.5
+    return [batch.to(make_blank(module, ())) for batch in batches]
 
 
 def is_close(expected: Tensor | None, found: Tensor | None, tolerance: float = 1e-4) -> bool:
@@ -87,83 +94,137 @@ def is_close(expected: Tensor | None, found: Tensor | None, tolerance: float = 1
     return torch.allclose(expected, found, rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
-def _agree(expected: nn.Module, found: nn.Module, noise: Tensor, tolerance: float = 1e-4) -> bool:
-    """Try whether two networks give the same outputs, up to rounding."""
+def _agree(
+    expected: nn.Module,
+    found: nn.Module,
+    batches: Iterable[Tensor],
+    tolerance: float = 1e-4,
+    unlike: Collection[str] = (),
+) -> bool:
+    """Try whether two networks give the same, up to rounding, and all their modules, but some."""
     try:
         with torch.no_grad():
-            ours, theirs = (list(find_tensors(network(noise))) for network in (expected, found))
+            return all(
+                _is_same(
+                    _list_outputs(expected, batch), _list_outputs(found, batch), tolerance, unlike
+                )
+                for batch in batches
+            )
     except Exception:  # a network that fails in any format raises when the caller runs it
         return False
-    pairs = itertools.zip_longest(ours, theirs)
-    return bool(ours) and all(is_close(one, other, tolerance) for one, other in pairs)
+
+
+def _list_outputs(network: nn.Module, batch: Tensor) -> list[tuple[str, Tensor]]:
+    """Run a network; return what its modules return, with their paths, and what itself does."""
+    outputs: list[tuple[str, Tensor]] = []
+
+    def keep(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs.extend((path, tensor) for tensor in find_tensors(output))
+
+    hooked = share_weights(network)
+    for path, module in hooked.named_modules():
+        module.register_forward_hook(functools.partial(keep, path))
+    hooked(batch)
+    return outputs
+
+
+def _is_same(
+    expected: list[tuple[str, Tensor]],
+    found: list[tuple[str, Tensor]],
+    tolerance: float,
+    unlike: Collection[str],
+) -> bool:
+    return (
+        bool(expected)
+        and len(expected) == len(found)
+        and all(
+            path == other and (path in unlike or is_close(tensor, value, tolerance))
+            for (path, tensor), (other, value) in zip(expected, found, strict=True)
+        )
+    )
 
 
 # Norms --------------------------------------------------------------------------------------------
 
 
-def _fold_norms(network: nn.Module, noise: Tensor) -> InferenceNetwork:
+def _fold_norms(network: nn.Module, trials: list[Tensor]) -> InferenceNetwork:
     """Let convolutions compute what the norms after them would; exact up to rounding."""
     if not any(map(_is_norm, network.modules())):
         return InferenceNetwork(network)
     trial = _Trial(network)
     try:
-        pairs = trial.run(noise)
+        pairs = trial.run(trials)
     except Exception:  # a network that fails raises when the caller runs it
         return InferenceNetwork(network)
-    copied = share_weights(network)
+    copied, unchanged = share_weights(network), share_weights(network)
     originals = {}
     for conv, norm in pairs.items():
-        originals[conv] = copied.get_submodule(conv)
+        for path in (conv, *trial.containers.get(conv, ())):
+            originals[path] = unchanged.get_submodule(path)
         copied.set_submodule(conv, trial.folded[norm])
         copied.set_submodule(norm, _without_norm(copied.get_submodule(norm)))
-    if not pairs or not _agree(network, copied, noise):
+    if not pairs or not _agree(network, copied, trials, unlike=originals):
         return InferenceNetwork(network)
     return InferenceNetwork(copied, originals)
 
 
 class _Trial(TorchFunctionMode):
-    """A run that finds the norms that take what a convolution returns, and nothing else does.
+    """Runs that find the norms that take what a convolution returns, and nothing else does.
 
     A convolution with the norm folded into it is tried on the way; `folded` has those that gave
-    what the norm returned, by the path of the norm.
+    what the norm returned, by the path of the norm. `containers` has the paths of modules that
+    return what a convolution in them does, by its path.
     """
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.folded: dict[str, nn.Module] = {}
+        self.containers: dict[str, dict[str, None]] = {}
         self._network = network
         self._pairs: dict[str, str] = {}
+        self._refused: set[str] = set()  # convolutions
         self._calls: Counter[str] = Counter()  # of convolutions and norms
-        self._uses: Counter[int] = Counter()  # by functions, of what convolutions return
+        self._uses: Counter[str] = Counter()  # of what convolutions return, and of their weights
+        self._weights: dict[int, str] = {}  # paths of convolutions by the identity of their weights
         # By the identity of what a convolution returned, which is kept alive to stay unique.
         self._returned: dict[int, tuple[str, Tensor, Tensor]] = {}
         self._taken: dict[str, int] = {}
 
-    def run(self, noise: Tensor) -> dict[str, str]:
+    def run(self, batches: list[Tensor]) -> dict[str, str]:
         """Return the paths of norms that can be folded, by those of their convolutions."""
         hooked = share_weights(self._network)
+        names = Counter(module for _, module in hooked.named_modules(remove_duplicate=False))
         for path, module in hooked.named_modules():
-            if isinstance(module, _ConvNd) and not module.transposed:
+            if isinstance(module, _ConvNd) and not module.transposed and names[module] == 1:
                 module.register_forward_hook(self._keep(path))
-            elif _is_norm(module):
+                self._weights[id(module._parameters.get("weight"))] = path
+            elif _is_norm(module) and names[module] == 1:
                 module.register_forward_pre_hook(self._take(path))
                 module.register_forward_hook(self._compare(path))
-        with torch.no_grad(), self:
-            hooked(noise)
-        uses = {path: self._uses[key] for key, (path, *_) in self._returned.items()}
+            else:
+                module.register_forward_hook(self._pass_on(path))
+        for batch in batches:
+            with torch.no_grad(), self:
+                hooked(batch)
+            self._returned.clear()
         return {
             conv: norm
             for conv, norm in self._pairs.items()
-            if uses[conv] == self._calls[conv] == self._calls[norm] == 1
+            if conv not in self._refused
+            # Each time, the convolution uses its weight, and the norm what it returns.
+            and self._uses[conv] == 2 * len(batches)
+            and self._calls[conv] == self._calls[norm] == len(batches)
         }
 
     def __torch_function__(
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        tensors = list(find_tensors((args, kwargs or {})))
+        keys = {id(tensor) for tensor in find_tensors((args, kwargs or {}))}
+        used = [self._returned[key][0] for key in keys & self._returned.keys()]
+        used += [self._weights[key] for key in keys & self._weights.keys()]
         result = function(*args, **(kwargs or {}))
         if any(True for _ in find_tensors(result)):  # not for a shape, say
-            self._uses.update({id(tensor) for tensor in tensors} & self._returned.keys())
+            self._uses.update(used)
         return result
 
     def _keep(self, path: str) -> Callable[..., None]:
@@ -186,14 +247,30 @@ class _Trial(TorchFunctionMode):
         def compare(norm: nn.Module, _inputs: Any, output: Any) -> None:
             if path not in self._taken or not isinstance(output, Tensor):
                 return
-            conv, taken, _ = self._returned[self._taken[path]]
+            conv, taken, _ = self._returned[self._taken.pop(path)]
             with torch._C.DisableTorchFunction():  # not to be counted
-                folded = _fold(self._network.get_submodule(conv), norm)
-                if folded is not None and is_close(output, _without_norm(norm)(folded(taken))):
-                    self.folded[path] = folded
-                    self._pairs[conv] = path
+                folded = self.folded.get(path) or _fold(self._network.get_submodule(conv), norm)
+                if folded is None or not is_close(output, _without_norm(norm)(folded(taken))):
+                    self._refused.add(conv)
+                    return
+                self.folded[path] = folded
+            if self._pairs.setdefault(conv, path) != path:
+                self._refused.add(conv)
 
         return compare
+
+    def _pass_on(self, path: str) -> Callable[..., None]:
+        def pass_on(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            for tensor in find_tensors(output):
+                if id(tensor) not in self._returned:
+                    continue
+                conv = self._returned[id(tensor)][0]
+                if conv.startswith(f"{path}."):
+                    self.containers.setdefault(conv, {})[path] = None
+                else:  # which may be read, and would get what the norm returns
+                    self._refused.add(conv)
+
+        return pass_on
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -229,7 +306,7 @@ def _without_norm(norm: nn.Module) -> nn.Module:
 
 def _cast_weights(
     network: InferenceNetwork,
-    noise: Tensor,
+    trials: list[Tensor],
     autocast: Callable[[], AbstractContextManager[Any]],
     dtype: torch.dtype,
 ) -> InferenceNetwork:
@@ -242,5 +319,5 @@ def _cast_weights(
                     cast = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
                     module._parameters[name] = cast
     with autocast():
-        same = _agree(network.module, copied, noise, tolerance=0)
-    return InferenceNetwork(copied, network.convolutions) if same else network
+        same = _agree(network.module, copied, trials, tolerance=0)
+    return InferenceNetwork(copied, network.originals) if same else network

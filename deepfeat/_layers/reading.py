@@ -32,9 +32,9 @@ class ForwardPass:
     optional : collection of str, optional
         Keys of layers that may be missing from the result: those that the network does not call
         for a batch, or that do not return one output per image.
-    convolutions : mapping of str to torch.nn.Module, optional
-        Convolutions, by path, into which the network has folded the norm after them. If they are
-        to be read, they run in addition.
+    originals : mapping of str to torch.nn.Module, optional
+        Modules, by path, that give something else in this network, for inference, than they should:
+        those that it has changed. If they are to be read, the original runs in addition.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ForwardPass:
         layers: Mapping[str, tuple[ResolvedLayer, Reduce]],
         optional: Collection[str] = (),
         *,
-        convolutions: Mapping[str, nn.Module] | None = None,
+        originals: Mapping[str, nn.Module] | None = None,
     ):
         self.module = share_weights(module)
         self._outputs = _Outputs(layers)
@@ -51,13 +51,12 @@ class ForwardPass:
         for layer in {layer.source: layer for layer, _ in layers.values()}.values():
             record = functools.partial(self._outputs.record, layer.source)
             read = self.module.get_submodule(layer.path)
-            convolution = (convolutions or {}).get(layer.path)
+            original = (originals or {}).get(layer.path)
             if layer.reads == "pre-logits":
                 _read_pre_logits(read, record)
-            elif layer.reads == "output" and convolution is not None:
-                read.register_forward_pre_hook(
-                    functools.partial(_read_convolution, convolution, record)
-                )
+            elif layer.reads == "output" and original is not None:
+                hook = functools.partial(_read_original, original, record)
+                read.register_forward_pre_hook(hook, with_kwargs=True)
             elif layer.reads == "input":
                 hook = functools.partial(_read_input, record)
                 read.register_forward_pre_hook(hook, with_kwargs=True)
@@ -139,10 +138,14 @@ def _read_input(
     record(next(find_tensors((inputs, options)), None))
 
 
-def _read_convolution(
-    convolution: nn.Module, record: Callable[[Any], None], _module: nn.Module, inputs: Any
+def _read_original(
+    original: nn.Module,
+    record: Callable[[Any], None],
+    _module: nn.Module,
+    inputs: Any,
+    options: Any,
 ) -> None:
-    record(convolution(*inputs))
+    record(original(*inputs, **options))
 
 
 def _read_output(

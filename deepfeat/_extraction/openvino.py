@@ -194,7 +194,8 @@ def _compile(
             tqdm.write(f"{source.name}: converting to OpenVINO")
         converted = _convert(source, noise, openvino)
         if file is not None and _save(converted, file, openvino):
-            converted = _load(file, openvino)  # which computes as it will in other processes
+            # Read again, it computes as it will in other processes.
+            converted = _load(file, openvino) or converted
     keys = json.loads(converted.get_rt_info(_KEYS).astype(str))
     return Compiled(_compile_for(converted, precision, openvino), tuple(keys))
 

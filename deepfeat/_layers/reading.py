@@ -145,7 +145,9 @@ def _read_original(
     inputs: Any,
     options: Any,
 ) -> None:
-    record(original(*inputs, **options))
+    # It may change what it gets, which the module gets next.
+    copies = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
+    record(original(*copies, **options))
 
 
 def _read_output(

@@ -104,7 +104,7 @@ class OpenVinoReader:
 def check_openvino(device: str | torch.device, precision: Precision) -> None:
     """Raise unless OpenVINO is installed, and runs on this device in this precision."""
     openvino = import_optional("openvino", extra="openvino")
-    if str(device) not in ("auto", "cpu"):
+    if device != "auto" and torch.device(device).type != "cpu":
         raise ValueError(
             f"engine='openvino' runs on the CPU: device must be 'auto' or 'cpu'; got {device!r}."
         )

@@ -160,7 +160,10 @@ def _preprocess(
 
 def _prepare(pixels: RGB, fit: Fit) -> Tensor:
     """Fit an image to the input size, as 8-bit (H, W, C): a quarter of the bytes of floats."""
-    return fit(torch.from_numpy(pixels)).contiguous()
+    # Copied by NumPy: torch would do it in threads of its own for each thread that prepares images,
+    # after which OpenMP lets those of the network sleep between any two of its steps.
+    fitted = fit(torch.from_numpy(np.ascontiguousarray(pixels)))
+    return torch.from_numpy(np.ascontiguousarray(fitted.numpy()))
 
 
 def _normalize(batch: Tensor, mean: list[float], std: list[float]) -> Tensor:

@@ -63,9 +63,9 @@ class Task:
 
 TASKS = (
     Task("vgg16", "relu7", "classifier.4", "vgg16", 32),
-    Task("resnet50", "avgpool", "avgpool", "resnet50", 96),
-    Task("mobilenet_v2", "penultimate", "classifier.0", "mobilenetv2_100", 256),
-    Task("resnet50", "avgpool", "avgpool", "resnet50", 32, photographs=True),
+    Task("resnet50", "avgpool", "avgpool", "resnet50", 64),
+    Task("mobilenet_v2", "penultimate", "classifier.0", "mobilenetv2_100", 192),
+    Task("resnet50", "avgpool", "avgpool", "resnet50", 16, photographs=True),
 )
 SMOKE = (Task("squeezenet1_1", "penultimate", "classifier.0", "test_resnet", 8),)
 

@@ -54,7 +54,7 @@ def surroundings(monkeypatch):
     monkeypatch.setenv("CI", "true")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def forget(monkeypatch):
     """Forget the networks that this process has converted, as if it were another one."""
 
@@ -834,7 +834,6 @@ def test_a_full_disk_leaves_nothing_behind(pictures, folder, conversions, forget
     assert (count_kept(folder), len(conversions)) == (1, 2)
 
 
-@pytest.mark.xfail(reason="it is read again at once, and there is nothing if that fails")
 def test_what_cannot_be_read_again_is_not_lost(pictures, folder, monkeypatch, conversions):
     """The network that was just converted is there, whatever the disk made of it."""
 
@@ -941,7 +940,7 @@ def double(net):
     "change",
     [
         pytest.param(double, id="without gradients"),
-        pytest.param(lambda net: net[0].weight.detach().mul_(2), id="detached"),
+        pytest.param(lambda net: net[0].weight.detach()[1:].mul_(2), id="detached"),
         pytest.param(lambda net: net[0].weight.data.mul_(2), id="data"),
         pytest.param(
             lambda net: setattr(net[0].weight, "data", 2 * net[0].weight.data), id="new data"

@@ -471,6 +471,9 @@ def test_a_network_may_compute_something_else_for_other_images(
         pytest.param(
             lambda net, batch: net.norm(net.conv(batch)) + net.conv.weight.sum(), id="weight used"
         ),
+        pytest.param(
+            lambda net, batch: net.norm(net.conv(batch)) + net.conv.bias.sum(), id="bias used"
+        ),
     ],
 )
 def test_a_head_of_zeros_does_not_hide_what_is_wrong_before_it(
@@ -519,10 +522,22 @@ class Wrapped(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(3, 3, 1)
         self.norm = nn.Identity() if norm is None else norm
-        self.conv = nn.Conv2d(3, 4, 3)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
 
     def forward(self, batch: Tensor) -> Tensor:
         return self.conv(self.norm(self.first(batch)))
+
+
+class PreNorm(nn.Module):
+    """A module that begins with a norm and ends with a convolution, as in Xception and DPN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.conv(self.norm(batch).relu())
 
 
 class Doubles(Wrapped):
@@ -535,15 +550,16 @@ class Doubles(Wrapped):
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(lambda: [nn.Sequential(nn.Conv2d(3, 4, 3))], id="container"),
+        pytest.param(lambda: [nn.Sequential(nn.Conv2d(3, 3, 3))], id="container"),
         pytest.param(lambda: [Wrapped()], id="module"),
-        pytest.param(lambda: [nn.Conv2d(3, 4, 3), nn.Identity()], id="Identity"),
+        pytest.param(lambda: [nn.Conv2d(3, 3, 3), nn.Identity()], id="Identity"),
         pytest.param(lambda: [Wrapped(), nn.Sequential()], id="two"),
         pytest.param(lambda: [nn.Sequential(nn.Sequential(Wrapped()))], id="nested"),
+        pytest.param(lambda: [Doubles()], id="change of its input"),
         pytest.param(
-            lambda: [Doubles()],
-            id="change of its input",
-            marks=pytest.mark.xfail(reason="it runs in addition, and doubles its input again"),
+            lambda: [PreNorm(), PreNorm()],
+            id="norm first",
+            marks=pytest.mark.xfail(reason="its original applies a norm that is folded"),
         ),
         pytest.param(lambda: [nn.Sequential(nn.ReLU(inplace=True), Wrapped())], id="ReLU"),
         pytest.param(lambda: [Wrapped(norm=nn.BatchNorm2d(3))], id="norm inside"),
@@ -556,22 +572,11 @@ def test_modules_that_return_a_convolution_are_read_before_its_norm(
     assert_same_values: Callable[..., None],
 ) -> None:
     """They are as raw as the convolution: so are stages of Xception in timm."""
-    net = seed_weights(lambda: nn.Sequential(nn.Hardswish(), *make(), nn.BatchNorm2d(4), nn.ReLU()))
+    net = seed_weights(lambda: nn.Sequential(nn.Hardswish(), *make(), nn.BatchNorm2d(3), nn.ReLU()))
     assert_same_values(net, prepare_for_inference(net, (3, 8, 8)), images(2, 8))
 
 
 # Programs -----------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """A convolution in a module of its own, which it may be called in or from elsewhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.conv(batch)
 
 
 class Program(nn.Module):
@@ -588,7 +593,7 @@ class Program(nn.Module):
             self.add_module(f"norm_{name}", nn.BatchNorm2d(3))
             self.add_module(f"relu_{name}", nn.ReLU(inplace=name == "b"))
             self.add_module(f"identity_{name}", nn.Identity())
-            self.add_module(f"block_{name}", Block())
+            self.add_module(f"block_{name}", PreNorm() if name == "a" else Wrapped())
 
     def forward(self, batch: Tensor) -> Tensor:
         values = [batch.clone()]

@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from .._backbones.find import Backbone
+from .._backbones.fingerprint import UnknownContentError
 from .._backbones.preprocessing import Preprocessing
 from .._engine.batches import Reader
 from .._engine.devices import Outputs, Precision, autocast, find_device, run_in_parts
 from .._layers.index import LayerIndex, ResolvedLayer
-from .._layers.inference import InferenceNetwork, prefer_channels_last, prepare_for_inference
+from .._layers.inference import (
+    InferenceNetwork,
+    InferencePlan,
+    plan_inference,
+    prefer_channels_last,
+)
 from .._layers.pooling import PooledLayer, lay_out
 from .._layers.reading import ForwardPass, Reduce
 from .._layers.trace import first_tensor
@@ -28,6 +34,10 @@ _fitting: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = (
 )
 # Networks made ready for inference, by network; None if a network stays as it is.
 _ready: weakref.WeakKeyDictionary[nn.Module, dict[Precision, InferenceNetwork | None]] = (
+    weakref.WeakKeyDictionary()
+)
+# Plans for modules of the user, by module, each with the digest of what it was made for.
+_plans: weakref.WeakKeyDictionary[nn.Module, dict[Precision, tuple[bytes, InferencePlan]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -164,7 +174,7 @@ def _make_pass(
 ) -> ForwardPass:
     if engine.name == "openvino":  # which prepares the network itself
         return ForwardPass(network, layers, optional)
-    ready = _prepare_once(network, backbone.preprocessing.input_shape, engine)
+    ready = _prepare_once(backbone, network, engine)
     return ForwardPass(ready.module, layers, optional, originals=ready.originals)
 
 
@@ -184,21 +194,35 @@ def _make_reader(
     return OpenVinoReader(source, engine.precision, engine.batch_size, engine.verbose)
 
 
-def _prepare_once(
-    network: nn.Module, input_shape: tuple[int, ...], engine: Engine
-) -> InferenceNetwork:
+def _prepare_once(backbone: Backbone, network: nn.Module, engine: Engine) -> InferenceNetwork:
     """Prepare a network for inference, which nobody else trains or changes."""
     found = _ready.setdefault(network, {})
     if engine.precision not in found:
-        ready = prepare_for_inference(
-            network,
-            input_shape,
-            functools.partial(autocast, engine.device, engine.precision),
-            getattr(torch, engine.precision),
-        )
+        ready = _find_plan(backbone, network, engine).apply(network)
         # A reference to the network would keep it alive.
         found[engine.precision] = None if ready.module is network else ready
     return found[engine.precision] or InferenceNetwork(network)
+
+
+def _find_plan(backbone: Backbone, network: nn.Module, engine: Engine) -> InferencePlan:
+    """Plan inference; for a user's module, whose copies live for a call, only if it has changed."""
+    plan = functools.partial(
+        plan_inference,
+        network,
+        backbone.preprocessing.input_shape,
+        functools.partial(autocast, engine.device, engine.precision),
+        getattr(torch, engine.precision),
+    )
+    if backbone.shared:
+        return plan()
+    try:
+        digest = backbone.fingerprint()
+    except UnknownContentError:
+        return plan()
+    plans = _plans.setdefault(backbone.skeleton, {})
+    if plans.get(engine.precision, (b"",))[0] != digest:
+        plans[engine.precision] = digest, plan()
+    return plans[engine.precision][1]
 
 
 def index_layers(backbone: Backbone) -> LayerIndex:

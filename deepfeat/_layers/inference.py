@@ -2,10 +2,11 @@
 
 import copy
 import functools
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,17 +33,47 @@ class InferenceNetwork:
     originals: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
-def prepare_for_inference(
+@dataclass(frozen=True)
+class InferencePlan:
+    """What can be done to a network without changing more than rounding.
+
+    `pairs` are the paths of norms by those of the convolutions that they can be folded into,
+    `containers` those of modules that return what such a convolution in them does, by its path.
+    Weights are cast to `dtype`, unless that is None.
+    """
+
+    pairs: Mapping[str, str] = field(default_factory=dict)
+    containers: Mapping[str, Iterable[str]] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+
+    def apply(self, network: nn.Module) -> InferenceNetwork:
+        """Prepare a network, which is not changed; weights that stay as they are are shared."""
+        if not self.pairs and self.dtype is None:
+            return InferenceNetwork(network)
+        copied, unchanged = share_weights(network), share_weights(network)
+        originals = {}
+        for conv, norm in self.pairs.items():
+            for path in (conv, *self.containers.get(conv, ())):
+                originals[path] = unchanged.get_submodule(path)
+            folded = _fold(copied.get_submodule(conv), copied.get_submodule(norm))
+            assert folded is not None  # as in the trial
+            copied.set_submodule(conv, folded)
+            copied.set_submodule(norm, _without_norm(copied.get_submodule(norm)))
+        if self.dtype is not None:
+            _cast_weights(copied, self.dtype)
+        return InferenceNetwork(copied, originals)
+
+
+def plan_inference(
     network: nn.Module,
     input_shape: tuple[int, ...],
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     dtype: torch.dtype = torch.float32,
-) -> InferenceNetwork:
-    """Fold the norms of a network into its convolutions, and cast weights once.
+) -> InferencePlan:
+    """Plan to fold the norms of a network into its convolutions, and to cast weights once.
 
-    The network itself is not changed; the copy shares the weights that stay as they are. What is
-    folded depends on the network alone, and not on which layers are read, so that the rows of a
-    layer do not depend on it either.
+    What is folded depends on the network alone, and not on which layers are read, so that the rows
+    of a layer do not depend on it either.
 
     Parameters
     ----------
@@ -56,10 +87,28 @@ def prepare_for_inference(
         The type of autocast, to which weights are cast.
     """
     if any(module.training for module in network.modules()):  # a trial would be seen by its norms
-        return InferenceNetwork(network)
+        return InferencePlan()
     trials = make_trials(network, input_shape)
-    folded = _fold_norms(network, trials)
-    return folded if dtype == torch.float32 else _cast_weights(folded, trials, autocast, dtype)
+    plan = _plan_folding(network, trials)
+    folded = plan.apply(network)
+    if plan.pairs and not _agree(network, folded.module, trials, unlike=folded.originals):
+        plan, folded = InferencePlan(), InferenceNetwork(network)
+    if dtype != torch.float32:
+        cast = replace(plan, dtype=dtype)
+        with autocast():  # which casts to the same values
+            if _agree(folded.module, cast.apply(network).module, trials, tolerance=0):
+                return cast
+    return plan
+
+
+def prepare_for_inference(
+    network: nn.Module,
+    input_shape: tuple[int, ...],
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    dtype: torch.dtype = torch.float32,
+) -> InferenceNetwork:
+    """Prepare a network as `plan_inference` plans it."""
+    return plan_inference(network, input_shape, autocast, dtype).apply(network)
 
 
 def prefer_channels_last(module: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
@@ -88,6 +137,11 @@ def is_close(expected: Tensor | None, found: Tensor | None, tolerance: float = 1
     """Return whether two outputs are equal up to rounding, relative to the largest value."""
     if expected is None or found is None or expected.shape != found.shape:
         return False
+    if not expected.is_floating_point() or not expected.numel():
+        return torch.equal(expected, found)
+    difference, scale = float((expected - found).abs().max()), float(expected.abs().max())
+    if math.isfinite(difference) and math.isfinite(scale):
+        return difference <= tolerance * scale
     expected, found = expected.double(), found.double()
     finite = expected[expected.isfinite()].abs()
     scale = float(finite.max()) if finite.numel() else 0.0
@@ -147,38 +201,42 @@ def _is_same(
 # Norms --------------------------------------------------------------------------------------------
 
 
-def _fold_norms(network: nn.Module, trials: list[Tensor]) -> InferenceNetwork:
-    """Let convolutions compute what the norms after them would; exact up to rounding."""
+def _plan_folding(network: nn.Module, trials: list[Tensor]) -> InferencePlan:
+    """Find the norms that convolutions can compute as well; exact up to rounding."""
     if not any(map(_is_norm, network.modules())):
-        return InferenceNetwork(network)
+        return InferencePlan()
     trial = _Trial(network)
     try:
         pairs = trial.run(trials)
     except Exception:  # a network that fails raises when the caller runs it
-        return InferenceNetwork(network)
-    copied, unchanged = share_weights(network), share_weights(network)
-    originals = {}
-    for conv, norm in pairs.items():
-        for path in (conv, *trial.containers.get(conv, ())):
-            originals[path] = unchanged.get_submodule(path)
-        copied.set_submodule(conv, trial.folded[norm])
-        copied.set_submodule(norm, _without_norm(copied.get_submodule(norm)))
-    if not pairs or not _agree(network, copied, trials, unlike=originals):
-        return InferenceNetwork(network)
-    return InferenceNetwork(copied, originals)
+        return InferencePlan()
+    # The original of a container runs on what the network gives it, which must be the same there.
+    allowed = {
+        conv: norm
+        for conv, norm in pairs.items()
+        if not any(_begins_folded(path, pairs) for path in trial.containers.get(conv, ()))
+    }
+    return InferencePlan(allowed, trial.containers)
+
+
+def _begins_folded(container: str, pairs: Mapping[str, str]) -> bool:
+    """Return whether a norm in a container is folded into a convolution outside of it."""
+    inside = f"{container}."
+    return any(
+        norm.startswith(inside) and not conv.startswith(inside) for conv, norm in pairs.items()
+    )
 
 
 class _Trial(TorchFunctionMode):
     """Runs that find the norms that take what a convolution returns, and nothing else does.
 
-    A convolution with the norm folded into it is tried on the way; `folded` has those that gave
-    what the norm returned, by the path of the norm. `containers` has the paths of modules that
-    return what a convolution in them does, by its path.
+    A convolution with the norm folded into it is tried on the way. `containers` has the paths of
+    modules that return what a convolution in them does, by its path.
     """
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.folded: dict[str, nn.Module] = {}
+        self._folded: dict[str, nn.Module] = {}  # by the path of the norm
         self.containers: dict[str, dict[str, None]] = {}
         self._network = network
         self._pairs: dict[str, str] = {}
@@ -249,11 +307,11 @@ class _Trial(TorchFunctionMode):
                 return
             conv, taken, _ = self._returned[self._taken.pop(path)]
             with torch._C.DisableTorchFunction():  # not to be counted
-                folded = self.folded.get(path) or _fold(self._network.get_submodule(conv), norm)
+                folded = self._folded.get(path) or _fold(self._network.get_submodule(conv), norm)
                 if folded is None or not is_close(output, _without_norm(norm)(folded(taken))):
                     self._refused.add(conv)
                     return
-                self.folded[path] = folded
+                self._folded[path] = folded
             if self._pairs.setdefault(conv, path) != path:
                 self._refused.add(conv)
 
@@ -304,20 +362,11 @@ def _without_norm(norm: nn.Module) -> nn.Module:
 # Weights ------------------------------------------------------------------------------------------
 
 
-def _cast_weights(
-    network: InferenceNetwork,
-    trials: list[Tensor],
-    autocast: Callable[[], AbstractContextManager[Any]],
-    dtype: torch.dtype,
-) -> InferenceNetwork:
-    """Cast the weights once that autocast would cast in each pass; the values are the same."""
-    copied = share_weights(network.module)
-    for module in copied.modules():
+def _cast_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights that autocast would cast in each pass."""
+    for module in network.modules():
         if type(module) in _CAST:
             for name, weight in module._parameters.items():
                 if weight is not None and weight.dtype == torch.float32:
                     cast = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
                     module._parameters[name] = cast
-    with autocast():
-        same = _agree(network.module, copied, trials, tolerance=0)
-    return InferenceNetwork(copied, network.originals) if same else network

@@ -223,7 +223,6 @@ def draw(rates: dict[str, dict[str, float]], path: str) -> None:
         bars = ax.bar(places, heights, width, label=f"deepfeat, {label}", color=colour)
         ax.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
     ax.axhline(1, color="black", linewidth=1)
-    ax.text(len(rates) - 0.55, 1.06, "fastest peer", ha="right", va="bottom", fontsize=8)
     ax.set_xticks(range(len(rates)), [title.replace(", ", ",\n") for title in rates])
     ax.set_ylabel("Throughput, fastest peer = 1")
     ax.spines[["top", "right"]].set_visible(False)

@@ -1015,22 +1015,3 @@ def test_a_classifier_says_what_the_engine_cannot_do(classifier, pictures, break
     break_engine(problem)
     with pytest.raises(error, match=message):
         classifier.predict(pictures)
-
-
-TELLING = """
-import numpy as np
-from deepfeat import DeepFeatureExtractor
-
-extractor = DeepFeatureExtractor("resnet10_slim", "conv1", image_size=32, engine="openvino")
-extractor.transform(np.zeros((1, 32, 32, 3), dtype=np.uint8))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(reason="OpenVINO sends statistics of its use unless told not to")
-def test_nobody_is_told_of_a_conversion(tmp_path):
-    """OpenVINO gives the user a number, in a file, under which it would report."""
-    environment = {**os.environ, "HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}
-    del environment["CI"]
-    subprocess.run([sys.executable, "-c", TELLING], check=True, env=environment)
-    assert list(tmp_path.iterdir()) == []

@@ -324,8 +324,6 @@ def test_simplejpeg_decodes_as_pillow_does(make, count, least, decoded):
     assert len(decoded) >= least
 
 
-
-
 def check_all(files):
     for data in files:
         found, warned = read(data)

@@ -157,6 +157,7 @@ WRONG = {
     "image_size": [0, 3.5],
     "device": ["gpu"],
     "precision": ["float64", torch.float16],
+    "engine": ["tensorrt", None],
     "num_workers": [-1, None],
     "random_state": [-1, 2**32, 1.5, np.random.RandomState(0)],
     "early_stopping": [1, None],

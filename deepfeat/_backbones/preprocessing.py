@@ -214,7 +214,7 @@ def _resize_and_crop(
         resized = _from_picture(_enlarge_centre(picture, size, (width, height), resample))
     else:
         resized = _resize(image, (height, width), interpolation)
-    # Which pads what is smaller.
+    # This pads what is smaller.
     cropped: Tensor = F.center_crop(resized.permute(2, 0, 1), [size, size])
     return cropped.permute(1, 2, 0)
 

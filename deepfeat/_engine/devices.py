@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from .threads import CPU_LIMIT
+
 Outputs: TypeAlias = dict[str, Tensor]
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
@@ -41,7 +43,7 @@ def limit_part(size: int, shape: tuple[int, ...], device: torch.device) -> int:
 
 def limit_workers(device: torch.device) -> int | None:
     """Return how many threads prepare images at most; those of a GPU have all processors."""
-    return None if device.type == "cuda" else 8
+    return None if device.type == "cuda" else CPU_LIMIT
 
 
 def run_in_parts(

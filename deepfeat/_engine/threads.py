@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Literal, TypeAlias, TypeVar
 
+CPU_LIMIT = 8  # threads beside a network that runs on the CPU, too; more do not pay off
 Workers: TypeAlias = int | Literal["auto"]
 T = TypeVar("T")
 R = TypeVar("R")
@@ -20,7 +21,7 @@ def map_in_threads(
     num_workers: Workers,
     *,
     ahead: int,
-    limit: int | None = 8,
+    limit: int | None = CPU_LIMIT,
 ) -> Iterator[tuple[T, R | Exception]]:
     """Map in threads, in order, at most `ahead` samples before the one that is taken.
 

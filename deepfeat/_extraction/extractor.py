@@ -132,7 +132,8 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
         What runs the network. "openvino" (extra `openvino`) is faster on most processors of Intel
         and AMD, and converts the network first, which takes some seconds: once in a process, or
         once for all if the environment variable `DEEPFEAT_OPENVINO_DIR` names a folder to keep it
-        in. A batch that is not full takes as long as a full one.
+        in. It runs parts of one size, on a CPU up to 8 images of 224 x 224 pixels, and one that is
+        not full takes as long as a full one.
     num_workers : int or "auto", default="auto"
         Number of threads that read and prepare images while the network runs; 0 for none. "auto":
         as many as the process has processors, and at most 8 unless the device is CUDA.

@@ -148,11 +148,18 @@ def _compile_once(source: Source, noise: Tensor, precision: Precision, verbose: 
     key = weights, what, precision, torch.get_num_threads()
     with _converting:
         if key not in _compiled:
+            for dead in [other for other in _compiled if _is_dead(other)]:
+                del _compiled[dead]
             _compiled[key] = _compile(source, noise, precision, (digest, what), verbose)
             while len(_compiled) > _KEPT:
                 _compiled.popitem(last=False)
         _compiled.move_to_end(key)
         return _compiled[key]
+
+
+def _is_dead(key: Any) -> bool:
+    """Return whether the network of a key without digest is gone."""
+    return isinstance(key[0], tuple) and key[0][0]() is None
 
 
 def _find_digest(source: Source) -> bytes | None:
@@ -163,7 +170,7 @@ def _find_digest(source: Source) -> bytes | None:
 
 
 def _look_at(network: nn.Module) -> Hashable:
-    """Return what changes if a network does, without reading all of its weights.
+    """Return what changes if a network does, as far as can be told without reading all of it.
 
     Weights that are written through `data` keep their version, but hardly their first value.
     """
@@ -309,7 +316,8 @@ def _save(converted: Any, file: Path, openvino: Any) -> bool:
 
 
 def _digest_files(file: Path) -> str:
-    digest = hashlib.blake2b(digest_size=32)
+    digests = []
     for suffix in (".bin", ".xml"):
-        digest.update(file.with_suffix(suffix).read_bytes())
-    return digest.hexdigest()
+        with open(file.with_suffix(suffix), "rb") as content:
+            digests.append(hashlib.file_digest(content, "blake2b").hexdigest())
+    return " ".join(digests)

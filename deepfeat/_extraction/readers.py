@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._backbones.find import Backbone
-from .._backbones.fingerprint import UnknownContentError
+from .._backbones.fingerprint import UnknownContentError, fingerprint
 from .._backbones.preprocessing import Preprocessing
 from .._engine.batches import Reader
 from .._engine.devices import Outputs, Precision, autocast, find_device, run_in_parts
@@ -37,9 +37,9 @@ _ready: weakref.WeakKeyDictionary[nn.Module, dict[Precision, InferenceNetwork | 
     weakref.WeakKeyDictionary()
 )
 # Plans for modules of the user, by module, each with the digest of what it was made for.
-_plans: weakref.WeakKeyDictionary[nn.Module, dict[Precision, tuple[bytes, InferencePlan]]] = (
-    weakref.WeakKeyDictionary()
-)
+_plans: weakref.WeakKeyDictionary[
+    nn.Module, dict[tuple[str, Precision], tuple[bytes, InferencePlan]]
+] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -154,14 +154,18 @@ def make_map_reader(
 def make_logit_reader(
     name: str, network: nn.Module, preprocessing: Preprocessing, engine: Engine
 ) -> Reader:
-    """Make a reader of what a network puts out, as "logits"; torch runs it as it is."""
+    """Make a reader of what a network puts out, as "logits".
+
+    With torch, the network is not prepared for inference: the user may train it further.
+    """
 
     def forward(batch: Tensor) -> Outputs:
         return {"logits": first_tensor(network(batch)).float()}
 
     if engine.name == "torch":
         return TorchReader(network, forward, preprocessing, engine.device, engine.precision)
-    source = Source(name, network, network, forward, ("logits",), preprocessing)
+    digest = functools.partial(fingerprint, network)
+    source = Source(name, network, network, forward, ("logits",), preprocessing, digest)
     return OpenVinoReader(source, engine.precision, engine.batch_size, engine.verbose)
 
 
@@ -195,7 +199,7 @@ def _make_reader(
 
 
 def _prepare_once(backbone: Backbone, network: nn.Module, engine: Engine) -> InferenceNetwork:
-    """Prepare a network for inference, which nobody else trains or changes."""
+    """Prepare a network that nobody else trains or changes."""
     found = _ready.setdefault(network, {})
     if engine.precision not in found:
         ready = _find_plan(backbone, network, engine).apply(network)
@@ -220,9 +224,12 @@ def _find_plan(backbone: Backbone, network: nn.Module, engine: Engine) -> Infere
     except UnknownContentError:
         return plan()
     plans = _plans.setdefault(backbone.skeleton, {})
-    if plans.get(engine.precision, (b"",))[0] != digest:
-        plans[engine.precision] = digest, plan()
-    return plans[engine.precision][1]
+    key = engine.device.type, engine.precision
+    known, found = plans.get(key, (b"", InferencePlan()))
+    if known != digest:
+        found = plan()
+        plans[key] = digest, found
+    return found
 
 
 def index_layers(backbone: Backbone) -> LayerIndex:

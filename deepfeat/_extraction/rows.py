@@ -160,8 +160,8 @@ class _CachedExtraction:
         # Pillow 11.1 to 13.0 change 0.6 % of the pixels of JPEGs by one grey level, and devices and
         # releases of torch round differently as well. A cache that took weeks to fill should
         # survive upgrades of these and another GPU; a change beyond rounding increases _SCHEMA.
-        # In float32 engines differ by rounding, too; in bfloat16 by a hundred times as much as a
-        # row does from one run to the next, so that rows of the two should not be mixed.
+        # In float32 the engines differ by rounding only. In half precision they differ a hundred
+        # times as much as two runs of one engine do, so their rows are kept apart.
         arithmetic = (
             spec.precision if spec.precision == "float32" else (spec.precision, spec.engine)
         )

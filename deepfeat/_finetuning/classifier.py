@@ -482,8 +482,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         extractor : DeepFeatureExtractor
-            With the device, precision, batch size and workers of this classifier, and defaults for
-            all other parameters.
+            With the engine, device, precision, batch size and workers of this classifier, and
+            defaults for all other parameters.
         """
         check_is_fitted(self, "module_")
         return DeepFeatureExtractor(

@@ -135,15 +135,18 @@ class ImageSource(Source):
         # The random numbers that a user's function draws have one order in a single thread only.
         in_turn = callable(self.augment) and epoch is not None
         work: Callable[[int], Any] = open_image if in_turn else open_and_prepare
-        results = map_in_threads(
-            work,
-            indices.tolist(),
-            self.num_workers,
-            ahead=2 * batch_size,
-            limit=limit_workers(self.device),
-        )
         tensors: list[Tensor] = []
-        for number, (index, result) in enumerate(results, start=1):
+        # The threads get no name, in which the traceback of an error would keep them alive.
+        for number, (index, result) in enumerate(
+            map_in_threads(
+                work,
+                indices.tolist(),
+                self.num_workers,
+                ahead=2 * batch_size,
+                limit=limit_workers(self.device),
+            ),
+            start=1,
+        ):
             if in_turn and not isinstance(result, Exception):
                 result = attempt(functools.partial(prepare, index), result)
             if isinstance(result, Exception):

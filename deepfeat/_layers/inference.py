@@ -89,26 +89,17 @@ def plan_inference(
     if any(module.training for module in network.modules()):  # a trial would be seen by its norms
         return InferencePlan()
     trials = make_trials(network, input_shape)
-    plan = _plan_folding(network, trials)
-    folded = plan.apply(network)
-    if plan.pairs and not _agree(network, folded.module, trials, unlike=folded.originals):
-        plan, folded = InferencePlan(), InferenceNetwork(network)
+    with torch.autocast(trials[0].device.type, enabled=False):  # the caller may have turned it on
+        plan = _plan_folding(network, trials)
+        folded = plan.apply(network)
+        if plan.pairs and not _agree(network, folded.module, trials, unlike=folded.originals):
+            plan, folded = InferencePlan(), InferenceNetwork(network)
     if dtype != torch.float32:
         cast = replace(plan, dtype=dtype)
         with autocast():  # which casts to the same values
             if _agree(folded.module, cast.apply(network).module, trials, tolerance=0):
                 return cast
     return plan
-
-
-def prepare_for_inference(
-    network: nn.Module,
-    input_shape: tuple[int, ...],
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    dtype: torch.dtype = torch.float32,
-) -> InferenceNetwork:
-    """Prepare a network as `plan_inference` plans it."""
-    return plan_inference(network, input_shape, autocast, dtype).apply(network)
 
 
 def prefer_channels_last(module: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
@@ -124,12 +115,12 @@ def prefer_channels_last(module: nn.Module, input_shape: tuple[int, ...]) -> nn.
 
 
 def make_trials(module: nn.Module, input_shape: tuple[int, ...]) -> list[Tensor]:
-    """Make batches of one image on which networks are compared: noise, a dark and a light image.
+    """Make batches on which networks are compared: of noise, of a dark image, of a light and noise.
 
     They have the dtype and the device of the network's weights, and the range of normalised images.
     """
     noise = torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(0))
-    batches = noise, noise - 2.5, noise + 1.5
+    batches = noise, noise - 2.5, torch.cat([noise + 1.5, noise])
     return [batch.to(make_blank(module, ())) for batch in batches]
 
 
@@ -337,12 +328,12 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _fold(conv: nn.Module, norm: nn.Module) -> nn.Module | None:
     """Fold a norm into a copy of a convolution; None if they are not of the usual make."""
-    dtype = next(conv.parameters()).dtype
     weight, bias = (_to_double(conv._parameters.get(name)) for name in ("weight", "bias"))
     names = ("running_mean", "running_var", "weight", "bias")
     mean, variance, scale, shift = (_to_double(getattr(norm, name, None)) for name in names)
     if weight is None or mean is None or variance is None or len(mean) != len(weight):
         return None
+    dtype = conv.get_parameter("weight").dtype
     folded = share_weights(conv)
     fused = fuse_conv_bn_weights(weight, bias, mean, variance, float(norm.eps), scale, shift)  # type: ignore[arg-type]
     for name, tensor in zip(("weight", "bias"), fused, strict=True):

@@ -1,5 +1,6 @@
 """Reading of layers: a forward pass that ends at the deepest requested layer."""
 
+import copy
 import functools
 import weakref
 from collections.abc import Callable, Collection, Mapping
@@ -146,8 +147,8 @@ def _read_original(
     options: Any,
 ) -> None:
     # It may change what it gets, which the module gets next.
-    copies = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
-    record(original(*copies, **options))
+    inputs, options = copy.deepcopy((inputs, options))
+    record(original(*inputs, **options))
 
 
 def _read_output(

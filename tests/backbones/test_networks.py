@@ -138,7 +138,7 @@ def test_a_file_decides_on_the_number_of_classes(name, tmp_path, random_state, p
     backbone = find_backbone(name, tmp_path / "places.pth")
     module = backbone.load(CPU)
     exactly(module.state_dict(), state)
-    batch = backbone.preprocessing.normalize(backbone.preprocessing.prepare(pictures["tiny"])[None])
+    batch = backbone.preprocessing(pictures["tiny"])[None]
     assert module(batch).shape == (1, 365)
     assert copy.deepcopy(backbone.skeleton).eval()(batch.to("meta")).shape == (1, 365)
     shapes = {key: value.shape for key, value in backbone.skeleton.state_dict().items()}

@@ -989,10 +989,13 @@ def test_a_conversion_leaves_the_trained_network_as_it_was(classifier, pictures)
     torch.testing.assert_close(classifier.module_.state_dict(), state, rtol=0, atol=0)
 
 
-def test_a_classifier_has_nothing_in_the_folder(classifier, pictures, folder):
-    """Its weights are its own, and change."""
-    classifier.predict(pictures[:2])
-    assert not folder.exists()
+def test_a_classifier_has_a_file_for_each_state_of_its_weights(classifier, pictures, folder):
+    """In which it has predicted."""
+    for count in (1, 2):
+        for _ in range(2):
+            assert_probabilities_of_torch(classifier, pictures)
+        assert len(list(folder.glob("*.xml"))) == count
+        double(classifier.module_)
 
 
 @pytest.mark.parametrize("problem", ["float16", "not installed"])

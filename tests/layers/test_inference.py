@@ -20,10 +20,16 @@ from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
 from deepfeat._layers.index import LayerIndex
-from deepfeat._layers.inference import InferenceNetwork, prepare_for_inference
+from deepfeat._layers.inference import InferenceNetwork, plan_inference
 from deepfeat._layers.reading import ForwardPass
 
 exactly = functools.partial(assert_close, rtol=0, atol=0)
+
+
+def prepare_for_inference(net: nn.Module, *args: Any) -> InferenceNetwork:
+    return plan_inference(net, *args).apply(net)
+
+
 in_bfloat16 = functools.partial(torch.autocast, "cpu", torch.bfloat16)
 
 # Norms that follow a convolution, of all norms.

@@ -528,7 +528,9 @@ def test_random_weights_depend_on_the_seed_alone(name, check_drawing):
 def test_random_weights_are_those_of_timm():
     """They are distributed as timm draws them: zeros, ones and deviations are the same."""
     found = find_backbone("timm/test_vit", None).load(CPU).state_dict()
-    expected = timm.create_model("test_vit").state_dict()
+    with torch.random.fork_rng(devices=[]):  # a rare draw of timm's is a hundred deviations away
+        torch.manual_seed(0)
+        expected = timm.create_model("test_vit").state_dict()
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         if value.numel() > 1000:

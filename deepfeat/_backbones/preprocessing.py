@@ -186,7 +186,7 @@ def _resize(image: Tensor, size: tuple[int, int], interpolation: InterpolationMo
         resized: Tensor = F.resize(image.permute(2, 0, 1), list(size), interpolation)
         return resized.permute(1, 2, 0)
     resample = Image.Resampling[interpolation.name]
-    return _from_picture(Image.fromarray(image.numpy()).resize(size[::-1], resample))
+    return _fit_with(lambda picture: picture.resize(size[::-1], resample), image)
 
 
 def _has_native_resize() -> bool:
@@ -195,12 +195,9 @@ def _has_native_resize() -> bool:
     )
 
 
-def _from_picture(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture))
-
-
 def _fit_with(transform: Callable[[Image.Image], Image.Image], image: Tensor) -> Tensor:
-    return _from_picture(transform(Image.fromarray(image.numpy())))
+    """Fit an image with a function of pictures."""
+    return torch.from_numpy(np.array(transform(Image.fromarray(image.numpy()))))
 
 
 def _resize_and_crop(
@@ -210,8 +207,10 @@ def _resize_and_crop(
     height, width = (int(short_side * side / short) for side in image.shape[:2])
     if short < short_side and long > _THIN * short:
         resample = Image.Resampling[interpolation.name]
-        picture = Image.fromarray(image.numpy())
-        resized = _from_picture(_enlarge_centre(picture, size, (width, height), resample))
+        enlarge = functools.partial(
+            _enlarge_centre, size=size, resized=(width, height), resample=resample
+        )
+        resized = _fit_with(enlarge, image)
     else:
         resized = _resize(image, (height, width), interpolation)
     # This pads what is smaller.

@@ -227,9 +227,9 @@ class _Trial(TorchFunctionMode):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self._folded: dict[str, nn.Module] = {}  # by the path of the norm
         self.containers: dict[str, dict[str, None]] = {}
         self._network = network
+        self._folded: dict[str, nn.Module] = {}  # by the path of the norm
         self._pairs: dict[str, str] = {}
         self._refused: set[str] = set()  # convolutions
         self._calls: Counter[str] = Counter()  # of convolutions and norms

@@ -32,7 +32,8 @@ class Preprocessing:
 
     `prepare` turns RGB pixels into a tensor, image by image, in a worker thread; `prepare_whole`
     is the same without cropping, for images that are cropped already. `normalize` finishes a batch,
-    on the device, as float32 of shape (n, C, H, W). `settings` identifies all of it.
+    on the device, as float32 of shape (n, C, H, W). `settings` identifies all of it; `description`
+    tells other programs how to do the same, unless it is the user's own.
     """
 
     prepare: Callable[[RGB], Tensor]
@@ -40,6 +41,7 @@ class Preprocessing:
     normalize: Callable[[Tensor], Tensor]
     input_shape: tuple[int, ...]  # (C, H, W)
     settings: Any
+    description: Mapping[str, Any] | None = None
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Turn an RGB image into what the network takes, of shape (C, H, W)."""
@@ -48,6 +50,8 @@ class Preprocessing:
 
 def preprocess_with(prepare: Callable[[Image.Image], Tensor]) -> Preprocessing:
     """Take a function of the user as the preprocessing, also of images that are cropped already."""
+    if isinstance(prepare, Preprocessing):  # of a network that was fine-tuned
+        return prepare
     sample = prepare(Image.new("RGB", (256, 256), "grey"))
     if not isinstance(sample, Tensor) or sample.ndim != 3 or not sample.is_floating_point():
         raise ValueError(
@@ -92,16 +96,16 @@ def preprocess_like(
     """Split the preprocessing of torchvision's weights into a per-image and a per-batch part."""
     (crop_size,), (resize_size,) = set(preset.crop_size), set(preset.resize_size)
     size = image_size or crop_size
+    short_side = round(resize_size * size / crop_size)
     fit = functools.partial(
-        _resize_and_crop,
-        size=size,
-        short_side=round(resize_size * size / crop_size),
-        interpolation=preset.interpolation,
+        _resize_and_crop, size=size, short_side=short_side, interpolation=preset.interpolation
     )
+    own = {"resize": "short side", "resize_size": short_side}
     settings = (resize, size, resize_size, crop_size, preset.mean, preset.std)
     how = [("antialias", preset.antialias), ("interpolation", preset.interpolation)]
     return _preprocess(
-        resize, fit, (size, size), preset.interpolation, preset.mean, preset.std, (*settings, how)
+        *(resize, fit, own, (size, size), preset.interpolation, preset.mean, preset.std),
+        settings=(*settings, how),
     )
 
 
@@ -114,40 +118,61 @@ def preprocess_like_timm(
     """
     size = tuple(config["input_size"][1:])
     interpolation = InterpolationMode(config["interpolation"])
+    resize_size = [math.floor(side / config["crop_pct"]) for side in size]
+    own: dict[str, Any]
     fit: Fit
     if config["crop_mode"] == "center" and size[0] == size[1]:  # the same, also for thin images
         fit = functools.partial(
             _resize_and_crop,
             size=size[0],
-            short_side=math.floor(size[0] / config["crop_pct"]),
+            short_side=resize_size[0],
             interpolation=interpolation,
         )
+        own = {"resize": "short side", "resize_size": resize_size[0]}
     elif config["crop_mode"] == "border" and config["crop_pct"] == 1:  # timm's fails on thin ones
         fill = tuple(round(255 * value) for value in config["mean"])
         fit = functools.partial(_pad, size=size, fill=fill, interpolation=interpolation)
+        own = {"resize": "pad", "resize_size": list(size), "fill": list(fill)}
     else:
         # Without the last step, which makes a tensor.
         transform = Compose(create_transform(**config, normalize=False).transforms[:-1])
         fit = functools.partial(_fit_with, transform)
+        kind = "stretch" if config["crop_mode"] == "squash" else f"timm's {config['crop_mode']}"
+        own = {"resize": kind, "resize_size": resize_size}
     settings = ("timm", resize, sorted(config.items()))
-    return _preprocess(resize, fit, size, interpolation, config["mean"], config["std"], settings)
+    return _preprocess(
+        *(resize, fit, own, size, interpolation, config["mean"], config["std"]), settings=settings
+    )
 
 
 def _preprocess(
     resize: Resize,
     fit: Fit,
+    own: Mapping[str, Any],
     size: tuple[int, int],
     interpolation: InterpolationMode,
     mean: Sequence[float],
     std: Sequence[float],
     settings: Any,
 ) -> Preprocessing:
-    """Make a preprocessing, of which `fit` is what the weights themselves ask for."""
+    """Make a preprocessing, of which `fit`, described by `own`, is what the weights ask for."""
     fill = tuple(round(255 * value) for value in mean)
     fits: dict[Resize, Fit] = {
         "weights": fit,
         "squash": functools.partial(_resize, size=size, interpolation=interpolation),
         "pad": functools.partial(_pad, size=size, fill=fill, interpolation=interpolation),
+    }
+    resizing: dict[Resize, Mapping[str, Any]] = {
+        "weights": own,
+        "squash": {"resize": "stretch", "resize_size": list(size)},
+        "pad": {"resize": "pad", "resize_size": list(size), "fill": list(fill)},
+    }
+    description = {
+        **resizing[resize],
+        "crop_size": list(size),
+        "interpolation": interpolation.value,
+        "mean": list(mean),
+        "std": list(std),
     }
     return Preprocessing(
         functools.partial(_prepare, fit=fits[resize]),
@@ -155,6 +180,7 @@ def _preprocess(
         functools.partial(_normalize, mean=list(mean), std=list(std)),
         (3, *size),
         repr(settings),
+        description,
     )
 
 

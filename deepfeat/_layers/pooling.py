@@ -62,7 +62,7 @@ def pool(layer: ResolvedLayer, output: Tensor, pooling: Pooling) -> Tensor:
     if output.ndim == 4 and layer.channels_last:
         output = output.movedim(-1, 1)
     if pooling == "flatten" or output.ndim == 2:
-        return output.reshape(len(output), -1)
+        return output.reshape(output.shape[0], -1)
     if pooling == "cls":
         return output[:, 0]
     if output.ndim == 3 and layer.channels_last:

@@ -36,6 +36,8 @@ class ForwardPass:
     originals : mapping of str to torch.nn.Module, optional
         Modules, by path, that give something else in this network, for inference, than they should:
         those that it has changed. If they are to be read, the original runs in addition.
+    stops : bool, default=True
+        Whether a pass stops after the deepest layer; one that is traced for an export must not.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class ForwardPass:
         optional: Collection[str] = (),
         *,
         originals: Mapping[str, nn.Module] | None = None,
+        stops: bool = True,
     ):
         self.module = share_weights(module)
-        self._outputs = _Outputs(layers)
+        self._outputs = _Outputs(layers, stops)
         self._optional = optional
         for layer in {layer.source: layer for layer, _ in layers.values()}.values():
             record = functools.partial(self._outputs.record, layer.source)
@@ -79,7 +82,7 @@ class ForwardPass:
             found = self._outputs.found
         finally:
             self._outputs.found = {}
-        valid = {key: output for key, output in found.items() if len(output) == len(batch)}
+        valid = {key: output for key, output in found.items() if output.shape[0] == batch.shape[0]}
         for key, layer in self._outputs.layers.items():
             if key not in valid and key not in self._optional:
                 problem = "one output per image" if key in found else "a tensor"
@@ -95,8 +98,9 @@ class _Outputs:
     It does not refer to the modules, whose hooks refer to it, so that there is no reference cycle.
     """
 
-    def __init__(self, layers: Mapping[str, tuple[ResolvedLayer, Reduce]]):
+    def __init__(self, layers: Mapping[str, tuple[ResolvedLayer, Reduce]], stops: bool):
         self.layers = {key: layer for key, (layer, _) in layers.items()}
+        self._stops = stops
         self._reductions: dict[str, list[tuple[str, Reduce]]] = {}
         for key, (layer, reduce) in layers.items():
             self._reductions.setdefault(layer.source, []).append((key, reduce))
@@ -116,7 +120,7 @@ class _Outputs:
             return
         for key, reduce in self._reductions[source]:
             self.found[key] = _copy_if_shared(reduce(tensor), tensor)
-        if not self.unread:
+        if self._stops and not self.unread:
             raise _AllRead
 
 
@@ -163,5 +167,5 @@ class _AllRead(Exception):
 
 def _copy_if_shared(reduced: Tensor, output: Tensor) -> Tensor:
     """Copy a tensor that shares memory with an output, which an in-place ReLU may overwrite."""
-    shared = reduced.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
+    shared = reduced.untyped_storage()._cdata == output.untyped_storage()._cdata
     return reduced.clone() if shared else reduced

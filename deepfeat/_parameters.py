@@ -14,6 +14,7 @@ import torch
 # A number that is not listed, such as `verbose`, is not checked.
 _INTERVALS = {
     "backbone_learning_rate": "(0, inf)",
+    "batch": "[1, inf)",
     "batch_size": "[1, inf)",
     "image_size": "[1, inf)",
     "label_smoothing": "[0, 1)",

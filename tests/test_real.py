@@ -1,10 +1,13 @@
 """Tests on real images with real weights, where DEEPFEAT_DATA names the folder that holds them."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pandas as pd
 import pytest
 import torch
@@ -21,6 +24,7 @@ from deepfeat import DeepFeatureExtractor, FineTuneClassifier, predict_categorie
 from deepfeat._backbones import preprocessing
 from deepfeat.datasets._folders import load_image_folder
 from deepfeat.datasets._scene15 import load_scene15
+from deepfeat.onnx import export
 
 pytestmark = [
     pytest.mark.real,
@@ -208,3 +212,67 @@ def test_scenes_are_loaded_with_their_split(folder, split):
         assert [labels[path] for path in scenes.data[places]] == list(
             scenes.target_names[scenes.target[places]]
         )
+
+
+@pytest.fixture(scope="module")
+def exported(folder, split, tmp_path_factory):
+    """A pipeline for 15-Scene, and its file."""
+    train = split[split["split"] == "train"]
+    weights = folder / "weights" / "mobilenet_v2.pth"
+    pipe = make_pipeline(
+        DeepFeatureExtractor("mobilenet_v2", weights=weights), LinearSVC(C=1, random_state=0)
+    )
+    pipe.fit(train["path"], train["class"])
+    file = tmp_path_factory.mktemp("exported") / "scenes.onnx"
+    export(pipe, file, check=train["path"][::50])
+    return pipe, file
+
+
+def test_an_exported_file_gives_the_labels_of_the_pipeline(exported, split, record_property):
+    """For all test images of 15-Scene, in float32 and with halved weights."""
+    pipe, file = exported
+    test = split.loc[split["split"] == "test", "path"]
+    scores, labels = pipe.decision_function(test), pipe.predict(test)
+    pictures = np.stack([np.asarray(picture) for picture in pipe[0].preview(test)])
+    halved = file.with_suffix(".float16.onnx")
+    export(pipe, halved, check=test[::50], precision="float16")
+    for each, words, most in ((file, "float32", 0), (halved, "halved weights", 9)):
+        session = onnxruntime.InferenceSession(each, providers=["CPUExecutionProvider"])
+        runs = [session.run(None, {"images": some}) for some in np.array_split(pictures, 100)]
+        found, values = map(np.concatenate, zip(*runs, strict=True))
+        changed = int((pipe.classes_[found] != labels).sum())
+        difference = np.abs(values - scores).max()
+        record_property(
+            "figure",
+            f"15-Scene, ONNX file of {each.stat().st_size / 1e6:.1f} MB, {words}: {changed} of "
+            f"{len(test)} labels differ, scores by up to {difference:.1e}",
+        )
+        assert changed <= most
+        assert difference < (1e-4 if each == file else 1e-2) * np.abs(scores).max()
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_a_file_is_read_without_torch(exported, split, tmp_path, record_property):
+    """By the program of the docs, in an environment with NumPy, Pillow and ONNX Runtime alone."""
+    pipe, file = exported
+    paths = split.loc[split["split"] == "test", "path"][::30].tolist()
+    assert len(paths) == 100
+    python = tmp_path / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path], check=True)
+    packages = ["numpy", "pillow", "onnxruntime"]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+    assert subprocess.run([python, "-c", "import torch"], stderr=subprocess.DEVNULL).returncode
+    program = Path(__file__).parents[1] / "examples/deployment/predict.py"
+    run = subprocess.run([python, program, file, *paths], check=True, capture_output=True)
+    found = [line.split("\t")[:2] for line in run.stdout.decode().splitlines()]
+    assert [path for path, _ in found] == paths
+    scores = np.sort(pipe.decision_function(paths), axis=1)
+    margins = scores[:, -1] - scores[:, -2]
+    differ = np.array([label for _, label in found]) != pipe.predict(paths)
+    record_property(
+        "figure", f"15-Scene, read without torch: {differ.sum()} of {len(paths)} labels differ"
+    )
+    # Pillow and torch resize to pixels that differ by a grey level.
+    assert (margins[differ] < 0.02).all()
+    assert differ.sum() <= 1

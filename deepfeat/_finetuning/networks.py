@@ -67,10 +67,12 @@ def rebuild_network(
     module = backbone.build()
     if hasattr(module, "transform_input"):  # it rescales inputs for its weights
         module.transform_input = pretrained  # type: ignore[assignment]
-    location = _find_head(backbone.skeleton, head, backbone.preprocessing.input_shape)
+    input_shape = backbone.preprocessing.input_shape
+    # The skeleton may have the outputs of its weights instead of those of a new network.
+    location = _find_head(copy.deepcopy(module).to("meta"), head, input_shape)
     if location is not None and n_outputs != location.n_outputs:  # of a file with other classes
         _add_head(module, None if is_of_timm(module) else location, "replace", n_outputs, 0)
-        location = find_head(copy.deepcopy(module).to("meta"), backbone.preprocessing.input_shape)
+        location = find_head(copy.deepcopy(module).to("meta"), input_shape)
     paths = _add_head(module, location, head, n_classes, 0)
     drop_auxiliary(module, _missing_auxiliary(state))
     loaded = module.state_dict()  # for its metadata, which MNASNet needs
@@ -81,7 +83,7 @@ def rebuild_network(
     if backbone.shared:
         module = module.to(memory_format=torch.channels_last)
     else:
-        module = prefer_channels_last(module, backbone.preprocessing.input_shape)
+        module = prefer_channels_last(module, input_shape)
     return Network(module, paths, n_outputs)
 
 

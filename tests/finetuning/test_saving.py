@@ -99,6 +99,18 @@ def test_every_family_can_be_saved(file, name, head, make_images, make_classifie
     assert state_of(again).keys() == state_of(classifier).keys()
 
 
+@pytest.mark.parametrize("head", ["replace", "append"])
+def test_a_network_with_other_outputs_than_a_new_one_can_be_saved(
+    file, head, make_images, make_classifier
+):
+    """The weights that come with deepfeat have 30 outputs, a new network 1000."""
+    X, y = make_images(4, 32)
+    options = {"weights": "DEFAULT", "unfreeze": "layer4", "head": head}
+    classifier = make_classifier("resnet10_slim", **options).fit(X, y)
+    again = saved_and_loaded(classifier, file)
+    assert_array_equal(again.decision_function(X), classifier.decision_function(X))
+
+
 LABELS = {
     "str": np.array(["ä", "b c"] * 4),
     "int": np.array([-5, 2**40] * 4),

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -17,7 +19,7 @@ from .. import __version__
 from .._optional import import_optional
 from .._parameters import check_parameters
 from ._graphs import OUTPUTS, Plan, plan_export
-from ._trials import Trial, compare, make_example, make_noise, make_trial, run
+from ._trials import compare, load, make_example, make_noise, make_trial, run
 
 FilePrecision: TypeAlias = Literal["float32", "float16"]
 Batch: TypeAlias = int | Literal["dynamic"]
@@ -25,8 +27,10 @@ Batch: TypeAlias = int | Literal["dynamic"]
 # How far values may differ, relative to the largest of all.
 _TOLERANCES: dict[FilePrecision, float] = {"float32": 1e-4, "float16": 1e-2}
 _OPSET = 18  # to which torch converts first
-_LIMIT = 2**31  # bytes of a protobuf message
+_LIMIT = 2**31 - 2**26  # bytes of weights: a protobuf message is smaller than 2 GB
 _SMALL = 1024  # values of a tensor that is not worth halving
+_LOSS = 1e-3  # of a tensor that is halved, relative to its largest value
+_converting = threading.Lock()
 
 
 def export(
@@ -40,8 +44,9 @@ def export(
     """Write a fitted estimator, with its network, to one ONNX file, and check what that computes.
 
     Only decoding, resizing and cropping remain outside: the file takes 8-bit images at the input
-    size of the network and normalises them itself. Before the file is put in its place it is run by
-    ONNX Runtime, on noise and on the images in `check`, and compared with the estimator.
+    size of the network and normalises them itself. Before it is written, ONNX Runtime runs it on
+    noise and on the images in `check`, and it is compared with what the estimator gives in float32
+    with torch.
 
     Parameters
     ----------
@@ -51,7 +56,7 @@ def export(
         model (LinearSVC, LogisticRegression, SGDClassifier, RidgeClassifier, LinearRegression,
         Ridge); or a search (GridSearchCV) that has found one of these.
     path : str or path
-        The file, by convention with the suffix `.onnx`. An existing file is replaced.
+        The file, by convention with the suffix `.onnx`. An existing file is replaced in one step.
     check : sequence or array of images, optional
         Images for which the file must give the same as the estimator, in addition to noise.
         Required for a classifier if `precision` is "float16".
@@ -64,8 +69,9 @@ def export(
     Raises
     ------
     ValueError
-        If the estimator has a step that cannot be exported; the network cannot be; the file would
-        be larger than 2 GB; or the file does not give what the estimator does. No file is written.
+        If the estimator has a step that cannot be exported; the network cannot be; an image in
+        `check` cannot be read; the file would be larger than 2 GB; or it would not give what the
+        estimator does. Nothing is written.
     NotFittedError
         If the estimator is not fitted.
     FileNotFoundError
@@ -87,8 +93,10 @@ def export(
 
     The metadata has "deepfeat" (the version), "backbone", and as JSON "layer" (names of the layers;
     null for a `FineTuneClassifier`), "classes" (null without) and "preprocessing" (null if it is
-    your own): "resize" ("short side", "stretch" or "pad"), "resize_size", "crop_size",
-    "interpolation", "mean" and "std".
+    your own). That has "resize": "short side", "stretch", "pad", or, for some weights of timm, what
+    timm does; "resize_size", an int for "short side", else [H, W]; "crop_size" [H, W], from the
+    centre; "interpolation", with antialiasing; "fill", the colour of "pad"; and "mean" and "std",
+    for values from 0 to 1, by which the file itself normalises.
 
     Values are compared relative to the largest of all: they may differ by 1e-4, or 1e-2 if
     `precision` is "float16". A label may differ only where the two best scores of the estimator are
@@ -106,8 +114,8 @@ def export(
     target = _check_path(path)
     size = None if batch == "dynamic" else batch
     tolerance, strict = _TOLERANCES[precision], _TOLERANCES["float32"]
-    # Networks in the inference mode of the caller could not be exported.
-    with torch.inference_mode(False), torch.no_grad():
+    # Neither inference mode nor the autocast of the caller, which would become part of the file.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         plan = plan_export(estimator)
         if precision == "float16" and plan.kind == "classifier" and check is None:
             raise ValueError(
@@ -116,45 +124,52 @@ def export(
         trials = [make_trial(plan, make_noise(plan), "noise", tie=tolerance)]
         if check is not None:
             trials.append(make_trial(plan, check, "the images in check", tie=strict))
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".deepfeat-") as folder:
-            draft = Path(folder, "draft.onnx")
-            draft.write_bytes(_convert(plan, trials[0], size, precision))
-            for trial in trials:
-                compare(plan, trial, run(draft, plan, trial, size), tolerance)
-            draft.replace(target)
+        content = _convert(plan, make_example(plan, trials[0], size), size, precision)
+        session = load(content, plan)
+        for trial in trials:
+            compare(plan, trial, run(session, plan, trial, size), tolerance)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".deepfeat-") as folder:
+        draft = Path(folder, "draft")
+        draft.write_bytes(content)
+        if target.exists():
+            shutil.copymode(target, draft)
+        draft.replace(target)
 
 
 def _check_path(path: str | os.PathLike[str]) -> Path:
-    target = Path(path).expanduser()
+    """Return the file that is to be written, past links; raise if that is not possible."""
+    target = Path(path).expanduser().resolve()
     if not target.parent.is_dir():
         raise FileNotFoundError(
             f"path must be in an existing folder; {os.fspath(target.parent)!r} does not exist."
         )
-    if target.is_dir():
-        raise IsADirectoryError(f"path must be a file; {os.fspath(target)!r} is a folder.")
+    if target.exists() and not target.is_file():
+        raise OSError(f"path must be a regular file; got {os.fspath(target)!r}.")
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(f"path must be in a writable folder; got {os.fspath(target)!r}.")
     return target
 
 
 # Conversion ---------------------------------------------------------------------------------------
 
 
-def _convert(plan: Plan, trial: Trial, batch_size: int | None, precision: FilePrecision) -> bytes:
+def _convert(
+    plan: Plan, example: NDArray[Any], batch_size: int | None, precision: FilePrecision
+) -> bytes:
     """Convert an estimator into the content of a file."""
-    program = _convert_graph(plan, make_example(plan, trial, batch_size), batch_size)
-    weights = program.model.graph.initializers.values()
-    n_bytes = sum(weight.const_value.nbytes for weight in weights)
-    if n_bytes // (2 if precision == "float16" else 1) >= _LIMIT:
-        hint = " Try precision='float16'." * (precision == "float32")
-        raise ValueError(
-            f"{plan.name} cannot be exported: it has weights of {n_bytes / 1e9:.1f} GB, and an "
-            f"ONNX file cannot be larger than 2 GB.{hint}"
-        )
-    model = program.model_proto
-    _strip_notes(model)
+    model = _convert_graph(plan, example, batch_size)
+    _strip_notes(model.graph)
     for key, value in _describe(plan).items():
         model.metadata_props.add(key=key, value=value)
     if precision == "float16":
         _halve_weights(model.graph)
+    n_bytes = _count_bytes(model.graph)
+    if n_bytes > _LIMIT:
+        hint = " Try precision='float16'." * (precision == "float32")
+        raise ValueError(
+            f"{plan.name} cannot be exported: its weights take {n_bytes / 1e9:.2f} GB, and an ONNX "
+            f"file cannot be larger than 2 GB.{hint}"
+        )
     content: bytes = model.SerializeToString()
     return content
 
@@ -163,8 +178,9 @@ def _convert_graph(plan: Plan, example: NDArray[Any], batch_size: int | None) ->
     """Convert the module of an estimator with torch."""
     any_size = ({0: torch.export.Dim("n")},)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about its own ways
+        # torch traces one module at a time in a process, and filters of warnings are global.
+        with _converting, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of its own deprecations
             program: Any = torch.onnx.export(
                 plan.graph.eval(),
                 (torch.from_numpy(example),),
@@ -181,7 +197,7 @@ def _convert_graph(plan: Plan, example: NDArray[Any], batch_size: int | None) ->
         raise ValueError(
             f"{plan.name} cannot be exported for any number of images: give a number as batch=."
         )
-    return program
+    return program.model_proto
 
 
 def _explain(error: Exception) -> str:
@@ -190,19 +206,24 @@ def _explain(error: Exception) -> str:
     return next(iter(str(cause).splitlines()), "") or type(cause).__name__
 
 
-def _strip_notes(model: Any) -> None:
-    """Strip the notes of torch, which are long, and name files of this machine."""
-    graph = model.graph
+def _strip_notes(graph: Any) -> None:
+    """Strip torch's notes: they are long, and name files of this machine."""
     values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
-    for part in (model, graph, *graph.node, *values):
+    for part in (graph, *graph.node, *values):
         del part.metadata_props[:]
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        if attribute.HasField("g"):  # of a branch or a loop
+            _strip_notes(attribute.g)
 
 
 def _describe(plan: Plan) -> dict[str, str]:
     """Describe an estimator, for programs that read the file."""
+    classes = plan.classes
+    if classes is not None and classes.dtype.kind == "M":  # dates, which may become integers
+        classes = classes.astype(str)
     described = {
         "layer": plan.layers,
-        "classes": None if plan.classes is None else plan.classes.tolist(),
+        "classes": None if classes is None else classes.tolist(),
         "preprocessing": plan.preprocessing.description,
     }
     return {
@@ -220,11 +241,22 @@ def _halve_weights(graph: Any) -> None:
         if weight.data_type != onnx.TensorProto.FLOAT or math.prod(weight.dims) < _SMALL:
             continue
         values = onnx.numpy_helper.to_array(weight)
-        if np.abs(values).max() > np.finfo(np.float16).max:
+        with np.errstate(all="ignore"):
+            halved = values.astype(np.float16)
+            loss = np.abs(halved - values).max() / np.abs(values).max()
+        if not loss < _LOSS:  # too large for float16, or too small, or all zero
             continue
         name, stored = weight.name, f"{weight.name}.float16"
-        weight.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), stored))
+        weight.CopyFrom(onnx.numpy_helper.from_array(halved, stored))
         casts.append(onnx.helper.make_node("Cast", [stored], [name], to=onnx.TensorProto.FLOAT))
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _count_bytes(graph: Any) -> int:
+    """Count the bytes of the weights."""
+    as_numpy = import_optional("onnx", extra="onnx").helper.tensor_dtype_to_np_dtype
+    return sum(
+        math.prod(weight.dims) * as_numpy(weight.data_type).itemsize for weight in graph.initializer
+    )

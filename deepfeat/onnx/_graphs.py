@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn import config_context
 from sklearn.base import BaseEstimator, is_classifier, is_regressor
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
@@ -35,7 +36,7 @@ OUTPUTS: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is exported of an estimator, and with what it is compared.
+    """What is exported of an estimator, and what it is compared with.
 
     `source` reads the images: a copy of the extractor or classifier that computes as the file does.
     `steps` are the fitted ones after it, and `graph` is all of them as a module of torch.
@@ -59,7 +60,17 @@ class Plan:
         return self.steps[-1] if self.steps else self.source
 
     def predict(self, X: Any) -> tuple[NDArray[Any], ...]:
-        """Return what the estimator gives for images, in the order of the outputs."""
+        """Return what the estimator gives for images, in the order of the outputs.
+
+        Raises
+        ------
+        ValueError
+            If an image cannot be read, or gets several labels.
+        """
+        with config_context(transform_output="default"):
+            return self._predict(X)
+
+    def _predict(self, X: Any) -> tuple[NDArray[Any], ...]:
         values = X if isinstance(self.source, FineTuneClassifier) else self.source.transform(X)
         for step in self.steps[:-1]:
             values = step.transform(values)
@@ -87,15 +98,18 @@ def plan_export(estimator: Any) -> Plan:
     NotFittedError
         If it is not fitted.
     """
-    source, *steps = _list_steps(estimator)
-    if isinstance(source, FineTuneClassifier) and not steps:
-        return _plan_classifier(source)
-    if isinstance(source, DeepFeatureExtractor):
-        return _plan_pipeline(source, steps)
-    names = ", ".join(type(step).__name__ for step in (source, *steps))
+    steps = _list_steps(estimator)
+    if len(steps) == 1 and isinstance(steps[0], FineTuneClassifier):
+        return _plan_classifier(steps[0])
+    if steps and isinstance(steps[0], DeepFeatureExtractor):
+        return _plan_pipeline(steps[0], steps[1:])
+    names = [
+        type(step).__name__ if isinstance(step, BaseEstimator) else repr(step) for step in steps
+    ]
     raise ValueError(
         "estimator must be a FineTuneClassifier, a DeepFeatureExtractor, a Pipeline that begins "
-        f"with one, or a search over these; got {names}."
+        "with one, or a search over these with refit=True; got "
+        f"{', then '.join(names) or 'an empty Pipeline'}."
     )
 
 

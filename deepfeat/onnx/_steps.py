@@ -13,10 +13,20 @@ import numpy as np
 import torch
 from sklearn.base import is_classifier
 from sklearn.decomposition import PCA
-from sklearn.feature_selection import SelectorMixin
+from sklearn.feature_selection import (
+    GenericUnivariateSelect,
+    SelectFdr,
+    SelectFpr,
+    SelectFwe,
+    SelectKBest,
+    SelectorMixin,
+    SelectPercentile,
+    VarianceThreshold,
+)
 from sklearn.linear_model import (
     LinearRegression,
     LogisticRegression,
+    LogisticRegressionCV,
     Ridge,
     RidgeClassifier,
     RidgeClassifierCV,
@@ -29,9 +39,13 @@ from torch import Tensor
 
 Step: TypeAlias = Callable[[Tensor], Tensor]
 
-_LINEAR = (
-    *(LinearSVC, LogisticRegression, SGDClassifier, RidgeClassifier, RidgeClassifierCV),
-    *(LinearRegression, Ridge, RidgeCV),
+_SELECTORS = (
+    *(SelectKBest, SelectPercentile, SelectFpr, SelectFdr, SelectFwe),
+    *(GenericUnivariateSelect, VarianceThreshold),
+)
+_LINEAR_MODELS = (
+    *(LinearSVC, LogisticRegression, LogisticRegressionCV, SGDClassifier),
+    *(RidgeClassifier, RidgeClassifierCV, LinearRegression, Ridge, RidgeCV),
 )
 _ORDERS = {"l1": 1, "l2": 2, "max": math.inf}
 
@@ -42,32 +56,26 @@ def convert_step(step: Any) -> Step:
     Raises
     ------
     ValueError
-        If there is none.
+        If it is none of those that can be converted; a subclass may compute something else.
     """
-    if isinstance(step, Normalizer):
-        return functools.partial(divide_by_norm, norm=step.norm)
-    if isinstance(step, StandardScaler):
-        return _convert_standard_scaler(step)
-    if isinstance(step, MinMaxScaler):
-        return _convert_min_max_scaler(step)
-    if isinstance(step, PCA):
-        return _convert_pca(step)
-    if isinstance(step, SelectorMixin):
-        indices = torch.from_numpy(step.get_support(indices=True))
-        return lambda rows: rows[:, indices]
-    if isinstance(step, _LINEAR):
-        return _convert_linear(step)
-    raise ValueError(
-        f"{type(step).__name__} cannot be exported. After a DeepFeatureExtractor there may be "
-        "Normalizer, StandardScaler, MinMaxScaler, PCA and feature selectors, then LinearSVC, "
-        "LogisticRegression, SGDClassifier, RidgeClassifier, LinearRegression or Ridge."
-    )
+    name = type(step).__name__
+    if type(step) not in _CONVERSIONS:
+        raise ValueError(
+            f"{name} cannot be exported. After a DeepFeatureExtractor there may be Normalizer, "
+            "StandardScaler, MinMaxScaler, PCA and univariate feature selectors, then LinearSVC, "
+            "LogisticRegression, SGDClassifier, RidgeClassifier, LinearRegression or Ridge."
+        )
+    return _CONVERSIONS[type(step)](step)
 
 
 def divide_by_norm(rows: Tensor, norm: str) -> Tensor:
     """Divide each row by its norm, "l1", "l2" or "max", unless that is 0."""
     norms = torch.linalg.vector_norm(rows, _ORDERS[norm], dim=1, keepdim=True)
     return rows / torch.where(norms == 0, 1.0, norms)
+
+
+def _convert_normalizer(normalizer: Normalizer) -> Step:
+    return functools.partial(divide_by_norm, norm=normalizer.norm)
 
 
 def _convert_standard_scaler(scaler: StandardScaler) -> Step:
@@ -78,7 +86,9 @@ def _convert_standard_scaler(scaler: StandardScaler) -> Step:
 
 def _convert_min_max_scaler(scaler: MinMaxScaler) -> Step:
     scale, shift = _to_tensor(scaler.scale_), _to_tensor(scaler.min_)
-    low, high = scaler.feature_range if scaler.clip else (-math.inf, math.inf)
+    if not scaler.clip:
+        return lambda rows: rows * scale + shift
+    low, high = scaler.feature_range
     return lambda rows: (rows * scale + shift).clamp(low, high)
 
 
@@ -89,6 +99,15 @@ def _convert_pca(pca: PCA) -> Step:
         deviation = np.sqrt(pca.explained_variance_)
         scale = _to_tensor(np.maximum(deviation, np.finfo(deviation.dtype).eps))
     return lambda rows: (rows - mean) @ components / scale
+
+
+def _convert_selector(selector: SelectorMixin) -> Step:
+    indices = torch.from_numpy(selector.get_support(indices=True))
+    if not len(indices):
+        raise ValueError(
+            f"{type(selector).__name__} cannot be exported: it has not selected any feature."
+        )
+    return lambda rows: rows[:, indices]
 
 
 def _convert_linear(model: Any) -> Step:
@@ -106,3 +125,13 @@ def _convert_linear(model: Any) -> Step:
 
 def _to_tensor(values: Any) -> Tensor:
     return torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+_CONVERSIONS: dict[type, Callable[[Any], Step]] = {
+    Normalizer: _convert_normalizer,
+    StandardScaler: _convert_standard_scaler,
+    MinMaxScaler: _convert_min_max_scaler,
+    PCA: _convert_pca,
+    **dict.fromkeys(_SELECTORS, _convert_selector),
+    **dict.fromkeys(_LINEAR_MODELS, _convert_linear),
+}

@@ -4,10 +4,10 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from .._images.records import Record
@@ -36,13 +36,13 @@ def make_trial(plan: Plan, X: Any, images: str, *, tie: float) -> Trial:
     ValueError
         If an image cannot be read.
     """
-    expected = plan.predict(X)
-    records = find_records(plan.source, X, plan.source.image_shape, reset=False)
-    return Trial(images, records, expected, tie)
+    image_shape = plan.source.image_shape
+    records = find_records(plan.source, X, image_shape, reset=False, input_name="check")
+    return Trial(images, records, plan.predict(X), tie)
 
 
 def make_noise(plan: Plan) -> NDArray[np.uint8]:
-    """Make three images, of noise, dark and light, of the size that the network takes."""
+    """Make three images of the size that the network takes: noise, darker and lighter noise."""
     *_, height, width = plan.preprocessing.input_shape
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return np.stack([noise, noise // 4, 255 - noise // 4])
@@ -54,12 +54,27 @@ def make_example(plan: Plan, trial: Trial, batch_size: int | None) -> NDArray[An
     return next(_prepare(plan, itertools.islice(itertools.cycle(trial.records), size), size))
 
 
-def run(file: Path, plan: Plan, trial: Trial, batch_size: int | None) -> list[NDArray[Any]]:
-    """Run a file on the images of a trial; a batch that is not full repeats its first image."""
+def load(content: bytes, plan: Plan) -> Any:
+    """Load the content of a file in ONNX Runtime.
+
+    Raises
+    ------
+    ValueError
+        If that is not possible.
+    """
     onnxruntime = import_optional("onnxruntime", extra="onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors, which are raised as well
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+    except Exception as error:  # each of its codes has a class of its own
+        raise ValueError(
+            f"{plan.name} cannot be exported: ONNX Runtime does not load it ({error})."
+        ) from error
+
+
+def run(session: Any, plan: Plan, trial: Trial, batch_size: int | None) -> list[NDArray[Any]]:
+    """Run a file on the images of a trial; a batch that is not full repeats its first image."""
     parts = []
     for images in _prepare(plan, trial.records, batch_size or _AT_ONCE):
         lacking = 0 if batch_size is None else batch_size - len(images)
@@ -70,11 +85,21 @@ def run(file: Path, plan: Plan, trial: Trial, batch_size: int | None) -> list[ND
 
 def _prepare(plan: Plan, records: Iterable[Record], size: int) -> Iterator[NDArray[Any]]:
     """Prepare images as the file takes them, in batches."""
-    prepare = plan.preprocessing.prepare
     records = iter(records)
-    while some := [prepare(record.open()) for record in itertools.islice(records, size)]:
-        images = np.stack([tensor.numpy() for tensor in some])
-        yield images if images.dtype == np.uint8 else images.astype(np.float32)
+    while some := [_prepare_one(plan, record) for record in itertools.islice(records, size)]:
+        yield np.stack(some)
+
+
+def _prepare_one(plan: Plan, record: Record) -> NDArray[Any]:
+    prepared = plan.preprocessing.prepare(record.open())
+    if prepared.dtype == torch.uint8:
+        return prepared.numpy()
+    if tuple(prepared.shape) != plan.preprocessing.input_shape:
+        raise ValueError(
+            f"{plan.name} cannot be exported: preprocessing must give images of one shape; got "
+            f"{tuple(prepared.shape)} and {plan.preprocessing.input_shape}."
+        )
+    return prepared.float().numpy()
 
 
 def compare(plan: Plan, trial: Trial, found: Sequence[NDArray[Any]], tolerance: float) -> None:
@@ -97,8 +122,8 @@ def compare(plan: Plan, trial: Trial, found: Sequence[NDArray[Any]], tolerance: 
     else:
         return
     raise ValueError(
-        f"The file that was exported does not give what the estimator gives for {trial.images}, "
-        f"and was deleted: the {problem}."
+        f"{plan.name} cannot be exported: the file would not reproduce the estimator for "
+        f"{trial.images}, so it was not written. The {problem}."
     )
 
 

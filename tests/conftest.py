@@ -37,6 +37,35 @@ def resizer(request):
 
 
 @pytest.fixture(scope="session")
+def prepare_as_described():
+    """Prepare a picture with Pillow and NumPy as a program does that has read a description."""
+
+    def prepare_as_described(image, described):
+        resample = Image.Resampling[described["interpolation"].upper()]
+        size, side = described["crop_size"], described["resize_size"]
+        if described["resize"] == "short side":
+            width, height = (int(side * own / min(image.size)) for own in image.size)
+            fitted = image.resize((width, height), resample)
+        elif described["resize"] == "stretch":
+            fitted = image.resize((side[1], side[0]), resample)
+        else:
+            assert described["resize"] == "pad"
+            scale = min(side[1] / image.width, side[0] / image.height)
+            width, height = (max(1, round(scale * own)) for own in image.size)
+            fitted = Image.new("RGB", (side[1], side[0]), tuple(described["fill"]))
+            middle = ((side[1] - width) // 2, (side[0] - height) // 2)
+            fitted.paste(image.resize((width, height), resample), middle)
+        left, top = find_start(fitted.width, size[1]), find_start(fitted.height, size[0])
+        return np.array(fitted.crop((left, top, left + size[1], top + size[0])))
+
+    def find_start(own, size):
+        # What is smaller gets a black border.
+        return round((own - size) / 2) if own >= size else -((size - own) // 2)
+
+    return prepare_as_described
+
+
+@pytest.fixture(scope="session")
 def scene_labels():
     """The classes of `scene_paths`."""
     return np.array(["flat", "striped"] * 6)

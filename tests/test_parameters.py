@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import deepfeat.datasets
+import deepfeat.onnx
 import deepfeat.plotting
 from deepfeat import DeepFeatureExtractor, FineTuneClassifier, predict_categories
 from deepfeat import _parameters as parameters
@@ -20,7 +21,7 @@ from deepfeat._parameters import check_device, check_parameter, check_parameters
 
 Mode = Literal["fast", "slow"] | None
 Workers = int | Literal["auto"] | None
-CHECKED = [DeepFeatureExtractor, FineTuneClassifier, predict_categories]
+CHECKED = [DeepFeatureExtractor, FineTuneClassifier, predict_categories, deepfeat.onnx.export]
 
 # Values -----------------------------------------------------------------------------------------
 
@@ -224,7 +225,7 @@ def test_every_number_has_an_interval():
 def find_public():
     """Find what users call, by name: functions, classes and the methods of these."""
     found = {}
-    for module in (deepfeat, deepfeat.datasets, deepfeat.plotting):
+    for module in (deepfeat, deepfeat.datasets, deepfeat.onnx, deepfeat.plotting):
         for name in module.__all__:
             value = getattr(module, name)
             if isinstance(value, type) and issubclass(value, Exception):

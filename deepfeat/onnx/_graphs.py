@@ -196,5 +196,5 @@ def _extract(
     for output in pooled:
         rows = outputs[output.key]
         rows = rows.relu() if output.layer.rectified else rows
-        sections.append(rows if norm is None else divide_by_norm(rows, norm))
+        sections.append(rows if norm is None else divide_by_norm(rows, norm, np.float64))
     return torch.cat(sections, dim=1)

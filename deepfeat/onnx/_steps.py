@@ -68,14 +68,17 @@ def convert_step(step: Any) -> Step:
     return _CONVERSIONS[type(step)](step)
 
 
-def divide_by_norm(rows: Tensor, norm: str) -> Tensor:
-    """Divide each row by its norm, "l1", "l2" or "max", unless that is 0."""
+def divide_by_norm(rows: Tensor, norm: str, dtype: type[np.floating[Any]]) -> Tensor:
+    """Divide each row by its norm, "l1", "l2" or "max", as scikit-learn does in this dtype.
+
+    A norm that may be rounding alone counts as 1.
+    """
     norms = torch.linalg.vector_norm(rows, _ORDERS[norm], dim=1, keepdim=True)
-    return rows / torch.where(norms == 0, 1.0, norms)
+    return rows / torch.where(norms < 10 * float(np.finfo(dtype).eps), 1.0, norms)
 
 
 def _convert_normalizer(normalizer: Normalizer) -> Step:
-    return functools.partial(divide_by_norm, norm=normalizer.norm)
+    return functools.partial(divide_by_norm, norm=normalizer.norm, dtype=np.float32)
 
 
 def _convert_standard_scaler(scaler: StandardScaler) -> Step:

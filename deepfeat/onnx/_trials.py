@@ -115,7 +115,7 @@ def compare(plan: Plan, trial: Trial, found: Sequence[NDArray[Any]], tolerance: 
     difference = math.inf
     if expected.shape == values.shape:
         difference = float(np.abs(expected - values).max())
-    if not difference <= tolerance * scale:  # nor if it is NaN
+    if not difference <= tolerance * scale or math.isinf(scale):  # nor if it is NaN
         problem = f"{OUTPUTS[plan.kind][-1]} differ by up to {difference:.2g}, of {scale:.2g}"
     elif changed := plan.kind == "classifier" and _count_changed(trial, found[0], scale):
         problem = f"labels of {changed} of {len(expected)} images differ"

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import json
 import os
 import pickle
 import platform
@@ -22,7 +23,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from deepfeat._backbones import find
 from deepfeat._backbones.find import find_backbone
-from deepfeat._backbones.preprocessing import preprocess_like
+from deepfeat._backbones.preprocessing import preprocess_like, preprocess_with
 
 exactly = functools.partial(assert_close, rtol=0, atol=0)
 BILINEAR, BICUBIC = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
@@ -319,6 +320,59 @@ def test_a_thin_image_takes_no_more_memory_than_its_pixels(size, resize):
     found = fit(np.full((*size[::-1], 3), (255, 0, 0), dtype=np.uint8), resize)
     assert found.shape == (32, 32, 3)
     assert_array_equal(found[15, 15], (255, 0, 0))
+
+
+# Descriptions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_skeletons", "pillow_resizes")
+@pytest.mark.parametrize("image_size", [None, 112])
+@pytest.mark.parametrize("resize", ["weights", "squash", "pad"])
+@pytest.mark.parametrize("group", presets().values(), ids=lambda group: group[0][1])
+def test_a_description_is_enough_to_prepare_images(
+    group, resize, image_size, pictures, prepare_as_described
+):
+    """A program with Pillow and NumPy that reads it comes to the same pixels and numbers."""
+    name, weights = group[0]
+    steps = find_backbone(name, weights, resize=resize, image_size=image_size).preprocessing
+    described = json.loads(json.dumps(steps.description))
+    for image in (pictures["landscape"], pictures["portrait"]):
+        pixels = prepare_as_described(image, described)
+        assert_array_equal(pixels, steps.prepare(np.array(image)))
+    mean, std = (np.array(described[key], dtype=np.float32) for key in ("mean", "std"))
+    normalized = (pixels.astype(np.float32) / 255 - mean) / std
+    assert_allclose(steps(image).permute(1, 2, 0), normalized, rtol=1e-5, atol=1e-5)
+
+
+def test_a_description_has_the_same_entries_for_all():
+    """A short side is a number, other sizes have two sides; what is padded has a fill."""
+    entries = {"resize", "resize_size", "crop_size", "interpolation", "mean", "std"}
+    for resize, extra, size in (
+        ("weights", set(), 232),
+        ("squash", set(), [224, 224]),
+        ("pad", {"fill"}, [224, 224]),
+    ):
+        described = find_backbone("resnet50", resize=resize).preprocessing.description
+        assert described.keys() == entries | extra
+        assert described["resize_size"] == size
+        assert described["crop_size"] == [224, 224]
+
+
+def test_preprocessing_of_the_user_is_not_described():
+    """It may be anything."""
+    assert find_backbone(NAME, None, preprocessing=as_tensor).preprocessing.description is None
+
+
+def test_preprocessing_of_a_network_may_be_given_to_another(pictures):
+    """It stays what it is: 8-bit until a batch is normalised, and described."""
+    steps = find_backbone("resnet50", resize="pad", image_size=48).preprocessing
+    other = find_backbone(NAME, None, preprocessing=steps).preprocessing
+    assert other is steps
+    assert preprocess_with(steps) is steps
+    assert other.prepare(np.array(pictures["portrait"])).dtype == torch.uint8
+
+
+# Pickles ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resize", ["weights", "squash", "pad"])

@@ -17,6 +17,7 @@ import pytest
 import timm
 import timm.data
 import torch
+from numpy.testing import assert_array_equal
 from PIL import Image
 from safetensors.torch import save, save_file
 from sklearn.datasets import load_sample_images
@@ -26,6 +27,7 @@ from deepfeat import list_backbones
 from deepfeat._backbones import networks as building
 from deepfeat._backbones import timm as timm_networks
 from deepfeat._backbones.find import find_backbone
+from deepfeat._backbones.preprocessing import preprocess_like_timm
 
 exactly = functools.partial(assert_close, rtol=0, atol=0)
 CPU = torch.device("cpu")
@@ -818,6 +820,43 @@ def test_the_whole_image_can_be_kept(name, photographs, resizer):
         padded = prepare(name, image, "pad")
         middle = padded[:, top : top + down, left : left + across]
         assert_about(middle, expected, resizer)
+
+
+@pytest.mark.usefixtures("pillow_resizes")
+@pytest.mark.parametrize("image_size", [None, 96])
+@pytest.mark.parametrize("resize", ["weights", "squash", "pad"])
+@pytest.mark.parametrize("name", PREPARED)
+def test_a_description_is_enough_to_prepare_images(
+    name, resize, image_size, photographs, prepare_as_described
+):
+    """A program with Pillow and NumPy that reads it comes to the same pixels and numbers."""
+    steps = timm_networks.TimmDescription(name).preprocess(resize, image_size)
+    described = json.loads(json.dumps(steps.description))
+    for image in (photographs["upright"], photographs["landscape"]):
+        pixels = prepare_as_described(image, described)
+        assert_array_equal(pixels, steps.prepare(np.array(image)))
+    mean, std = (np.array(described[key], dtype=np.float32) for key in ("mean", "std"))
+    normalized = torch.from_numpy((pixels.astype(np.float32) / 255 - mean) / std)
+    assert_close(steps(image).permute(1, 2, 0), normalized, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "resize", "resize_size"),
+    [
+        ({"crop_mode": "center"}, "short side", 106),
+        ({"crop_mode": "center", "input_size": (3, 96, 64)}, "timm's center", [106, 71]),
+        ({"crop_mode": "squash", "input_size": (3, 96, 64)}, "stretch", [106, 71]),
+        ({"crop_mode": "border", "crop_pct": 1.0}, "pad", [96, 96]),
+        ({"crop_mode": "border"}, "timm's border", [106, 106]),
+    ],
+)
+def test_a_description_names_how_timm_crops(changes, resize, resize_size):
+    """In the words of all networks, or as timm's, where only that does it."""
+    config = timm.data.resolve_data_config({"input_size": (3, 96, 96), "crop_pct": 0.9})
+    steps = preprocess_like_timm(config | changes, timm.data.create_transform, "weights")
+    assert steps.description["resize"] == resize
+    assert steps.description["resize_size"] == resize_size
+    assert ("fill" in steps.description) == (resize == "pad")
 
 
 @pytest.mark.parametrize("resize", ["weights", "squash", "pad"])

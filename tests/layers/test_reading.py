@@ -187,6 +187,38 @@ def test_reading_stops_after_the_deepest_layer(
     assert calls.count("layer1.0.conv1") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "side", "layers"),
+    [
+        ("resnet18", 32, ("relu", "layer1", "layer2.0.conv1")),
+        ("vgg11", 32, ("conv1_1", "conv2_1")),  # the ReLUs after them work in place
+        ("vit_b_32", 64, ("encoder.ln", 1)),
+    ],
+)
+def test_a_pass_that_does_not_stop_gives_the_same(
+    name: str,
+    side: int,
+    layers: tuple[str | int, ...],
+    build: Callable[..., nn.Module],
+    images: Callable[..., Tensor],
+) -> None:
+    """The rest of the network is run, overwrites nothing that was read, and is ignored."""
+    net, batch = build(name, side), images(2, side)
+    index = LayerIndex(net, (3, side, side))
+    wanted = {layer.name: (layer, lambda output: output) for layer in map(index.resolve, layers)}
+    calls: list[str] = []
+    for path, module in net.named_modules():
+        module.register_forward_hook(
+            lambda _module, _inputs, _output, path=path: calls.append(path)
+        )
+    with torch.inference_mode():
+        expected = ForwardPass(net, wanted)(batch)
+        assert "" not in calls
+        found = ForwardPass(net, wanted, stops=False)(batch)
+    assert calls.count("") == 1
+    exactly(found, expected)
+
+
 class Interruption:
     """Ctrl-C before the nth line of the package, or of torch's hooks, that a thread runs."""
 

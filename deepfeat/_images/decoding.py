@@ -68,6 +68,14 @@ class DatasetItem:
             return self.dataset[self.index]
 
 
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file on another machine, fetched each time it is needed, in whichever thread needs it."""
+
+    name: str
+    fetch: Callable[[], bytes]
+
+
 def open_image(source: Any, channels_last: bool = False, is_row: bool = False) -> RGB:
     """Open a path, encoded bytes, a PIL image or an array as upright RGB of shape (H, W, 3).
 
@@ -172,6 +180,8 @@ def _find_content(source: Any) -> Content:
         return source
     if isinstance(source, (bytearray, memoryview)):
         return bytes(source)
+    if isinstance(source, RemoteFile):
+        return source.fetch()
     if isinstance(source, Mapping):
         return _from_mapping(source)
     if hasattr(source, "read"):
@@ -535,6 +545,8 @@ def describe(source: Any) -> str:
 def _describe(source: Any) -> str:
     if isinstance(source, (str, os.PathLike)):
         return repr(str(os.fspath(source)))
+    if isinstance(source, RemoteFile):
+        return repr(source.name)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{len(source)} encoded bytes"
     if isinstance(source, Image.Image):

@@ -5,6 +5,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from deepfeat import FeatureCache
+
 # Benchmarks are scripts; collecting doctests would import them.
 collect_ignore = ["benchmarks"]
 
@@ -26,6 +28,8 @@ def no_network(request, monkeypatch):
 def pillow_resizes(monkeypatch):
     """Resize with Pillow, as without AVX2, so that other programs' pixels can be compared with."""
     monkeypatch.setattr("deepfeat._backbones.preprocessing._has_native_resize", lambda: False)
+    # In that of the process there may be rows of pixels that torch has resized.
+    monkeypatch.setattr("deepfeat._extraction.extractor.MEMORY", FeatureCache())
 
 
 @pytest.fixture(params=["Pillow", "torch"])

@@ -494,6 +494,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             batch_size=self.batch_size,
             device=self.device,
             precision=self.precision,
+            engine=self.engine,
             num_workers=self.num_workers,
             verbose=self.verbose,
         )

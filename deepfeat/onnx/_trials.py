@@ -34,10 +34,12 @@ def make_trial(plan: Plan, X: Any, images: str, *, tie: float) -> Trial:
     Raises
     ------
     ValueError
-        If an image cannot be read.
+        If X is not a sequence of images, or one of them cannot be read.
     """
-    image_shape = plan.source.image_shape
-    records = find_records(plan.source, X, image_shape, reset=False, input_name="check")
+    try:
+        records = find_records(plan.source, X, plan.source.image_shape, reset=False)
+    except ValueError as error:
+        raise ValueError(f"check: {error}") from error
     return Trial(images, records, plan.predict(X), tie)
 
 

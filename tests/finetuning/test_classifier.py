@@ -421,13 +421,14 @@ def test_an_extractor_stays_as_it_is_when_the_classifier_learns_on(images, make_
 
 
 def test_an_extractor_works_like_its_classifier(make_classifier):
-    """With its batch size, precision, shape of rows and threads."""
+    """With its batch size, precision, engine, shape of rows and threads."""
     X, y = load_digits(n_class=2, return_X_y=True)
     params = {"image_shape": (8, 8), "batch_size": 16, "precision": "bfloat16", "num_workers": 2}
     classifier = make_classifier(**params, max_epochs=1).fit(X[:20] / 16, y[:20])
     extractor = classifier.to_extractor(["hidden", "fc"])
     assert {name: extractor.get_params()[name] for name in params} == params
     assert extractor.fit_transform(X[:5] / 16).shape == (5, 18)
+    assert classifier.set_params(engine="openvino").to_extractor("fc").engine == "openvino"
 
 
 # Data of the user -------------------------------------------------------------------------------

@@ -437,7 +437,7 @@ def test_images_to_check_must_be_readable(pipe, pictures, tmp_path, assert_refus
     (tmp_path / "broken.png").write_bytes(b"no image")
     check = [pictures[0], str(tmp_path / "broken.png")]
     assert_refused(ImageError, r"\[1\] .*broken\.png", pipe, check=check)
-    assert_refused(ValueError, "^X is empty", pipe, check=[])
+    assert_refused(ValueError, "^check: X is empty", pipe, check=[])
 
 
 def test_a_file_beyond_the_limit_of_the_format_is_refused(pipe, assert_refused, monkeypatch):

@@ -3,13 +3,15 @@
 import functools
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,7 +222,8 @@ def _convert(source: Source, noise: Tensor, openvino: Any) -> Any:
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates the tracing that OpenVINO uses
-            converted = openvino.convert_model(module, example_input=noise)
+            with _keep_logger():
+                converted = openvino.convert_model(module, example_input=noise)
             converted.reshape(list(noise.shape))
             compiled = _compile_for(converted, "float32", openvino)
             expected = [module(trial) for trial in trials]
@@ -235,6 +238,18 @@ def _convert(source: Source, noise: Tensor, openvino: Any) -> Any:
             raise ValueError(_refuse(source, "gives other values there than in torch"))
     converted.set_rt_info(json.dumps(module.keys), _KEYS)  # names of outputs are changed on the way
     return converted
+
+
+@contextmanager
+def _keep_logger() -> Iterator[None]:
+    """Restore the root logger, which OpenVINO leaves silenced where a conversion fails."""
+    logger = logging.getLogger()
+    level, filters, handlers = logger.level, list(logger.filters), list(logger.handlers)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.filters[:], logger.handlers[:] = filters, handlers
 
 
 def _explain(error: Exception) -> str:

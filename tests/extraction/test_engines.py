@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import logging
 import os
 import re
 import subprocess
@@ -480,6 +481,15 @@ def test_a_network_that_cannot_be_converted_is_refused(pictures, function, metho
     extractor = make(seeded(lambda: Calls(function)), layer).fit(pictures)
     with pytest.raises(ValueError, match=CANNOT.format(problem)):
         getattr(extractor, method)(pictures[:2])
+
+
+def test_the_root_logger_stays_as_it_was(pictures):
+    """OpenVINO itself would leave it silenced, with a filter and a handler more."""
+    root = logging.getLogger()
+    before = root.level, list(root.filters), list(root.handlers)
+    with pytest.raises(ValueError, match="cannot be converted"):
+        make(seeded(lambda: Calls(by_svd)), "penultimate").transform(pictures[:2])
+    assert (root.level, root.filters, root.handlers) == before
 
 
 def test_what_comes_after_the_layer_need_not_be_converted(pictures):

@@ -148,10 +148,9 @@ class FeatureBatch:
             width = len(extractor.get_feature_names_out())
             return np.empty((0, width), dtype=self.dtype), []
         features = extractor.transform(images)
-        reasons = [extractor.errors_.get(index) for index in range(len(images))]
         reasons = [
-            _NO_IMAGE if image is None else reason
-            for image, reason in zip(images, reasons, strict=True)
+            _NO_IMAGE if image is None else extractor.errors_.get(index)
+            for index, image in enumerate(images)
         ]
         with np.errstate(over="ignore"):
             features = features.astype(self.dtype, copy=False)

@@ -1,5 +1,9 @@
 """How all tests run: on how many examples, and without a network."""
 
+import io
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -42,29 +46,14 @@ def resizer(request):
 
 @pytest.fixture(scope="session")
 def prepare_as_described():
-    """Prepare a picture with Pillow and NumPy as a program does that has read a description."""
+    """Prepare a picture as the program of the docs does, which has read a description."""
+    program = Path(__file__).parents[1] / "examples/deployment/predict.py"
+    prepare = runpy.run_path(str(program))["prepare"]
 
     def prepare_as_described(image, described):
-        resample = Image.Resampling[described["interpolation"].upper()]
-        size, side = described["crop_size"], described["resize_size"]
-        if described["resize"] == "short side":
-            width, height = (int(side * own / min(image.size)) for own in image.size)
-            fitted = image.resize((width, height), resample)
-        elif described["resize"] == "stretch":
-            fitted = image.resize((side[1], side[0]), resample)
-        else:
-            assert described["resize"] == "pad"
-            scale = min(side[1] / image.width, side[0] / image.height)
-            width, height = (max(1, round(scale * own)) for own in image.size)
-            fitted = Image.new("RGB", (side[1], side[0]), tuple(described["fill"]))
-            middle = ((side[1] - width) // 2, (side[0] - height) // 2)
-            fitted.paste(image.resize((width, height), resample), middle)
-        left, top = find_start(fitted.width, size[1]), find_start(fitted.height, size[0])
-        return np.array(fitted.crop((left, top, left + size[1], top + size[0])))
-
-    def find_start(own, size):
-        # What is smaller gets a black border.
-        return round((own - size) / 2) if own >= size else -((size - own) // 2)
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return prepare(file, described)
 
     return prepare_as_described
 

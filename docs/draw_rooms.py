@@ -48,9 +48,10 @@ def find_imports(rooms):
 def find_floors():
     """Return the rooms of each floor from the top, as the contracts of pyproject.toml have them."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
-    guests, *floors = contracts["contracts"][0]["layers"]
-    split = [floor.replace("|", ":").split(" : ") for floor in (guests, DOOR, *floors)]
-    return [[room.strip() for room in floor] for floor in split]
+    floors = contracts["contracts"][0]["layers"]
+    split = [[room.strip() for room in floor.replace("|", ":").split(":")] for floor in floors]
+    behind = next(number for number, rooms in enumerate(split) if rooms[0].startswith("_"))
+    return [*split[:behind], [DOOR], *split[behind:]]
 
 
 def leave_out_implied(imports):

@@ -15,13 +15,17 @@ import torch
 import deepfeat.datasets
 import deepfeat.onnx
 import deepfeat.plotting
+import deepfeat.ray
 from deepfeat import DeepFeatureExtractor, FineTuneClassifier, predict_categories
 from deepfeat import _parameters as parameters
 from deepfeat._parameters import check_device, check_parameter, check_parameters
 
 Mode = Literal["fast", "slow"] | None
 Workers = int | Literal["auto"] | None
-CHECKED = [DeepFeatureExtractor, FineTuneClassifier, predict_categories, deepfeat.onnx.export]
+CHECKED = [
+    *(DeepFeatureExtractor, FineTuneClassifier, predict_categories),
+    *(deepfeat.onnx.export, deepfeat.ray.extract),
+]
 
 # Values -----------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ def map_in_threads(
     """
     iterator = iter(samples)
     workers = (
-        min(_count_processors(), limit or sys.maxsize) if num_workers == "auto" else num_workers
+        min(count_processors(), limit or sys.maxsize) if num_workers == "auto" else num_workers
     )
     if workers == 0:
         yield from ((sample, attempt(function, sample)) for sample in iterator)
@@ -49,7 +49,7 @@ def map_in_threads(
         threads.shutdown(cancel_futures=True)
 
 
-def _count_processors() -> int:
+def count_processors() -> int:
     """Count the processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

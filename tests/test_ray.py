@@ -1,0 +1,365 @@
+"""`extract` on one node of Ray: rows, errors, what resumes and what is refused."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pytest
+import ray
+import torch
+from filelock import FileLock
+from numpy.testing import assert_array_equal
+from pyarrow import parquet
+from torchvision.transforms import ToTensor
+
+import deepfeat.ray
+from deepfeat import DeepFeatureExtractor
+from deepfeat.arrow import FeatureBatch
+from deepfeat.ray import extract
+
+pytestmark = pytest.mark.filterwarnings("default")  # Ray warns of its own settings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """A cluster of one node with the CPUs that two actors and Ray itself need."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray starts 32 readers and a worker per CPU otherwise, which two cores do not get on with.
+        patch.setenv("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
+        patch.setenv("RAY_enable_worker_prestart", "0")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=200_000_000,
+        )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return DeepFeatureExtractor("resnet10_slim", "layer1", image_size=32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def rows(scene_paths, tmp_path_factory):
+    """Sixteen images: one twice, one that is cut short and one that is missing."""
+    folder = tmp_path_factory.mktemp("broken")
+    cut, missing = folder / "cut.jpg", folder / "missing.jpg"
+    with open(scene_paths[1], "rb") as file:
+        cut.write_bytes(file.read()[:600])
+    # Apart: a network may round differently where it is given one image alone.
+    (*a, b), (*c, d), (*e, f) = scene_paths[:4], scene_paths[4:8], scene_paths[8:]
+    paths = [*a, str(cut), b, *c, str(missing), d, *e[:2], None, e[2], f, scene_paths[3]]
+    ids = [f"image {number}" for number in range(len(paths))]
+    return pa.table({"path": paths, "id": ids, "city": ["Graz", "Gent"] * 8})
+
+
+@pytest.fixture(scope="module")
+def expected(extractor, rows):
+    """What `transform` gives for these images, in one process."""
+    alone = DeepFeatureExtractor(**{**extractor.get_params(), "on_error": "nan", "cache": None})
+    return alone.transform(rows["path"].to_pylist())
+
+
+@pytest.fixture(scope="module")
+def manifest(rows, tmp_path_factory):
+    """The rows in a folder of three files."""
+    folder = tmp_path_factory.mktemp("manifest")
+    for start, stop in ((0, 3), (3, 9), (9, 16)):
+        parquet.write_table(rows.slice(start, stop - start), folder / f"from {start}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(extractor, manifest, tmp_path_factory):
+    """A finished job: its folder, and what it returned."""
+    folder = tmp_path_factory.mktemp("job") / "with a space"
+    return folder, extract(extractor, manifest, folder, rows_per_task=4)
+
+
+@pytest.fixture
+def filled(job, tmp_path):
+    """A copy of the folder of the job."""
+    return Path(shutil.copytree(job[0], tmp_path / "filled"))
+
+
+@pytest.fixture
+def output(tmp_path):
+    """A folder that does not exist."""
+    return tmp_path / "output"
+
+
+def read(output):
+    """Return the rows of a folder as any reader of Parquet finds them, ordered by their ids."""
+    table = pyarrow.dataset.dataset(output).to_table()
+    return table.sort_by("id")
+
+
+def to_matrix(table):
+    lists = table["features"].to_pylist()
+    return np.array([np.full(32, np.nan) if one is None else one for one in lists], np.float32)
+
+
+# Rows -------------------------------------------------------------------------------------------
+
+
+def test_each_row_has_the_features_of_its_image(rows, job, expected):
+    """To the bit, and an image that cannot be read has the reason."""
+    folder, summary = job
+    order = np.argsort(rows["id"].to_pylist())
+    found = read(folder)
+    assert found.column_names == ["id", "path", "city", "features", "error"]
+    assert found.select(rows.column_names).equals(rows.take(order))
+    assert_array_equal(to_matrix(found), expected[order])
+    reasons = dict(zip(found["id"].to_pylist(), found["error"].to_pylist(), strict=True))
+    failed = {name: reason for name, reason in reasons.items() if reason is not None}
+    assert failed.keys() == {"image 3", "image 8", "image 12"}
+    assert failed["image 8"] == "there is no such file"
+
+    assert (summary.rows, summary.failed, summary.computed) == (16, 3, 16)
+    assert summary.images_per_second == pytest.approx(16 / summary.seconds)
+    assert json.loads((folder / "_SUCCESS").read_text())["rows"] == 16
+    files = list(folder.glob("*.parquet"))
+    assert [parquet.read_metadata(file).num_rows for file in files] == [4] * 4
+
+
+def test_the_schema_says_what_computed_the_rows(extractor, job):
+    """In each file, in words of the extractor."""
+    for file in job[0].glob("*.parquet"):
+        schema = parquet.read_schema(file)
+        assert schema.field("features").type.list_size == 32
+        described = json.loads(schema.metadata[b"deepfeat"])
+        assert described.pop("preprocessing")["crop_size"] == [32, 32]
+        assert described.pop("columns").keys() == set(schema.names)
+        assert described == {
+            "version": deepfeat.__version__,
+            "backbone": "resnet10_slim",
+            "digest": extractor._find_backbone().fingerprint().hex(),
+            "layers": ["layer1"],
+            "pooling": ["avg"],
+            "norm": "l2",
+            "precision": "float32",
+            "id": "id",
+        }
+
+
+def test_a_job_leaves_things_as_they_were(extractor, job):
+    """The extractor with its cache, and the settings of Ray Data."""
+    assert extractor.cache == "memory"
+    assert extractor.num_workers == "auto"
+    assert ray.data.DataContext.get_current().checkpoint_config is None
+
+
+@pytest.mark.slow
+def test_a_dataset_of_encoded_images_is_a_manifest(extractor, rows, output, expected, tmp_path):
+    """As Hugging Face has them; what they hold is not copied."""
+    good = np.flatnonzero(np.isfinite(expected).all(axis=1))
+    paths = map(Path, rows["path"].take(good).to_pylist())
+    images = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    parquet.write_table(pa.table({"key": good, "image": images}), tmp_path / "images.parquet")
+    dataset = ray.data.read_parquet(str(tmp_path / "images.parquet"))
+    dataset = dataset.filter(expr=ray.data.expressions.col("key") >= 4)
+    summary = extract(extractor, dataset, output, id="key", image="image")
+    found = pyarrow.dataset.dataset(output).to_table().sort_by("key")
+    assert found.column_names == ["key", "features", "error"]
+    assert found["key"].to_pylist() == good[good >= 4].tolist()
+    assert_array_equal(to_matrix(found), expected[good[good >= 4]])
+    assert summary.failed == 0
+    assert dataset.context.checkpoint_config is None
+
+
+# Resuming ---------------------------------------------------------------------------------------
+
+
+def test_a_finished_job_has_nothing_to_do(extractor, manifest, filled):
+    """The same call again gives what is there."""
+    before = {path: path.read_bytes() for path in filled.glob("*.parquet")}
+    summary = extract(extractor, manifest, filled)
+    assert (summary.rows, summary.failed, summary.computed) == (16, 3, 0)
+    assert {path: path.read_bytes() for path in filled.glob("*.parquet")} == before
+    assert (filled / "_SUCCESS").exists()
+
+
+def test_a_job_resumes(extractor, rows, manifest, filled, expected, tmp_path):
+    """A torn file that is not committed is written again, and a row that is new is added."""
+    (filled / "_SUCCESS").unlink()
+    torn = next(filled.glob("*.parquet"))
+    ids = parquet.read_table(torn)["id"]
+    torn.write_bytes(torn.read_bytes()[:-100])
+    (record,) = (
+        file
+        for file in (filled / "_checkpoint").iterdir()
+        if parquet.read_table(file)["id"].equals(ids)
+    )
+    record.rename(record.with_suffix(".pending.parquet"))
+    more = pa.table({"path": rows["path"][:1], "id": ["image 99"], "city": ["Gent"]})
+    longer = Path(shutil.copytree(manifest, tmp_path / "longer"))
+    parquet.write_table(more, longer / "more.parquet")
+
+    summary = extract(extractor, longer, filled)
+    assert (summary.rows, summary.failed, summary.computed) == (17, 3, 5)
+    order = np.argsort(rows["id"].to_pylist())
+    assert_array_equal(to_matrix(read(filled)), expected[[*order, 0]])
+    assert (filled / "_SUCCESS").exists()
+
+
+def test_rows_that_are_missing_or_there_twice_are_found(extractor, manifest, filled):
+    """Ray's record says that they are there, once."""
+    first = next(filled.glob("*.parquet"))
+    shutil.copy(first, filled / "copy.parquet")
+    with pytest.raises(RuntimeError, match=r"Rows are repeated in .*another job wrote"):
+        extract(extractor, manifest, filled)
+    (filled / "copy.parquet").unlink()
+    first.unlink()
+    with pytest.raises(RuntimeError, match=r"4 of 16 rows are missing in .*such as that of 'image"):
+        extract(extractor, manifest, filled)
+    assert not (filled / "_SUCCESS").exists()
+
+
+# What is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": "layer2"}, r"layers is \['layer1'\] instead of \['layer2'\]"),
+        ({"norm": None}, "norm is 'l2' instead of None"),
+        ({"image_size": 64}, "digest is '.*' instead of '"),
+        ({"weights": None}, "digest is "),
+        ({"precision": "bfloat16"}, "precision is 'float32' instead of 'bfloat16'"),
+    ],
+    ids=str,
+)
+def test_the_folder_of_another_extractor_is_refused(extractor, filled, manifest, change, message):
+    """Whatever would change its rows; `_SUCCESS` stays."""
+    other = DeepFeatureExtractor(**{**extractor.get_params(), **change})
+    with pytest.raises(ValueError, match=f"filled by another extractor.*{message}"):
+        extract(other, manifest, filled)
+    assert (filled / "_SUCCESS").exists()
+
+
+def test_other_columns_are_refused(extractor, filled, manifest):
+    """A reader of the folder would find the columns of one of its files."""
+    with pytest.raises(ValueError, match=r"with other columns.*columns is"):
+        extract(extractor, manifest, filled, columns=["city"])
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["a", "b", "a", "c", "b"], "distinct values; 2 in 'id' are repeated, such as 'a', 'b'"),
+        ([1, None, 2, None, 3], "without nulls; 2 of 5 in 'id' are null"),
+        ([0.5, 1, 2, 3, 4], "integers, strings or bytes; got 'id' of type double"),
+    ],
+    ids=["repeated", "null", "floats"],
+)
+def test_ids_that_do_not_identify_are_refused(
+    extractor, scene_paths, output, tmp_path, ids, message
+):
+    """Before anything is written."""
+    table = pa.table({"id": ids, "path": scene_paths[:5]})
+    parquet.write_table(table, tmp_path / "manifest.parquet")
+    with pytest.raises(ValueError, match=f"^id must name a column of.*{message}|{message}"):
+        extract(extractor, tmp_path / "manifest.parquet", output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"id": "key"}, "id must name a column of the manifest; got 'key', and the columns are"),
+        ({"image": "file"}, "image must name a column of the manifest; got 'file'"),
+        ({"columns": ["name"]}, "columns must name a column of the manifest; got 'name'"),
+        ({"columns": "city"}, "columns must be a list of names or None; got 'city'"),
+        ({"rows_per_task": 0}, "rows_per_task must be an int of at least 1; got 0"),
+        ({"concurrency": 0}, "concurrency must be an int of at least 1 or None; got 0"),
+        ({"num_cpus": 0}, "num_cpus must be a float in"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(extractor, manifest, output, arguments, message):
+    """With what there is instead, and before anything is written."""
+    with pytest.raises(ValueError, match=message):
+        extract(extractor, manifest, output, **arguments)
+    assert not output.exists()
+
+
+def test_a_manifest_without_rows_is_refused(extractor, rows, output, tmp_path):
+    parquet.write_table(rows.slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(ValueError, match="source must have rows"):
+        extract(extractor, tmp_path / "empty.parquet", output)
+
+
+def test_a_folder_of_other_files_is_refused(extractor, manifest, output):
+    """Readers would take them for rows."""
+    output.mkdir()
+    (output / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"output must be a new or empty folder.*other files"):
+        extract(extractor, manifest, output)
+
+
+def test_a_dataset_that_begins_otherwise_is_refused(extractor, rows, output):
+    """Ray would compute all of its rows again, without a word."""
+    dataset = ray.data.from_arrow(rows).limit(4)
+    with pytest.raises(ValueError, match="source must be Parquet files or a dataset that begins"):
+        extract(extractor, dataset, output)
+
+
+def test_what_is_no_extractor_is_refused(manifest, output):
+    with pytest.raises(TypeError, match="extractor must be a DeepFeatureExtractor; got str"):
+        extract("resnet50", manifest, output)
+
+
+def test_a_network_that_cannot_be_identified_is_refused(manifest, output):
+    """Nothing could tell whether the rows of a folder are its own."""
+    lock = threading.Lock()
+
+    def prepare(image):
+        with lock:
+            return ToTensor()(image.resize((32, 32)))
+
+    network = torch.nn.Sequential(torch.nn.Flatten())
+    extractor = DeepFeatureExtractor(network, preprocessing=prepare)
+    with pytest.raises(ValueError, match="could not resume"):
+        extract(extractor, manifest, output)
+    assert not output.exists()
+
+
+# Actors -----------------------------------------------------------------------------------------
+
+
+def test_actors_leave_cpus_to_ray():
+    """Without these, nothing would read the manifest for them."""
+    plan = deepfeat.ray._plan_actors
+    assert plan("auto", None, 1, None) == (2, None)
+    assert plan("auto", None, 0.5, None) == (4, None)
+    assert plan("auto", 2, 1, None) == (2, None)
+    with pytest.warns(UserWarning, match="3 actors need 5 CPUs, .*; the cluster has 4 CPUs"):
+        assert plan("auto", 3, 1, None) == (3, None)
+    with pytest.warns(UserWarning, match="1 actors need 6 CPUs and 1 GPUs"):
+        assert plan("auto", None, 4, 1) == (1, 1)
+
+
+def test_an_actor_waits_while_another_downloads_the_weights(extractor, monkeypatch, tmp_path):
+    """One download per node, however many actors it has."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    lock = FileLock(tmp_path / "hub" / "deepfeat.lock")
+    (tmp_path / "hub").mkdir()
+    started = threading.Thread(
+        target=deepfeat.ray._Extraction,
+        args=(FeatureBatch(extractor), ["path"], torch.get_num_threads()),
+    )
+    with lock:
+        started.start()
+        started.join(1)
+        assert started.is_alive()
+    started.join(60)
+    assert not started.is_alive()

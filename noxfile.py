@@ -105,7 +105,7 @@ def examples(session):
 @nox.session(default=False)
 def bench(session):
     """Run the benchmarks and print their results, in an environment with other libraries."""
-    session.install("--editable", ".[jpeg,onnx,openvino]", *requirements("bench"))
+    session.install("--editable", ".[jpeg,onnx,openvino,ray]", *requirements("bench"))
     for script in scripts_in(session, "tests/benchmarks"):
         session.run("python", script, *session.posargs)
 

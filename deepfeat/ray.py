@@ -41,6 +41,7 @@ _PENDING = ".pending.parquet"  # how Ray names the record of a file that is bein
 _ENCODED_KINDS = (
     *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_struct),
 )
+_LARGE = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
 _ID_KINDS = (
     *(pa.types.is_integer, pa.types.is_string, pa.types.is_large_string),
     *(pa.types.is_binary, pa.types.is_large_binary),
@@ -103,8 +104,8 @@ def extract(
         able to write there.
     id : str, default="id"
         The column that identifies a row: integers, strings or bytes, none null and none twice.
-        Those of a finished folder are held in memory by each of up to ten filters on resuming;
-        integers take the least.
+        They are compared in the memory of this process, which takes up to 100 bytes per row, and
+        on resuming in that of some nodes; integers take the least.
     image : str, default="path"
         The column of images: paths, URIs, encoded images or structs, as for `FeatureBatch`.
     columns : list of str, optional
@@ -138,6 +139,10 @@ def extract(
     OSError
         If the weights cannot be downloaded, or the folder cannot be written.
 
+    See Also
+    --------
+    deepfeat.arrow.FeatureBatch : The same for a plain loop, Spark and others.
+
     Notes
     -----
     The files have the id, the columns of the manifest, "features", `FixedSizeList<float32>[d]`,
@@ -150,10 +155,6 @@ def extract(
     A cluster that is running is used if `ray.init` or the environment variable `RAY_ADDRESS` says
     so; otherwise one is started on this machine. The progress is Ray's. Weights are downloaded once
     per node.
-
-    See Also
-    --------
-    deepfeat.arrow.FeatureBatch : The same for a plain loop, Spark and others.
 
     Examples
     --------
@@ -182,7 +183,7 @@ def extract(
     folder.check(description)
     ids = _read_ids(manifest, id)
     folder.claim(description)
-    n_missing = len(_find_missing(ids, folder.read_committed(id)))
+    n_missing = len(_find_missing(ids, folder.read_committed(id).cast(ids.type)))
     if n_missing:
         device = add_features.extractor.device
         concurrency, num_gpus = _plan_actors(device, concurrency, num_cpus, num_gpus)
@@ -350,14 +351,15 @@ def _read_ids(manifest: Any, id: str) -> Any:
     if not sum(map(len, chunks)):
         raise ValueError("source must have rows; got an empty manifest.")
     ids = pa.chunked_array(chunks)
+    if kind := _LARGE.get(ids.type):
+        ids = ids.cast(kind)  # together they may be longer than 2 GB
     if ids.null_count:
         raise ValueError(
             f"id must name a column without nulls; {ids.null_count} of {len(ids)} in {id!r} are "
             "null."
         )
-    if compute.count_distinct(ids).as_py() < len(ids):
-        counts = ids.value_counts()
-        repeated = counts.filter(compute.greater(counts.field("counts"), 1)).field("values")
+    repeated = _find_repeated(ids)
+    if len(repeated):
         raise ValueError(
             f"id must name a column of distinct values; {len(repeated)} in {id!r} are repeated, "
             f"such as {', '.join(map(repr, repeated[:3].to_pylist()))}."
@@ -365,9 +367,16 @@ def _read_ids(manifest: Any, id: str) -> Any:
     return ids
 
 
+def _find_repeated(ids: Any) -> Any:
+    """Return each id that is there more than once; by sorting, which takes the least memory."""
+    ordered = ids.take(compute.sort_indices(ids)).combine_chunks()
+    later = ordered[1:]
+    return later.filter(compute.equal(later, ordered[:-1])).unique()
+
+
 def _find_missing(ids: Any, found: Any) -> Any:
     """Return the ids that are not among others."""
-    return ids.filter(compute.invert(compute.is_in(ids, value_set=found.cast(ids.type))))
+    return ids.filter(compute.invert(compute.is_in(ids, value_set=found)))
 
 
 def _describe(extractor: DeepFeatureExtractor, id: str, schema: Any) -> dict[str, Any]:
@@ -452,7 +461,7 @@ class _Folder:
     def check_rows(self, ids: Any, id: str, error_column: str) -> tuple[int, int]:
         """Return how many rows there are and how many have failed; raise unless each id has one."""
         rows = datasets.dataset(self.path, filesystem=self.system).to_table([id, error_column])
-        found = rows[id]
+        found = rows[id].cast(ids.type)
         missing = _find_missing(ids, found)
         if len(missing):
             raise RuntimeError(
@@ -460,7 +469,7 @@ class _Folder:
                 f"{missing[0].as_py()!r}: files have been removed, or the nodes do not share this "
                 "folder. Extract to a new one."
             )
-        if compute.count_distinct(found).as_py() < len(found):
+        if len(_find_repeated(found)):
             raise RuntimeError(
                 f"Rows are repeated in {self.url!r}, to which another job wrote at the same time. "
                 "Extract to a new folder."

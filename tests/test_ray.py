@@ -5,6 +5,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
@@ -14,6 +15,11 @@ import torch
 from filelock import FileLock
 from numpy.testing import assert_array_equal
 from pyarrow import parquet
+from ray.util.joblib import register_ray
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
 from torchvision.transforms import ToTensor
 
 import deepfeat.ray
@@ -174,6 +180,36 @@ def test_a_dataset_of_encoded_images_is_a_manifest(extractor, rows, output, expe
     assert_array_equal(to_matrix(found), expected[good[good >= 4]])
     assert summary.failed == 0
     assert dataset.context.checkpoint_config is None
+
+
+@pytest.mark.slow
+def test_a_step_of_ray_data_gives_the_same(extractor, rows, manifest, expected):
+    """As the guide has it."""
+    add_features = FeatureBatch(extractor)
+    step = ray.data.read_parquet(str(manifest)).map_batches(
+        add_features, batch_format="pyarrow", batch_size=16
+    )
+    found = pa.concat_tables(step.iter_batches(batch_size=None, batch_format="pyarrow"))
+    order = np.argsort(rows["id"].to_pylist())
+    assert_array_equal(to_matrix(found.sort_by("id")), expected[order])
+
+
+@pytest.mark.slow
+def test_a_search_on_ray_gives_the_same(scene_paths, scene_labels, tmp_path):
+    """Joblib sends the candidates to Ray, as the guide has it."""
+    extractor = DeepFeatureExtractor("resnet10_slim", image_size=32, cache=tmp_path)
+    extractor.precompute(scene_paths)
+    search = GridSearchCV(
+        make_pipeline(extractor, LinearSVC()),
+        {"deepfeatureextractor__layer": ["layer2", "layer4"], "linearsvc__C": [0.01, 1]},
+        cv=2,
+        n_jobs=2,
+    )
+    alone = clone(search).set_params(n_jobs=1).fit(scene_paths, scene_labels)
+    register_ray()
+    with joblib.parallel_backend("ray"):
+        search.fit(scene_paths, scene_labels)
+    assert_array_equal(search.cv_results_["mean_test_score"], alone.cv_results_["mean_test_score"])
 
 
 # Resuming ---------------------------------------------------------------------------------------

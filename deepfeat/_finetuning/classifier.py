@@ -682,7 +682,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         else:
             network = build_network(backbone, self.head, len(classes), device, seed)
         config = self._make_config(epochs, device, seed)
-        plan = plan_training(network, blocks, backbone.preprocessing, classes, config)
+        plan = plan_training(network, blocks, backbone.preprocessing, dataset, classes, config)
         history = self.history_ if resume else []
         state = self._optimizer_state if resume and epochs is None else None
         result = run_training(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._layers.index import LayerIndex
 from .._layers.trace import first_tensor, share_weights
-from .freezing import Trained, is_touched, lies_in
+from .freezing import Trained, is_touched, lies_in, set_train_mode
 
 Fill: TypeAlias = Callable[..., Tensor]  # makes a tensor from one of its kind and a shape
 
@@ -101,11 +101,16 @@ class _Resumed:
     fill: Fill
 
     def replace_input(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.activations, *inputs[1:])
+        return (self._find_activations(), *inputs[1:])
 
     def skip(self, shape: tuple[int, ...], *_inputs: Any, **_options: Any) -> Tensor:
-        assert self.activations is not None
-        return self.fill(self.activations, (len(self.activations), *shape))
+        activations = self._find_activations()
+        return self.fill(activations, (len(activations), *shape))
+
+    def _find_activations(self) -> Tensor:
+        if self.activations is None:  # gradient checkpointing runs it again to go backwards
+            raise RuntimeError("The frozen beginning of a network is run outside of run_suffix.")
+        return self.activations
 
 
 class _AtBoundary(Exception):
@@ -120,34 +125,50 @@ def _leave(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     raise _AtBoundary(inputs[0])
 
 
-def find_cut(
-    module: nn.Module, index: LayerIndex, trained: Trained, input_shape: tuple[int, ...]
-) -> Cut | None:
+def find_cut(module: nn.Module, index: LayerIndex, trained: Trained, samples: Tensor) -> Cut | None:
     """Cut a network where its frozen beginning ends.
 
     Returns None if nothing is frozen before the trained part, or if the suffix needs more than the
-    boundary's input, which a trial run shows.
+    boundary's input, forwards or backwards, which trial runs on `samples`, a batch of prepared
+    images, show. The network is left in eval mode.
     """
     found = _find_boundary(module, index, trained)
     if found is None:
         return None
-    cut = Cut(module, input_shape, *found)
-    reference = next(module.parameters())
-    noise = torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0))
-    noise = noise.to(reference.device, reference.dtype)
+    cut = Cut(module, tuple(samples.shape[1:]), *found)
     module.eval()
     with torch.no_grad():
-        whole = first_tensor(module(noise))
+        whole = first_tensor(module(samples))
         try:
-            activations = cut.run_prefix(noise)
+            activations = cut.run_prefix(samples)
             # In reverse order, because the first axis may be that of tokens, not of images.
             parts = first_tensor(cut.run_suffix(activations.flip(0), fill=_nans_like))
         except Exception:  # a user's module may be built in any way
             return None
-    is_same = parts.shape == whole.shape and torch.allclose(
-        parts.flip(0), whole, rtol=1e-4, atol=1e-5
+    is_same = (
+        len(activations) == len(samples)
+        and parts.shape == whole.shape
+        and torch.allclose(parts.flip(0), whole, rtol=1e-4, atol=1e-5)
     )
-    return cut if is_same and len(activations) == len(noise) else None
+    return cut if is_same and _learns_alone(cut, module, trained, activations) else None
+
+
+def _learns_alone(cut: Cut, module: nn.Module, trained: Trained, activations: Tensor) -> bool:
+    """Tell whether the suffix can go backwards; nothing of the trial stays on the network."""
+    buffers = {buffer: buffer.clone() for buffer in module.buffers()}
+    device = activations.device
+    set_train_mode(module, trained)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            first_tensor(cut.run_suffix(activations)).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception:
+        return False
+    finally:
+        module.eval().zero_grad()
+        with torch.no_grad():
+            for buffer, before in buffers.items():
+                buffer.copy_(before)
+    return True
 
 
 def _find_boundary(

@@ -7,12 +7,15 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._backbones.preprocessing import Preprocessing
+from .._engine.threads import attempt
+from .._images.records import Record
 from .._layers.index import LayerIndex
 from .augmentation import Augment, count_views
 from .cutting import Cut, find_cut
@@ -51,10 +54,17 @@ def plan_training(
     network: Network,
     blocks: tuple[str, ...],
     preprocessing: Preprocessing,
+    dataset: Dataset,
     classes: NDArray[Any],
     config: TrainingConfig,
 ) -> Plan:
-    """Freeze the network but for its head and the blocks, in place, and find where to cut it."""
+    """Freeze the network but for its head and the blocks, in place, and find where to cut it.
+
+    Raises
+    ------
+    ImageError
+        If the first image cannot be read.
+    """
     module, shape = network.module.to(config.device), preprocessing.input_shape
     index = LayerIndex(module, shape)
     trained = find_trained(module, index, blocks, network.head)
@@ -62,8 +72,30 @@ def plan_training(
     freeze(module, trained)
     # A single epoch caches nothing, and only a CPU runs the two parts apart for speed.
     is_cut = config.epochs is not None or config.device.type == "cpu"
-    cut = find_cut(module, index, trained, shape) if is_cut else None
+    cut = None
+    if is_cut:
+        samples = _make_samples(preprocessing, dataset.records[0]).to(config.device)
+        cut = find_cut(module, index, trained, samples)
     return Plan(module, trained, cut, preprocessing, classes, config)
+
+
+def _make_samples(preprocessing: Preprocessing, record: Record) -> Tensor:
+    """Make the images on which a cut is tried: noise, zeros, black, white and that of a record.
+
+    A network may compute masks from the values of its input, such as those of padding.
+    """
+    pixels = attempt(Record.open, record)
+    if isinstance(pixels, Exception):
+        raise record.error(pixels)
+    plain = (np.full_like(pixels, value) for value in (0, 255))
+    prepared = [attempt(preprocessing.prepare, image) for image in (*plain, pixels)]
+    if isinstance(prepared[-1], Exception):
+        raise record.error(prepared[-1])
+    # That of a user may be made for images of one kind.
+    tensors = [sample for sample in prepared if isinstance(sample, Tensor)]
+    noise = torch.rand(preprocessing.input_shape, generator=torch.Generator().manual_seed(0))
+    samples = [preprocessing.normalize(tensor[None])[0] for tensor in tensors]
+    return torch.stack([noise, torch.zeros_like(noise), *samples])
 
 
 def run_training(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from deepfeat._finetuning.cutting import find_cut
 from deepfeat._finetuning.freezing import set_train_mode
@@ -14,7 +15,9 @@ def cut_of(prepare):
 
     def cut_of(module, unfreeze, side=16):
         module, index, trained = prepare(module, unfreeze, side)
-        return module, find_cut(module, index, trained, (3, side, side))
+        noise = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+        samples = torch.cat([noise, torch.zeros(1, 3, side, side)])
+        return module, find_cut(module, index, trained, samples)
 
     return cut_of
 
@@ -102,7 +105,7 @@ def test_what_is_interrupted_leaves_nothing_behind(cut_of, monkeypatch, make_pla
 def test_the_parts_follow_the_modes_of_the_network(prepare, make_plain):
     """A dropout is active in the second part while the network is in train mode."""
     module, index, trained = prepare(make_plain(dropout=0.5), None)
-    cut = find_cut(module, index, trained, (3, 16, 16))
+    cut = find_cut(module, index, trained, torch.rand(2, 3, 16, 16))
     activations = cut.run_prefix(torch.rand(8, 3, 16, 16))
     module.eval()
     torch.testing.assert_close(cut.run_suffix(activations), cut.run_suffix(activations))
@@ -187,12 +190,48 @@ class Twice(nn.Module):
         return self.fc(self.second(self.second(self.first(images)).relu()).mean((2, 3)))
 
 
+class Masking(nn.Module):
+    """Leave out the pixels that are black, as if they were padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, images):
+        is_padding = (images <= 0).all(1, keepdim=True)
+        maps = self.second(self.first(images).relu())
+        return self.fc(maps.masked_fill(is_padding, -1.0).mean((2, 3)))
+
+
+class Recomputing(nn.Module):
+    """Compute the layers again to go backwards, in training alone, as those of timm can."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 5)
+
+    def compute(self, images):
+        return self.second(self.first(images).relu())
+
+    def forward(self, images):
+        maps = self.compute(images)
+        if self.second.training:
+            maps = checkpoint(self.compute, images, use_reentrant=False)
+        return self.fc(maps.mean((2, 3)))
+
+
 IMPOSSIBLE = {
     "skip": (Skipping, "third"),
     "tokens first": (Sequence, "second"),
     "tokens first, images alike": (lambda: blind(Sequence()), "second"),
     "keywords": (ByName, "second"),
     "called twice": (Twice, "second"),
+    "a mask of the input": (Masking, "second"),
+    "computed again": (Recomputing, "second"),
 }
 
 
@@ -207,6 +246,18 @@ def test_a_network_that_cannot_be_cut_is_not_cut(
     params = {"unfreeze": unfreeze, "max_epochs": 3}
     classifier = make_classifier(seeded(make), augment=None, **params).fit(X, y)
     assert len(classifier.history_) == 3
+
+
+def test_the_trial_of_a_cut_leaves_no_trace(prepare, make_plain, assert_same_state):
+    """Neither in the statistics of norms, nor in gradients or torch's generator."""
+    module, index, trained = prepare(make_plain(dropout=0.5, norm=True), "blocks.1")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    generator = torch.get_rng_state()
+    assert find_cut(module, index, trained, torch.ones(2, 3, 16, 16)) is not None
+    assert_same_state(module.state_dict(), before)
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert not any(child.training for child in module.modules())
 
 
 def test_the_trial_of_a_cut_does_not_hang_on_what_memory_holds(cut_of, monkeypatch, seeded):

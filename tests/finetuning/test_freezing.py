@@ -331,7 +331,7 @@ def test_any_dropout_before_a_new_head_acts(prepare, kind, seeded):
     set_train_mode(module, trained)
     assert index.units == ("0", "3")
     assert module[2].training
-    assert find_cut(module, index, trained, (3, 16, 16)).boundary == "2"
+    assert find_cut(module, index, trained, torch.rand(2, 3, 16, 16)).boundary == "2"
 
 
 def test_the_head_has_a_group_of_its_own(prepare, make_plain):

@@ -82,7 +82,7 @@ def test_a_batch_has_the_inputs_targets_and_weights_of_its_images(
         preprocessing=preprocess_with(to_16_pixels),
         num_workers=0,
         module=module.eval(),
-        cut=find_cut(module, index, trained, (3, 16, 16)),
+        cut=find_cut(module, index, trained, torch.rand(2, 3, 16, 16)),
     )
     source = images
     if cache:

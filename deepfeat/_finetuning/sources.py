@@ -1,10 +1,13 @@
 """The two sources of training batches: images, and activations cached of them."""
 
+import errno
 import functools
 import itertools
 import math
+import os
 import shutil
 import tempfile
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -175,6 +178,7 @@ class ActivationSource(Source):
 
     activations: NDArray[np.float32]
     shape: tuple[int, ...]  # of the activations of one image
+    memory_format: torch.memory_format  # in whose order dropout draws
     cut: Cut
 
     def forward(self, inputs: Tensor) -> Any:
@@ -187,7 +191,8 @@ class ActivationSource(Source):
         for start in range(0, len(indices), batch_size):
             drawn = indices[start : start + batch_size]
             rows = torch.from_numpy(self.activations[views[drawn], drawn])
-            yield to_device(rows.reshape(len(drawn), *self.shape), self.device)
+            inputs = to_device(rows.reshape(len(drawn), *self.shape), self.device)
+            yield inputs.contiguous(memory_format=self.memory_format)
 
 
 def cache_activations(
@@ -202,15 +207,19 @@ def cache_activations(
     """Run the frozen beginning of a network once over each view of each image.
 
     Up to `MEMORY_LIMIT` the activations are cached in memory, else in a temporary file; returns
-    None if the disk does not have enough room. `report` is called with the number of images done.
+    None, with a warning, if the disk does not have enough room. `report` is called with the number
+    of images done.
     """
     records = source.dataset.records
     shape: tuple[int, ...] = ()
+    memory_format = torch.contiguous_format
 
     def forward(batch: Tensor) -> Outputs:
-        nonlocal shape
+        nonlocal shape, memory_format
         activations = cut.run_prefix(batch)
         shape = tuple(activations.shape[1:])
+        if activations.ndim == 4 and not activations.is_contiguous():
+            memory_format = torch.channels_last
         return {"": activations.float().flatten(1)}
 
     def open_view(sample: tuple[int, int]) -> RGB:
@@ -244,16 +253,33 @@ def cache_activations(
         seed=source.seed,
         activations=cached,
         shape=shape,
+        memory_format=memory_format,
         cut=cut,
     )
 
 
 def _allocate(shape: tuple[int, ...]) -> NDArray[np.float32] | None:
-    """Make room for activations; a temporary file is deleted with its array."""
+    """Make room for activations; a temporary file is deleted with its array.
+
+    The room is reserved: a disk that fills up later would otherwise end the process.
+    """
     size = 4 * math.prod(shape)
     if size <= MEMORY_LIMIT:
         return np.empty(shape, dtype=np.float32)
-    if size > shutil.disk_usage(tempfile.gettempdir()).free // 2:
+    folder = tempfile.gettempdir()
+    try:
+        if size > shutil.disk_usage(folder).free // 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with tempfile.TemporaryFile(prefix="deepfeat-") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, dtype=np.float32, mode="r+", shape=shape)
+    except OSError as error:
+        warnings.warn(
+            f"The frozen part of the network is computed in each epoch: {folder} cannot hold "
+            f"{size / 1e9:.1f} GB of its output ({error.strerror}). The environment variable "
+            "TMPDIR names another folder.",
+            UserWarning,
+            stacklevel=2,
+        )
         return None
-    with tempfile.TemporaryFile(prefix="deepfeat-") as file:
-        return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)

@@ -1,5 +1,8 @@
 """Tests of the two sources: cached activations train the same network as images do."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -261,19 +264,53 @@ def test_no_file_is_left_behind(monkeypatch, tmp_path, make_images, make_case):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("when", ["it is full", "it fills up"])
 def test_on_a_full_disk_nothing_is_cached(
-    monkeypatch, cached, without_cut, make_images, make_case, assert_same_state, state_of
+    monkeypatch, cached, without_cut, when, make_images, make_case, assert_same_state, state_of
 ):
-    """And training works without."""
+    """And training works without; a file whose room is not reserved would end the process."""
     monkeypatch.setattr(_sources, "MEMORY_LIMIT", 0)
-    room = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: room)
+    if when == "it is full":
+        room = type("Usage", (), {"free": 1000})
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: room)
+    else:
+
+        def refuse(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("os.posix_fallocate", refuse)
     X, y = make_images()
-    fitted = make_case("plain", max_epochs=4).fit(X, y)
+    with pytest.warns(UserWarning, match=r"cannot hold 0\.0 GB of its output \(No space left"):
+        fitted = make_case("plain", max_epochs=4).fit(X, y)
     assert cached == [None]
     assert_same_state(
         state_of(fitted), state_of(without_cut(make_case("plain", max_epochs=4), X, y))
     )
+
+
+def test_the_room_of_a_file_is_reserved(monkeypatch):
+    """Not only its length set."""
+    reserved = []
+    memmap = np.memmap
+
+    def note(file, **options):
+        reserved.append(512 * os.fstat(file.fileno()).st_blocks)
+        return memmap(file, **options)
+
+    monkeypatch.setattr(_sources, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(np, "memmap", note)
+    activations = _sources._allocate((2, 1000, 100))
+    assert activations.shape == (2, 1000, 100)
+    assert reserved[0] >= activations.nbytes
+
+
+def test_dropout_draws_the_same_on_cached_maps(without_cut, make_images, make_classifier):
+    """It draws in the order in which they lie in memory: of named networks, channels last."""
+    X, y = make_images()
+    params = {"unfreeze": None, "augment": None, "max_epochs": 3, "image_size": 64, **RATES}
+    first = make_classifier("squeezenet1_1", **params).fit(X, y)
+    second = without_cut(make_classifier("squeezenet1_1", **params), X, y)
+    assert_same_fit(first, second)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

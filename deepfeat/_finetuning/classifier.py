@@ -503,7 +503,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         """Save the classifier to a file in the safetensors format, without pickle.
 
         The file holds the weights as tensors, and parameters, classes and history as JSON in its
-        header.
+        header, with a digest of all that, by which `load` finds damage.
 
         Parameters
         ----------
@@ -517,6 +517,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             or augmentation.
         FileNotFoundError
             If the folder of the file does not exist.
+        OSError
+            If the file cannot be written.
         """
         check_is_fitted(self, "module_")
         saved = SavedClassifier(

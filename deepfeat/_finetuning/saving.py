@@ -1,5 +1,6 @@
 """Trained classifiers in files, without pickle."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -18,7 +19,7 @@ from torch import Tensor
 from torchvision.models import WeightsEnum
 
 _FORMAT = 1  # of files
-_KEY = "deepfeat"  # in the header of a file
+_KEY, _DIGEST = "deepfeat", "digest"  # in the header of a file
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,12 @@ def load_classifier(path: str | os.PathLike[str]) -> SavedClassifier:
         If it is damaged, was written by a later release, or holds something else.
     """
     state, description = read_network(path)
-    if description.get("format") != _FORMAT:
+    with blame_file(path):
+        found = description["format"]
+    if found != _FORMAT:
         raise ValueError(
-            f"{os.fspath(path)} has format {description.get('format')}, but this release reads "
-            f"format {_FORMAT}: use the release of deepfeat that wrote it."
+            f"{os.fspath(path)} has format {found}, but this release reads format {_FORMAT}: use "
+            "the release of deepfeat that wrote it."
         )
     with blame_file(path):
         dtype, labels = description["classes"]
@@ -98,7 +101,7 @@ def blame_file(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn errors raised by the contents of a file into one that names the file."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # what a file holds may be of any type
         raise ValueError(
             f"{os.fspath(path)} does not hold what its header says: {type(error).__name__}: {error}"
         ) from error
@@ -112,14 +115,17 @@ def write_network(
 ) -> None:
     """Write a state dict to a safetensors file, with the description as JSON in its header.
 
-    An existing file is replaced in one step: it is never lost or half-written.
+    The header also has a digest of both. An existing file is replaced in one step: it is never lost
+    or half-written.
 
     Raises
     ------
     FileNotFoundError
         If the folder of the file does not exist.
+    OSError
+        If the file cannot be written.
     """
-    header = {_KEY: json.dumps(description)}
+    text = json.dumps(description)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     target = Path(path).expanduser()
     if not target.parent.is_dir():
@@ -128,7 +134,10 @@ def write_network(
         )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".deepfeat-") as folder:
         draft = Path(folder, "draft")
-        save_file(tensors, draft, metadata=header)
+        try:
+            save_file(tensors, draft, metadata={_KEY: text, _DIGEST: _digest(text, tensors)})
+        except SafetensorError as error:
+            raise OSError(f"{os.fspath(target)} cannot be written: {error}") from error
         draft.replace(target)
 
 
@@ -147,16 +156,30 @@ def read_network(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise FileNotFoundError(f"path must be an existing file; got {os.fspath(path)!r}.")
     try:
         with safe_open(source, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            if not isinstance(header, dict):
-                raise ValueError(
-                    f"{source} was not written by FineTuneClassifier.save: its header does not "
-                    "describe a classifier."
-                )
+            header = file.metadata() or {}
             names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, header
-    except (SafetensorError, json.JSONDecodeError) as error:
+            state = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
         raise ValueError(f"{source} is damaged or not a safetensors file: {error}") from error
+    if not {_KEY, _DIGEST} <= header.keys():
+        raise ValueError(
+            f"{source} was not written by FineTuneClassifier.save: its header does not describe a "
+            "classifier."
+        )
+    if header[_DIGEST] != _digest(header[_KEY], state):
+        raise ValueError(f"{source} is damaged: its contents do not have the digest in its header.")
+    with blame_file(path):
+        description: dict[str, Any] = json.loads(header[_KEY])
+    return state, description
+
+
+def _digest(text: str, state: Mapping[str, Tensor]) -> str:
+    """Digest a description and tensors on the CPU, whatever their order."""
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # Plain values -----------------------------------------------------------------------------------

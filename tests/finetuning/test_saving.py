@@ -329,6 +329,58 @@ def test_a_damaged_file_is_refused(fitted, file, damage):
         FineTuneClassifier.load(file)
 
 
+def test_a_flipped_bit_is_found(fitted, file):
+    """Wherever it is: other weights would load without a word."""
+    fitted.save(file)
+    content = file.read_bytes()
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    places = np.random.default_rng(0).integers(header, len(content), 40)
+    for place in [header, *places, len(content) - 1]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(place) % 8
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged: its contents do not have the digest"):
+            FineTuneClassifier.load(file)
+
+
+ODD = {
+    "a list": [1],
+    "a number": 3,
+    "without a format": {"params": {}},
+    "parameters in a list": {"format": 1, "params": [1]},
+    "no classes": {"format": 1, "params": {}, "classes": None},
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_description_is_refused(file, odd):
+    """With the name of the file, whatever goes wrong in reading it."""
+    write_network(file, {"a": torch.zeros(2)}, ODD[odd])
+    with pytest.raises(ValueError, match=r"classifier.safetensors does not hold what its header"):
+        FineTuneClassifier.load(file)
+
+
+def test_a_deep_description_is_refused(file, monkeypatch):
+    """Python's own reader of JSON gives up on it."""
+    monkeypatch.setattr("deepfeat._finetuning.saving.json.dumps", lambda _: "[" * 100_000)
+    write_network(file, {"a": torch.zeros(2)}, {})
+    with pytest.raises(ValueError, match="does not hold what its header says: RecursionError"):
+        FineTuneClassifier.load(file)
+
+
+def test_a_full_disk_is_an_error_of_the_system(fitted, file):
+    """Of files as large as a process may write, as of disks; nothing is left behind."""
+    resource = pytest.importorskip("resource")  # of POSIX
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"classifier.safetensors cannot be written: .*large"):
+            fitted.save(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(file.parent) == []
+
+
 def test_a_file_of_somebody_else_is_refused(file):
     """Weights alone do not say which network they belong to."""
     safetensors.torch.save_file({"a": torch.zeros(2)}, file)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 from torchvision.transforms import ToTensor
 
-import deepfeat.ray
+import deepfeat
 from deepfeat import DeepFeatureExtractor
 from deepfeat.arrow import FeatureBatch
 from deepfeat.ray import extract
+from deepfeat.ray._cluster import plan_actors
+from deepfeat.ray._extract import _Extraction
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray warns of its own settings
 
@@ -153,7 +156,9 @@ def test_the_schema_says_what_computed_the_rows(extractor, job):
             "pooling": ["avg"],
             "norm": "l2",
             "precision": "float32",
+            "engine": "torch",
             "id": "id",
+            "image": "path",
         }
 
 
@@ -228,13 +233,8 @@ def test_a_job_resumes(extractor, rows, manifest, filled, expected, tmp_path):
     """A torn file that is not committed is written again, and a row that is new is added."""
     (filled / "_SUCCESS").unlink()
     torn = next(filled.glob("*.parquet"))
-    ids = parquet.read_table(torn)["id"]
     torn.write_bytes(torn.read_bytes()[:-100])
-    (record,) = (
-        file
-        for file in (filled / "_checkpoint").iterdir()
-        if parquet.read_table(file)["id"].equals(ids)
-    )
+    record = find_record(filled, torn)
     record.rename(record.with_suffix(".pending.parquet"))
     more = pa.table({"path": rows["path"][:1], "id": ["image 99"], "city": ["Gent"]})
     longer = Path(shutil.copytree(manifest, tmp_path / "longer"))
@@ -247,15 +247,34 @@ def test_a_job_resumes(extractor, rows, manifest, filled, expected, tmp_path):
     assert (filled / "_SUCCESS").exists()
 
 
-def test_rows_that_are_missing_or_there_twice_are_found(extractor, manifest, filled):
-    """Ray's record says that they are there, once."""
-    first = next(filled.glob("*.parquet"))
-    shutil.copy(first, filled / "copy.parquet")
+def find_record(folder, file):
+    """Return Ray's record of a file."""
+    (record,) = (
+        path for path in (folder / "_checkpoint").iterdir() if file.name.startswith(path.stem)
+    )
+    return record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("event", ["the file was removed", "its record is pending too"])
+def test_a_row_without_a_file_is_computed_again(extractor, manifest, filled, event):
+    """Ray takes it for done. A record is both where a kill came between copying and deleting it."""
+    file = next(filled.glob("*.parquet"))
+    record = find_record(filled, file)
+    if event == "the file was removed":
+        file.unlink()
+    else:
+        shutil.copy(record, record.with_suffix(".pending.parquet"))
+    summary = extract(extractor, manifest, filled)
+    assert (summary.rows, summary.failed, summary.computed) == (16, 3, 4)
+    assert read(filled)["id"].to_pylist() == sorted(f"image {number}" for number in range(16))
+
+
+def test_rows_that_are_there_twice_are_found(extractor, manifest, filled):
+    """Two jobs may have written to one folder."""
+    file = next(filled.glob("*.parquet"))
+    shutil.copy(file, filled / "copy.parquet")
     with pytest.raises(RuntimeError, match=r"Rows are repeated in .*another job wrote"):
-        extract(extractor, manifest, filled)
-    (filled / "copy.parquet").unlink()
-    first.unlink()
-    with pytest.raises(RuntimeError, match=r"4 of 16 rows are missing in .*such as that of 'image"):
         extract(extractor, manifest, filled)
     assert not (filled / "_SUCCESS").exists()
 
@@ -266,11 +285,12 @@ def test_rows_that_are_missing_or_there_twice_are_found(extractor, manifest, fil
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer": "layer2"}, r"layers is \['layer1'\] instead of \['layer2'\]"),
-        ({"norm": None}, "norm is 'l2' instead of None"),
-        ({"image_size": 64}, "digest is '.*' instead of '"),
-        ({"weights": None}, "digest is "),
-        ({"precision": "bfloat16"}, "precision is 'float32' instead of 'bfloat16'"),
+        ({"layer": "layer2"}, r"expected layers \['layer2'\], found \['layer1'\]"),
+        ({"norm": None}, "expected norm None, found 'l2'"),
+        ({"image_size": 64}, "expected digest '.*', found '"),
+        ({"weights": None}, "expected digest "),
+        ({"precision": "bfloat16"}, "expected precision 'bfloat16', found 'float32'"),
+        ({"engine": "openvino"}, "expected engine 'openvino', found 'torch'"),
     ],
     ids=str,
 )
@@ -284,16 +304,16 @@ def test_the_folder_of_another_extractor_is_refused(extractor, filled, manifest,
 
 def test_other_columns_are_refused(extractor, filled, manifest):
     """A reader of the folder would find the columns of one of its files."""
-    with pytest.raises(ValueError, match=r"with other columns.*columns is"):
+    with pytest.raises(ValueError, match=r"with other columns: expected columns .*, found"):
         extract(extractor, manifest, filled, columns=["city"])
 
 
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (["a", "b", "a", "c", "b"], "distinct values; 2 in 'id' are repeated, such as 'a', 'b'"),
-        ([1, None, 2, None, 3], "without nulls; 2 of 5 in 'id' are null"),
-        ([0.5, 1, 2, 3, 4], "integers, strings or bytes; got 'id' of type double"),
+        (list("abacb"), "a column of distinct values; 2 in 'id' are repeated, such as 'a', 'b'"),
+        ([1, None, 2, None, 3], "a column without nulls; 2 of 5 in 'id' are null"),
+        ([0.5, 1, 2, 3, 4], "a column of integers, strings or bytes; got 'id' of type double"),
     ],
     ids=["repeated", "null", "floats"],
 )
@@ -303,7 +323,7 @@ def test_ids_that_do_not_identify_are_refused(
     """Before anything is written."""
     table = pa.table({"id": ids, "path": scene_paths[:5]})
     parquet.write_table(table, tmp_path / "manifest.parquet")
-    with pytest.raises(ValueError, match=f"^id must name a column of.*{message}|{message}"):
+    with pytest.raises(ValueError, match=f"^id must name {message}"):
         extract(extractor, tmp_path / "manifest.parquet", output)
     assert not output.exists()
 
@@ -342,11 +362,39 @@ def test_a_folder_of_other_files_is_refused(extractor, manifest, output):
         extract(extractor, manifest, output)
 
 
-def test_a_dataset_that_begins_otherwise_is_refused(extractor, rows, output):
-    """Ray would compute all of its rows again, without a word."""
-    dataset = ray.data.from_arrow(rows).limit(4)
-    with pytest.raises(ValueError, match="source must be Parquet files or a dataset that begins"):
+@pytest.mark.parametrize("case", ["no read", "a limit", "a renamed id"])
+def test_a_dataset_with_which_a_job_could_not_resume_is_refused(
+    extractor, rows, manifest, output, case
+):
+    """Ray leaves out finished rows right after the read, or not at all, without a word."""
+    dataset, message = {
+        "no read": (ray.data.from_arrow(rows).map(dict), "got one with FromArrow"),
+        "a limit": (ray.data.read_parquet(str(manifest)).limit(4), "got one with limit=4"),
+        "a renamed id": (
+            ray.data.read_parquet(str(manifest)).rename_columns({"id": "key"}),
+            "'key' is added or renamed after the read, of 'path', 'id', 'city'",
+        ),
+    }[case]
+    with pytest.raises(ValueError, match=f"so that the job can resume; {message}"):
+        extract(extractor, dataset, output, id="key" if case == "a renamed id" else "id")
+    assert not output.exists()
+
+
+@pytest.mark.slow
+def test_a_dataset_of_other_rows_each_time_is_found(extractor, manifest, output):
+    """Its ids are read before its rows."""
+    dataset = ray.data.read_parquet(str(manifest)).random_sample(0.5)
+    with pytest.raises(RuntimeError, match=r"rows are missing|did not give the same rows"):
         extract(extractor, dataset, output)
+    assert not (output / "_SUCCESS").exists()
+
+
+def test_a_column_of_the_output_may_be_left_out(extractor, rows, output, tmp_path):
+    """The manifest may be what another job has written."""
+    parquet.write_table(rows.append_column("error", rows["city"]), tmp_path / "manifest.parquet")
+    with pytest.raises(ValueError, match="a column 'error', as the output will: leave it out with"):
+        extract(extractor, tmp_path / "manifest.parquet", output)
+    assert not output.exists()
 
 
 def test_what_is_no_extractor_is_refused(manifest, output):
@@ -372,30 +420,57 @@ def test_a_network_that_cannot_be_identified_is_refused(manifest, output):
 # Actors -----------------------------------------------------------------------------------------
 
 
-def test_actors_leave_cpus_to_ray():
+def test_actors_leave_cpus_to_ray(extractor):
     """Without these, nothing would read the manifest for them."""
-    plan = deepfeat.ray._plan_actors
-    assert plan("auto", None, 1, None) == (2, None)
-    assert plan("auto", None, 0.5, None) == (4, None)
-    assert plan("auto", 2, 1, None) == (2, None)
-    with pytest.warns(UserWarning, match="3 actors need 5 CPUs, .*; the cluster has 4 CPUs"):
-        assert plan("auto", 3, 1, None) == (3, None)
-    with pytest.warns(UserWarning, match="1 actors need 6 CPUs and 1 GPUs"):
-        assert plan("auto", None, 4, 1) == (1, 1)
+    assert plan_actors(extractor, None, 1, None) == (2, None)
+    assert plan_actors(extractor, None, 0.5, None) == (4, None)
+    assert plan_actors(extractor, 2, 1, None) == (2, None)
+    words = "concurrency=3 needs 5 CPUs, including 2 CPUs for Ray .* of 1 nodes has 4 CPUs"
+    with pytest.warns(UserWarning, match=words):
+        assert plan_actors(extractor, 3, 1, None) == (3, None)
+    with pytest.warns(UserWarning, match="concurrency=1 needs 6 CPUs and 1 GPUs"):
+        assert plan_actors(extractor, None, 4, 1) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("params", "actors"),
+    [
+        ({"device": "auto"}, (5, 1)),
+        ({"device": "cuda"}, (5, 1)),
+        ({"device": "cpu"}, (14, None)),
+        ({"device": "auto", "engine": "openvino"}, (14, None)),
+    ],
+    ids=str,
+)
+def test_an_actor_has_a_gpu_if_it_uses_one(monkeypatch, params, actors):
+    """As many as there are on each node, of those that are alive."""
+    nodes = [
+        ({"CPU": 4.0, "GPU": 2.0}, True),
+        ({"CPU": 12.0, "GPU": 3.0}, True),
+        ({"CPU": 8}, False),
+    ]
+    listed = [{"Resources": resources, "Alive": alive} for resources, alive in nodes]
+    monkeypatch.setattr(ray, "nodes", lambda: listed)
+    extractor = DeepFeatureExtractor("resnet10_slim", **params)
+    assert plan_actors(extractor, None, 1, None) == actors
 
 
 def test_an_actor_waits_while_another_downloads_the_weights(extractor, monkeypatch, tmp_path):
-    """One download per node, however many actors it has."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    lock = FileLock(tmp_path / "hub" / "deepfeat.lock")
-    (tmp_path / "hub").mkdir()
-    started = threading.Thread(
-        target=deepfeat.ray._Extraction,
-        args=(FeatureBatch(extractor), ["path"], torch.get_num_threads()),
-    )
+    """One download per node, however many actors it has; afterwards they load at once."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    node = ray.get_runtime_context().get_node_id()
+    lock = FileLock(tmp_path / f"deepfeat-{node[:16]}-{'0' * 16}.lock")
+
+    def start():
+        arguments = FeatureBatch(extractor), ["path"], torch.get_num_threads(), "0" * 32
+        thread = threading.Thread(target=_Extraction, args=arguments)
+        thread.start()
+        return thread
+
     with lock:
-        started.start()
-        started.join(1)
-        assert started.is_alive()
-    started.join(60)
-    assert not started.is_alive()
+        thread = start()
+        thread.join(1)
+        assert thread.is_alive()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert len(list(tmp_path.iterdir())) == 2

@@ -124,7 +124,7 @@ def kill_with_descendants(job):
     """Kill a process and all that it has started, without grace."""
     listed = subprocess.run(("ps", "-eo", "pid=,ppid="), capture_output=True, text=True, check=True)
     parents = dict(map(int, line.split()) for line in listed.stdout.splitlines())
-    doomed = {job.pid} & parents.keys()
+    doomed = {job.pid} if job.poll() is None else set()
     while more := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
         doomed |= more
     for pid in doomed:

@@ -164,7 +164,7 @@ WRONG = {
     "precision": ["float64", torch.float16],
     "engine": ["tensorrt", None],
     "num_workers": [-1, None],
-    "random_state": [-1, 2**32, 1.5, np.random.RandomState(0)],
+    "random_state": [-1, 2**32, 1.5, "RandomState"],
     "early_stopping": [1, None],
     "warm_start": [0, "yes"],
 }

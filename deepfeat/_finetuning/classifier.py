@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import RandomState
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -149,9 +150,11 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         What runs the network in `predict`, as for `DeepFeatureExtractor`; it is trained by torch.
     num_workers : int or "auto", default="auto"
         Number of threads that read and prepare images in the background; 0 for none.
-    random_state : int, default=None
+    random_state : int, RandomState or None, default=None
         Seed for the new head, the order of images, augmentation, dropout, the hold-out split and
-        random weights. With a seed, two fits on the same CPU are identical to the bit.
+        random weights. With a seed, two fits on the same CPU are identical to the bit. A
+        RandomState gives each fit another seed; random weights are then those of seed 0, as without
+        a seed, and `save` leaves it out.
     verbose : int, default=0
         1 shows a progress bar with the loss and the remaining time.
 
@@ -246,7 +249,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         precision: Precision = "float32",
         engine: EngineName = "torch",
         num_workers: Workers = "auto",
-        random_state: int | None = None,
+        random_state: int | RandomState | None = None,
         verbose: int = 0,
     ):
         self.backbone = backbone
@@ -598,8 +601,10 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             check_parameter("augment", self.augment, Augment, "a callable")
         if not isinstance(self.class_weight, Mapping):
             check_parameter("class_weight", self.class_weight, ClassWeight, "a dict")
-        if self.random_state is not None and self.random_state >= 2**32:
-            raise ValueError(f"random_state must be less than 2**32; got {self.random_state}.")
+        if not isinstance(self.random_state, RandomState):
+            check_parameter("random_state", self.random_state, int | None, "a RandomState")
+            if self.random_state is not None and self.random_state >= 2**32:
+                raise ValueError(f"random_state must be less than 2**32; got {self.random_state}.")
 
     def _find_backbone(self, *, with_file: bool = True) -> Backbone:
         """Find the backbone; without its weights file, only its structure and preprocessing."""
@@ -609,7 +614,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             preprocessing=self.preprocessing,
             resize=self.resize,
             image_size=self.image_size,
-            seed=self.random_state or 0,
+            seed=0 if isinstance(self.random_state, RandomState) else self.random_state or 0,
         )
 
     def _find_blocks(self, backbone: Backbone) -> tuple[str, ...]:
@@ -623,10 +628,13 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             ) from error
 
     def _draw_seed(self, resume: bool) -> int:
-        if self.random_state is not None:
-            return int(self.random_state)
+        state = self.random_state
+        if state is not None and not isinstance(state, RandomState):
+            return int(state)
         if resume:  # another split would hold out images that have been trained on
             return self._seed
+        if state is not None:
+            return int(state.randint(2**32, dtype=np.uint32))
         return int(np.random.SeedSequence().generate_state(1)[0])
 
     def _label(

@@ -195,7 +195,12 @@ def to_cpu(value: Any) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Turn weights, paths and devices into strings, and NumPy numbers into those of Python."""
+    """Turn weights, paths and devices into strings, and NumPy numbers into those of Python.
+
+    A RandomState is left out: what was drawn from it is saved as the seed.
+    """
+    if isinstance(value, np.random.RandomState):
+        return None
     if isinstance(value, WeightsEnum):
         return value.name
     if isinstance(value, (os.PathLike, torch.device)):

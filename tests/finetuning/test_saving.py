@@ -154,6 +154,14 @@ def test_parameters_come_back(images, file, name, make_classifier):
     assert_array_equal(again.predict(images[0]), classifier.predict(images[0]))
 
 
+def test_a_random_state_is_left_out(images, file, make_classifier):
+    """What was drawn from it is the seed."""
+    state = np.random.RandomState(0)
+    params = {"unfreeze": None, "max_epochs": 1, "random_state": state}
+    again = saved_and_loaded(make_classifier(SMALL, **params).fit(*images), file)
+    assert again.random_state is None
+
+
 def test_class_weights_of_numbers_stay_of_numbers(images, file, make_classifier):
     """JSON would turn the keys into strings."""
     X, _ = images

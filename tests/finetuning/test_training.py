@@ -415,6 +415,19 @@ def test_another_seed_gives_another_network(images, seed, make_classifier, state
     assert not torch.equal(state_of(first)["fc.weight"], state_of(second)["fc.weight"])
 
 
+def test_a_random_state_gives_each_fit_another_seed(
+    images, make_classifier, assert_same_state, state_of
+):
+    """The same ones in each run of a program."""
+    fits = []
+    for _ in range(2):
+        state = np.random.RandomState(0)
+        fits.append([make_classifier(random_state=state).fit(*images) for _ in range(2)])
+    (first, second), (again, _) = fits
+    assert not torch.equal(state_of(first)["fc.weight"], state_of(second)["fc.weight"])
+    assert_same_state(state_of(first), state_of(again))
+
+
 def test_without_a_seed_two_fits_differ(images, make_classifier, state_of):
     """As in scikit-learn."""
     first, second = (make_classifier(random_state=None).fit(*images) for _ in range(2))

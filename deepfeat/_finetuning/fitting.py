@@ -23,7 +23,9 @@ from .freezing import Trained, drop_small_auxiliary, find_trained, freeze
 from .labels import Dataset
 from .networks import Network
 from .sources import ImageSource, Source, cache_activations
-from .training import Trainer, TrainingConfig, train
+from .training import NORMS, Trainer, TrainingConfig, train
+
+_MOMENTUM = 0.3  # at most: the last batch may be small
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Plan:
 
     module: nn.Module
     trained: Trained
+    momenta: dict[Any, float]  # of trained norms, as they were
     cut: Cut | None
     preprocessing: Preprocessing
     classes: NDArray[Any]
@@ -72,11 +75,32 @@ def plan_training(
     freeze(module, trained)
     # A single epoch caches nothing, and only a CPU runs the two parts apart for speed.
     is_cut = config.epochs is not None or config.device.type == "cpu"
+    momenta = _raise_momenta(module, trained, config, len(dataset))  # before a cut copies norms
     cut = None
     if is_cut:
         samples = _make_samples(preprocessing, dataset.records[0]).to(config.device)
         cut = find_cut(module, index, trained, samples)
-    return Plan(module, trained, cut, preprocessing, classes, config)
+    return Plan(module, trained, momenta, cut, preprocessing, classes, config)
+
+
+def _raise_momenta(
+    module: nn.Module, trained: Trained, config: TrainingConfig, n_images: int
+) -> dict[Any, float]:
+    """Let running statistics follow a short training; return the momenta as they were.
+
+    With torch's momentum of 0.1 they average over ten steps or so. Of a training of twenty steps
+    that is half: `predict` would normalise by what the activations were long before its end. Here
+    they average over a fifth of the training, or three steps, and from 50 steps on as in torch.
+    """
+    momenta: dict[Any, float] = {}
+    if config.epochs is None:
+        return momenta
+    steps = config.epochs * math.ceil(n_images / config.batch_size)
+    for path, child in module.named_modules():
+        if path in trained and isinstance(child, NORMS) and child.momentum is not None:
+            momenta[child] = child.momentum
+            child.momentum = max(child.momentum, min(_MOMENTUM, 5 / steps))
+    return momenta
 
 
 def _make_samples(preprocessing: Preprocessing, record: Record) -> Tensor:
@@ -123,6 +147,8 @@ def run_training(
             trainer.load_state_dict(optimizer_state)
         history, best = _run_epochs(trainer, source, validation_source, batches, start)
     best.restore()
+    for norm, momentum in plan.momenta.items():
+        norm.momentum = momentum
     plan.module.zero_grad()  # gradients take as much memory as the trained part
     if history:
         history[0]["seconds"] += preparation

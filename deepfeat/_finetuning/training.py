@@ -30,7 +30,7 @@ ScheduleName: TypeAlias = Literal["cosine", "one-cycle", "constant"]
 _MOMENTUM = 0.9
 _RISE = 0.3  # share of the steps in which a one-cycle schedule rises, as in torch
 _AUXILIARY_WEIGHT = 0.3  # Szegedy et al. (2015), "Going Deeper with Convolutions"
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -351,6 +351,6 @@ def _seed_dropout(device: torch.device, seed: int) -> None:
 def _use_running_statistics(module: nn.Module, undo: ExitStack) -> None:
     """Let BatchNorm use its running statistics: a single image may not have any variance."""
     for child in module.modules():
-        if isinstance(child, _NORMS) and child.training:
+        if isinstance(child, NORMS) and child.training:
             undo.callback(child.train)
             child.eval()

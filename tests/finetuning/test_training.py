@@ -71,6 +71,9 @@ def learn_by_hand(net, batch, epochs, recipe):
         )
     losses, rates = [], []
     net.requires_grad_(True).train()
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 0.3  # of a training of ten steps
     for _ in range(epochs):
         rates.append(optimizer.param_groups[0]["lr"])
         smoothing = recipe.get("label_smoothing", 0.0)

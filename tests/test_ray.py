@@ -1,9 +1,11 @@
 """`extract` on one node of Ray: rows, errors, what resumes and what is refused."""
 
+import _thread
 import json
 import shutil
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import joblib
@@ -247,6 +249,26 @@ def test_a_job_resumes(extractor, rows, manifest, filled, expected, tmp_path):
     assert (filled / "_SUCCESS").exists()
 
 
+@pytest.mark.slow
+def test_after_an_interrupt_the_same_call_resumes(extractor, manifest, output):
+    """Also where the traceback is kept, as in a notebook, and with it what was running."""
+
+    def interrupt():
+        while not list(output.glob("*.parquet")):
+            time.sleep(0.01)
+        _thread.interrupt_main()
+
+    slow = clone(extractor).set_params(image_size=1024)
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt) as kept:
+        extract(slow, manifest, output, rows_per_task=1)
+    assert kept.tb is not None
+    assert not (output / "_SUCCESS").exists()
+    summary = extract(slow, manifest, output, rows_per_task=1)
+    assert (summary.rows, summary.failed) == (16, 3)
+    assert 0 < summary.computed < 16
+
+
 def find_record(folder, file):
     """Return Ray's record of a file."""
     (record,) = (
@@ -352,6 +374,28 @@ def test_a_manifest_without_rows_is_refused(extractor, rows, output, tmp_path):
     parquet.write_table(rows.slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(ValueError, match="source must have rows"):
         extract(extractor, tmp_path / "empty.parquet", output)
+
+
+def test_a_folder_inside_that_of_the_manifest_is_refused(extractor, manifest):
+    """The next call would take its files for the manifest."""
+    with pytest.raises(ValueError, match="output must not lie in the folder of the manifest"):
+        extract(extractor, manifest, manifest / "features")
+    assert not (manifest / "features").exists()
+
+
+def test_a_device_that_no_actor_has_is_refused(manifest, output):
+    """Before anything is written."""
+    extractor = DeepFeatureExtractor("resnet10_slim", device="cuda")
+    with pytest.raises(ValueError, match="device='cuda' needs a GPU per actor; the cluster has 0"):
+        extract(extractor, manifest, output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("source", [["a.parquet"], None, pa.table({"id": [1]})], ids=type)
+def test_what_is_no_manifest_is_refused(extractor, output, source):
+    """The error says what is one."""
+    with pytest.raises(TypeError, match=r"source must be the path of Parquet files or a ray.data"):
+        extract(extractor, source, output)
 
 
 def test_a_folder_of_other_files_is_refused(extractor, manifest, output):

@@ -61,11 +61,11 @@ def attempt(function: Callable[[T], R], sample: T) -> R | Exception:
     try:
         return function(sample)
     except Exception as error:
-        _clear_frames(error)
+        clear_frames(error)
         return error
 
 
-def _clear_frames(error: BaseException) -> None:
+def clear_frames(error: BaseException) -> None:
     """Keep the lines in which an error and its causes were raised, but not the variables there."""
     pending = [error]
     seen: list[BaseException] = []

@@ -31,12 +31,22 @@ def plan_actors(
     """Return the number of actors and the GPUs of each.
 
     Actors on all CPUs would wait forever for rows, which no task could read for them.
+
+    Raises
+    ------
+    ValueError
+        If the extractor needs a GPU that actors do not have.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     if num_gpus is None:
         on_gpu = str(extractor.device) != "cpu" and extractor.engine == "torch"
         num_gpus = 1 if gpus and on_gpu else 0
+    if str(extractor.device).startswith("cuda") and not num_gpus:
+        raise ValueError(
+            f"device={extractor.device!r} needs a GPU per actor; the cluster has {gpus:g} GPUs, "
+            f"and num_gpus is {num_gpus}."
+        )
     rooms = [node.get("CPU", 0) // num_cpus for node in nodes]
     if num_gpus:
         rooms = [

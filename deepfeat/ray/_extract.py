@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from .. import DeepFeatureExtractor, __version__
 from .._backbones.fingerprint import UnknownContentError
+from .._engine.threads import clear_frames
 from .._extraction.readers import find_engine, index_layers, load_network
 from .._optional import import_optional
 from .._parameters import check_parameters
@@ -81,11 +82,11 @@ def extract(
         What computes the features. Its `cache`, `on_error` and `verbose` are ignored.
     source : str, path or ray.data.Dataset
         The manifest, one row per image: a Parquet file or a folder of these, also as a URI; or a
-        dataset that reads the ids, followed by maps and filters that give the same rows each time.
+        dataset that reads the ids, followed by maps and filters that give the same ids each time.
         It is executed twice: for the ids alone, and for all columns.
     output : str or path
         A folder, or the URI of one in an object storage, for the Parquet files. All nodes must be
-        able to write there.
+        able to write there, and no other call may do so at the same time.
     id : str, default="id"
         The column that identifies a row: integers, strings or bytes, without nulls or duplicates.
         They are compared in the memory of this process. Integers take the least, about 70 bytes
@@ -158,40 +159,30 @@ def extract(
     folder = Folder.find(output)
     if not ray.is_initialized():
         start_ray()
-    manifest = read_manifest(source, id)
+    manifest = read_manifest(source, id, folder)
     schema = find_schema(manifest)
     copied = choose_columns(schema, add_features, id, columns)
     written = plan_rows(schema, add_features, copied)
     description = _describe(add_features, id, written)
     folder.check(description)
+    n_actors, num_gpus = plan_actors(add_features.extractor, concurrency, num_cpus, num_gpus)
     ids = read_ids(manifest, id, schema.field(id).type)
     folder.claim(description)
     committed = folder.read_committed(id, ids.type)
     n_missing = len(find_missing(ids, committed))
     if n_missing:
-        n_actors, num_gpus = plan_actors(add_features.extractor, concurrency, num_cpus, num_gpus)
-        rows = (
-            manifest.select_columns(list(dict.fromkeys([*copied, image])))
-            .repartition(target_num_rows_per_block=rows_per_task, strict=True)
-            .map_batches(
-                _Extraction,
-                fn_constructor_args=(add_features, written.names, threads, description["digest"]),
-                batch_format="pyarrow",
-                batch_size=None,
-                compute=data.ActorPoolStrategy(
-                    size=min(n_actors, math.ceil(n_missing / rows_per_task))
-                ),
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,
-            )
+        rows = manifest.select_columns(list(dict.fromkeys([*copied, image]))).repartition(
+            target_num_rows_per_block=rows_per_task, strict=True
         )
-        with committing_to(folder, rows.context, id):
-            rows.write_parquet(
-                folder.path,
-                filesystem=folder.system,
-                schema=written.with_metadata({_KEY: json.dumps(description)}),
-                ray_remote_args={"num_cpus": IO_CPUS},
-            )
+        size = min(n_actors, math.ceil(n_missing / rows_per_task))
+        actors = {
+            "fn_constructor_args": (add_features, written.names, threads, description["digest"]),
+            "compute": data.ActorPoolStrategy(size=size),
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+        }
+        schema = written.with_metadata({_KEY: json.dumps(description)})
+        _run_job(rows, actors, folder, id, schema)
     n_rows, n_failed = folder.check_rows(ids, id, add_features.error_column)
     if n_rows != len(committed) + n_missing:
         raise RuntimeError(
@@ -202,6 +193,36 @@ def extract(
     summary = Summary(n_rows, n_failed, n_missing, seconds, n_missing / seconds)
     folder.finish(asdict(summary))
     return summary
+
+
+def _run_job(rows: Any, actors: dict[str, Any], folder: Folder, id: str, schema: Any) -> None:
+    """Let actors compute the rows of a manifest, and Ray write them.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be written or downloaded.
+    """
+    try:
+        with committing_to(folder, rows.context, id):
+            rows.map_batches(
+                _Extraction, batch_format="pyarrow", batch_size=None, **actors
+            ).write_parquet(
+                folder.path,
+                filesystem=folder.system,
+                schema=schema,
+                ray_remote_args={"num_cpus": IO_CPUS},
+            )
+    except BaseException as error:
+        # Whoever keeps the traceback, such as a notebook, would keep the actors and their CPUs.
+        clear_frames(error)
+        if isinstance(error, OSError):
+            cause = getattr(error, "cause", error)  # of an error of a task of Ray
+            raise OSError(
+                f"The job on {folder.url!r} has ended: {cause}. What is written stays; the same "
+                "call resumes."
+            ) from error
+        raise
 
 
 def _copy_for_actors(extractor: Any, threads: int) -> Any:

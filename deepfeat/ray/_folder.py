@@ -77,8 +77,8 @@ class Folder:
         A file is, if it has been removed, or if its record is pending as well as committed: Ray
         then deletes the file, but takes its rows for done.
         """
-        files = sorted(self._list_names())
         records = set(self._list(_CHECKPOINT))
+        files = sorted(self._list_names())
         sure = []
         for record in sorted(records):
             if record.endswith(_PENDING):
@@ -95,7 +95,13 @@ class Folder:
     def check_rows(self, ids: Any, id: str, error_column: str) -> tuple[int, int]:
         """Return how many rows there are and how many have failed; raise unless each id has one."""
         files = [path for path in self._list("") if path.endswith(".parquet")]
-        rows = datasets.dataset(files, filesystem=self.system).to_table([id, error_column])
+        try:
+            rows = datasets.dataset(files, filesystem=self.system).to_table([id, error_column])
+        except pa.ArrowInvalid as error:
+            raise RuntimeError(
+                f"{self.url!r} has a file that cannot be read; another job may be writing it: "
+                f"{error}"
+            ) from error
         found = rows[id].cast(ids.type)
         missing = find_missing(ids, found)
         if len(missing):
@@ -106,9 +112,8 @@ class Folder:
             )
         if len(find_repeated(found)):
             raise RuntimeError(
-                f"Rows are repeated in {self.url!r}, to which another job wrote as well. Remove "
-                f"the files that have no record of that name in {_CHECKPOINT}, or extract to a new "
-                "folder."
+                f"Rows are repeated in {self.url!r}, to which another job wrote as well. Extract "
+                "to a new folder."
             )
         return len(found), len(found) - rows[error_column].null_count
 

@@ -6,7 +6,7 @@ from typing import Any
 from .._optional import import_optional
 from ..arrow import FeatureBatch
 from ._cluster import IO_CPUS
-from ._folder import find_file_system
+from ._folder import Folder, find_file_system
 from ._ids import find_repeated
 
 data: Any = import_optional("ray.data", extra="ray")
@@ -29,15 +29,15 @@ _ID_KINDS = (
 _LARGE = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
 
 
-def read_manifest(source: Any, id: str) -> Any:
-    """Return a manifest as a dataset of Ray.
+def read_manifest(source: Any, id: str, folder: Folder) -> Any:
+    """Return a manifest as a dataset of Ray; it must not contain the folder of the output.
 
     Raises
     ------
     TypeError
         If it is of another type.
     ValueError
-        If it is a dataset with which a job could not resume.
+        If it contains the folder, or is a dataset with which a job could not resume.
     """
     if isinstance(source, data.Dataset):
         _check_steps(source._logical_plan.dag, id)
@@ -47,7 +47,12 @@ def read_manifest(source: Any, id: str) -> Any:
             "source must be the path of Parquet files or a ray.data.Dataset; got "
             f"{type(source).__name__}."
         )
-    _, system, path = find_file_system(source)
+    url, system, path = find_file_system(source)
+    if f"{folder.url}/".startswith(f"{url}/"):
+        raise ValueError(
+            f"output must not lie in the folder of the manifest, {url!r}, where its files would be "
+            f"read as well; got {folder.url!r}."
+        )
     return data.read_parquet(path, filesystem=system, num_cpus=IO_CPUS)
 
 

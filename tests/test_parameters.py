@@ -182,7 +182,14 @@ def test_a_wrong_parameter_of_a_classifier_is_named(name, method):
 
 def test_every_choice_of_a_classifier_is_checked():
     """A parameter that is new needs a line above, or below where anything goes."""
-    checked_elsewhere = {"backbone", "weights", "preprocessing", "unfreeze", "image_shape"}
+    checked_elsewhere = {
+        "backbone",
+        "weights",
+        "preprocessing",
+        "unfreeze",
+        "image_shape",
+        "scoring",
+    }
     assert (
         WRONG.keys() | checked_elsewhere | {"verbose"} == FineTuneClassifier().get_params().keys()
     )

@@ -58,7 +58,8 @@ from .saving import (
     to_cpu,
     to_plain,
 )
-from .training import OptimizerName, ScheduleName, TrainingConfig
+from .scoring import Scoring, make_score
+from .training import OptimizerName, ScheduleName, Score, TrainingConfig
 
 
 class FineTuneClassifier(ClassifierMixin, BaseEstimator):
@@ -123,8 +124,13 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         Class weights in the loss, as in scikit-learn. `fit` scales all weights to mean 1.
     early_stopping : bool, default=False
         Whether to stop when the validation score has not improved by `tol` for `n_iter_no_change`
-        epochs, and to restore the weights of the best epoch. The score is the accuracy on `X_val`,
-        or on a stratified part of the training images that is held out.
+        epochs, and to restore the weights of the best epoch. The score is that on `X_val`, or on a
+        stratified part of the training images that is held out.
+    scoring : str, callable or None, default=None
+        How validation images are scored. None: by accuracy. "loss": by the loss, of which less is
+        better. Otherwise a name of scikit-learn's scorers, such as "balanced_accuracy" or
+        "roc_auc_ovr", or a callable of a classifier, what the network gives for the images, and
+        their labels.
     validation_fraction : float, default=0.1
         Fraction of the training images to hold out, in (0, 1). Only used with `early_stopping`
         and without `X_val`.
@@ -238,6 +244,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         max_grad_norm: float | None = None,
         class_weight: ClassWeight = None,
         early_stopping: bool = False,
+        scoring: Scoring = None,
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 3,
         tol: float = 1e-4,
@@ -270,6 +277,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         self.max_grad_norm = max_grad_norm
         self.class_weight = class_weight
         self.early_stopping = early_stopping
+        self.scoring = scoring
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
         self.tol = tol
@@ -691,7 +699,8 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             network = Network(copy.deepcopy(self.module_), self._head, self._n_outputs)
         else:
             network = build_network(backbone, self.head, len(classes), device, seed)
-        config = self._make_config(epochs, device, seed)
+        score = None if validation is None else make_score(self.scoring, classes, validation)
+        config = self._make_config(epochs, device, seed, score)
         plan = plan_training(network, blocks, backbone.preprocessing, dataset, classes, config)
         history = self.history_ if resume else []
         state = self._optimizer_state if resume and epochs is None else None
@@ -715,7 +724,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
                     f"training began and is {now!r} now. Restore it, or start over with a clone."
                 )
 
-    def _make_config(self, epochs: int | None, device: torch.device, seed: int) -> TrainingConfig:
+    def _make_config(
+        self, epochs: int | None, device: torch.device, seed: int, score: Score | None
+    ) -> TrainingConfig:
         return TrainingConfig(
             epochs=epochs,
             batch_size=self.batch_size,
@@ -731,6 +742,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             early_stopping=self.early_stopping,
             n_iter_no_change=self.n_iter_no_change,
             tol=self.tol,
+            score=score,
             device=device,
             precision=self.precision,
             num_workers=self.num_workers,

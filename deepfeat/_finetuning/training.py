@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
@@ -24,6 +25,7 @@ from .augmentation import Augment
 from .freezing import Trained, group_parameters, set_train_mode
 from .sources import Batch, Source
 
+Score: TypeAlias = Callable[[NDArray[Any], float], float]  # of logits and their mean loss
 OptimizerName: TypeAlias = Literal["adamw", "sgd"]
 ScheduleName: TypeAlias = Literal["cosine", "one-cycle", "constant"]
 
@@ -37,7 +39,8 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 class TrainingConfig:
     """How a network is trained: parameters of the classifier, most by the same names.
 
-    If `epochs` is None, it is trained for one epoch at constant learning rates.
+    If `epochs` is None, it is trained for one epoch at constant learning rates. `score` is what
+    validation images are scored by; None stands for accuracy.
     """
 
     epochs: int | None
@@ -54,6 +57,7 @@ class TrainingConfig:
     early_stopping: bool
     n_iter_no_change: int
     tol: float
+    score: Score | None
     device: torch.device
     precision: Precision
     num_workers: Workers
@@ -189,13 +193,19 @@ class Trainer:
         return _means(totals)
 
     def evaluate(self, source: Source) -> tuple[float, float]:
-        """Return mean loss, without label smoothing, and accuracy, in eval mode."""
+        """Return mean loss, without label smoothing, and score, in eval mode."""
         self.module.eval()
         totals = torch.zeros(3, device=self.config.device)
+        logits: list[Tensor] = []
         for batch in source.draw(np.arange(len(source)), self.config.batch_size, None):
             with torch.no_grad():
-                totals += self._run_in_parts(source, batch, learn=False)
-        return _means(totals)
+                sums, outputs = self._run_in_parts(source, batch, learn=False)
+            totals += sums
+            logits.append(outputs)
+        loss, accuracy = _means(totals)
+        if self.config.score is None:
+            return loss, accuracy
+        return loss, self.config.score(torch.cat(logits).double().cpu().numpy(), loss)
 
     def diverged(self, what: str, number: int) -> ValueError:
         """Return an error that says which parameters to lower."""
@@ -207,9 +217,9 @@ class Trainer:
         )
 
     def _step(self, source: Source, batch: Batch) -> Tensor:
-        """Take one step of the optimizer; return the sums of the batch, as `_run` does."""
+        """Take one step of the optimizer; return the sums of the batch, as `_run` has them."""
         while True:
-            sums = self._run_in_parts(source, batch, learn=True)
+            sums, _ = self._run_in_parts(source, batch, learn=True)
             if self.config.max_grad_norm is not None:
                 self._scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
@@ -223,7 +233,7 @@ class Trainer:
             if not torch.isfinite(sums[0]) or scale < 1:
                 return sums
 
-    def _run_in_parts(self, source: Source, batch: Batch, *, learn: bool) -> Tensor:
+    def _run_in_parts(self, source: Source, batch: Batch, *, learn: bool) -> tuple[Tensor, Tensor]:
         """Run a batch; when memory runs out, in parts whose gradients add up to the same."""
         while True:
             self.optimizer.zero_grad(set_to_none=True)
@@ -247,13 +257,14 @@ class Trainer:
                 stacklevel=2,
             )
 
-    def _run(self, source: Source, batch: Batch, learn: bool) -> Tensor:
+    def _run(self, source: Source, batch: Batch, learn: bool) -> tuple[Tensor, Tensor]:
         """Run a batch, backwards too if it is to `learn`.
 
-        Return three sums over its images: of weighted losses, of the weights of those classified
-        correctly, and of all weights.
+        Return three sums over its images, of weighted losses, of the weights of those classified
+        correctly, and of all weights; and their logits.
         """
         sums = torch.zeros(3, device=self.config.device)
+        outputs: list[Tensor] = []
         smoothing = self.config.label_smoothing if learn else 0.0
         compute_losses = functools.partial(
             F.cross_entropy, reduction="none", label_smoothing=smoothing
@@ -276,7 +287,8 @@ class Trainer:
             sums += torch.stack(
                 [(losses.detach() * part.weights).sum(), correct.sum(), part.weights.sum()]
             )
-        return sums
+            outputs.append(logits.detach())
+        return sums, torch.cat(outputs)
 
     def _auxiliary_logits(self, output: Any) -> list[Tensor]:
         """Return the outputs of the auxiliary classifiers of GoogLeNet and Inception."""

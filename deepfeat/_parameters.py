@@ -17,6 +17,7 @@ _INTERVALS = {
     "batch": "[1, inf)",
     "batch_size": "[1, inf)",
     "concurrency": "[1, inf)",
+    "head_epochs": "[0, inf)",
     "image_size": "[1, inf)",
     "label_smoothing": "[0, 1)",
     "learning_rate": "(0, inf)",

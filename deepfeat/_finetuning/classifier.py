@@ -91,6 +91,10 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         values per image for most weights.
     max_epochs : int, default=10
         Number of passes over the images.
+    head_epochs : int, default=0
+        Number of passes before these in which only the head is trained, so that it does not begin
+        by spoiling the backbone (LP-FT, Kumar et al., 2022). They have a schedule of their own,
+        without warm-up and early stopping, and cost little if the frozen part is computed once.
     batch_size : int, default=32
         Number of images per step. If memory runs out, a batch is run in parts whose gradients add
         up; the step stays the same, except that BatchNorm sees the parts.
@@ -206,7 +210,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
     ----------
     Yosinski et al. (2014), "How transferable are features in deep neural networks?"; Loshchilov
     and Hutter (2017), "SGDR: Stochastic Gradient Descent with Warm Restarts"; Smith and Topin
-    (2019), "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates".
+    (2019), "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates";
+    Kumar et al. (2022), "Fine-Tuning can Distort Pretrained Features and Underperform
+    Out-of-Distribution".
 
     Examples
     --------
@@ -232,6 +238,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         unfreeze: Unfreeze = "last_stage",
         head: Head = "replace",
         max_epochs: int = 10,
+        head_epochs: int = 0,
         batch_size: int = 32,
         optimizer: OptimizerName = "adamw",
         learning_rate: float = 1e-3,
@@ -265,6 +272,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         self.unfreeze = unfreeze
         self.head = head
         self.max_epochs = max_epochs
+        self.head_epochs = head_epochs
         self.batch_size = batch_size
         self.optimizer = optimizer
         self.learning_rate = learning_rate
@@ -586,7 +594,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             self.n_features_in_ = saved.n_features_in
         if saved.feature_names_in:
             self.feature_names_in_ = np.array(saved.feature_names_in, dtype=object)
-        result = FitResult(saved.history, saved.best_validation_score, None)
+        result = FitResult(saved.history, saved.best_validation_score, None, interrupted=False)
         return self._keep(network, backbone, saved.classes, saved.seed, result)
 
     def __sklearn_tags__(self) -> Tags:
@@ -701,15 +709,25 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             network = build_network(backbone, self.head, len(classes), device, seed)
         score = None if validation is None else make_score(self.scoring, classes, validation)
         config = self._make_config(epochs, device, seed, score)
-        plan = plan_training(network, blocks, backbone.preprocessing, dataset, classes, config)
+        stages = [(blocks, config)]
+        if self.head_epochs and epochs is not None and not resume:
+            head_alone = replace(
+                config, epochs=self.head_epochs, warmup_epochs=0, early_stopping=False
+            )
+            stages = [((), head_alone), *stages]
         history = self.history_ if resume else []
         state = self._optimizer_state if resume and epochs is None else None
-        result = run_training(
-            plan, dataset, validation, start=len(history) + 1, optimizer_state=state
-        )
+        for trained, how in stages:
+            plan = plan_training(network, trained, backbone.preprocessing, dataset, classes, how)
+            result = run_training(
+                plan, dataset, validation, start=len(history) + 1, optimizer_state=state
+            )
+            history = history + result.history
+            if result.interrupted:
+                break
         result = replace(
             result,
-            history=history + result.history,
+            history=history,
             optimizer_state=result.optimizer_state if epochs is None else None,
         )
         return self._keep(network, backbone, classes, seed, result)

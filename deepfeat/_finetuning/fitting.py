@@ -45,12 +45,14 @@ class Plan:
 class FitResult:
     """The outcome of a training.
 
-    The `history` has one dict per epoch, and `best_score` is None without validation images.
+    The `history` has one dict per epoch, and `best_score` is None without validation images. It may
+    have been `interrupted` by Ctrl-C.
     """
 
     history: list[dict[str, Any]]
     best_score: float | None
     optimizer_state: dict[str, Any] | None
+    interrupted: bool
 
 
 def plan_training(
@@ -145,20 +147,20 @@ def run_training(
         trainer = Trainer(plan.module, plan.trained, plan.config, batches)
         if optimizer_state is not None:
             trainer.load_state_dict(optimizer_state)
-        history, best = _run_epochs(trainer, source, validation_source, batches, start)
+        history, best, interrupted = _run_epochs(trainer, source, validation_source, batches, start)
     best.restore()
     for norm, momentum in plan.momenta.items():
         norm.momentum = momentum
     plan.module.zero_grad()  # gradients take as much memory as the trained part
     if history:
         history[0]["seconds"] += preparation
-    return FitResult(history, best.score, trainer.state_dict())
+    return FitResult(history, best.score, trainer.state_dict(), interrupted)
 
 
 def _run_epochs(
     trainer: Trainer, source: Source, validation: Source | None, batches: int, start: int
-) -> tuple[list[dict[str, Any]], "BestEpoch"]:
-    """Train until the last epoch, early stopping or Ctrl-C."""
+) -> tuple[list[dict[str, Any]], "BestEpoch", bool]:
+    """Train until the last epoch, early stopping or Ctrl-C, which the last result tells."""
     config = trainer.config
     history: list[dict[str, Any]] = []
     best = BestEpoch(trainer.module, trainer.trained)
@@ -184,7 +186,8 @@ def _run_epochs(
                 UserWarning,
                 stacklevel=5,
             )
-    return history, best
+            return history, best, True
+    return history, best, False
 
 
 class BestEpoch:

@@ -958,7 +958,7 @@ def double(net):
         pytest.param(
             lambda net: setattr(net[0], "weight", nn.Parameter(2 * net[0].weight)), id="weight"
         ),
-        pytest.param(lambda net: net[1].running_mean.add_(0.2), id="buffer"),
+        pytest.param(lambda net: net[1].running_mean.add_(0.02), id="buffer"),
         pytest.param(
             lambda net: net.load_state_dict({k: 2 * v for k, v in net.state_dict().items()}),
             id="state dict",

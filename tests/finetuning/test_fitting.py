@@ -206,3 +206,53 @@ def test_no_gradients_are_left(images, make_classifier):
     module = make_classifier().fit(*images).module_
     assert all(value.grad is None for value in module.parameters())
     assert not module.training
+
+
+# The head first -----------------------------------------------------------------------------------
+
+
+def test_the_head_is_trained_alone_first(
+    images, make_plain, make_classifier, assert_same_state, state_of
+):
+    """As by a fit of the head, and another fit that starts with what it has learned."""
+    X, y = images
+    params = {"augment": None, "early_stopping": False}
+    both = make_classifier(
+        make_plain(norm=True), unfreeze="blocks.2", head_epochs=3, max_epochs=2, **params
+    ).fit(X, y, X_val=X, y_val=y)
+    in_turn = make_classifier(make_plain(norm=True), unfreeze=None, max_epochs=3, **params)
+    in_turn.fit(X, y, X_val=X, y_val=y)
+    in_turn.set_params(unfreeze="blocks.2", max_epochs=2, warm_start=True)
+    in_turn.fit(X, y, X_val=X, y_val=y)
+    assert_same_state(state_of(both), state_of(in_turn))
+    assert [epoch["epoch"] for epoch in both.history_] == [1, 2, 3, 4, 5]
+    assert both.n_iter_ == 5
+    for key in ("train_loss", "validation_score", "learning_rate"):
+        assert [e[key] for e in both.history_] == [e[key] for e in in_turn.history_]
+
+
+def test_neither_warm_up_nor_early_stopping_apply_to_the_head_alone(images, make_classifier):
+    """They are of the training that follows."""
+    params = {"warmup_epochs": 1, "max_epochs": 2, "head_epochs": 1, "early_stopping": True}
+    params |= {"n_iter_no_change": 1, "tol": 1.0, "learning_rate": 0.01}
+    classifier = make_classifier(unfreeze="blocks.2", **params)
+    classifier.fit(*images, X_val=images[0], y_val=images[1])
+    assert classifier.history_[0]["learning_rate"] == 0.01
+    assert classifier.history_[1]["learning_rate"] < 0.01
+
+
+def test_a_warm_start_and_partial_fits_have_no_head_epochs(images, make_classifier):
+    """The head has been trained."""
+    classifier = make_classifier(head_epochs=2, max_epochs=1, warm_start=True).fit(*images)
+    assert classifier.n_iter_ == 3
+    assert classifier.fit(*images).n_iter_ == 4
+    assert classifier.partial_fit(*images).n_iter_ == 5
+
+
+def test_after_an_interruption_the_rest_is_not_trained(images, make_classifier):
+    """What the head has learned is kept."""
+    params = {"augment": interrupted_at(13), "head_epochs": 3, "max_epochs": 2}
+    classifier = make_classifier(unfreeze="blocks.2", **params)
+    with pytest.warns(UserWarning, match="Training was interrupted in epoch 2"):
+        classifier.fit(*images)
+    assert classifier.n_iter_ == 1

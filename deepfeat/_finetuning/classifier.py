@@ -1,6 +1,7 @@
 """`FineTuneClassifier`: a pretrained network fine-tuned as a scikit-learn classifier."""
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from .._images.tables import find_records, tag_images
 from .._layers.index import LayerNotFoundError
 from .._parameters import check_device, check_parameter, check_parameters
 from .augmentation import Augment
+from .callbacks import CallbackSupport, Tasks, with_callbacks
 from .fitting import FitResult, plan_training, run_training
 from .freezing import Unfreeze, find_blocks
 from .heads import Head
@@ -62,7 +64,7 @@ from .scoring import Scoring, make_score
 from .training import OptimizerName, ScheduleName, Score, TrainingConfig
 
 
-class FineTuneClassifier(ClassifierMixin, BaseEstimator):
+class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
     """Fine-tune a pretrained network, in full or in part, to classify images.
 
     The network gets a new head with one output per class. The head is trained, together with the
@@ -300,6 +302,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
+    @with_callbacks
     def fit(
         self,
         X: Any,
@@ -368,7 +371,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             # A scale common to all weights is up to the learning rate.
             scaled = dataset.weights / dataset.weights.max()
             dataset = replace(dataset, weights=scaled / scaled.mean())
-            return self._train(dataset, validation, classes, seed, resume, self.max_epochs)
+            metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
+            data = {"X": X, "y": y, "metadata": metadata}
+            return self._train(dataset, validation, classes, seed, resume, self.max_epochs, data)
 
     def partial_fit(
         self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
@@ -693,10 +698,12 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
         seed: int,
         resume: bool,
         epochs: int | None,
+        data: Mapping[str, Any] | None = None,
     ) -> "FineTuneClassifier":
         """Train a new network, or `resume` with the current one, and keep the result.
 
-        Without a number of epochs it is trained for one, and the optimizer resumes too.
+        Without a number of epochs it is trained for one, and the optimizer resumes too. Callbacks
+        are told of `data`, if there is any.
         """
         device = find_device(self.device)
         backbone = self._find_backbone(with_file=not resume)
@@ -715,12 +722,22 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
                 config, epochs=self.head_epochs, warmup_epochs=0, early_stopping=False
             )
             stages = [((), head_alone), *stages]
+        tasks = None
+        if data is not None:
+            n_epochs = sum(how.epochs or 0 for _, how in stages)
+            fitted = functools.partial(_copy_fitted, network, backbone, classes)
+            tasks = Tasks(self, n_epochs, data, fitted)
         history = self.history_ if resume else []
         state = self._optimizer_state if resume and epochs is None else None
         for trained, how in stages:
             plan = plan_training(network, trained, backbone.preprocessing, dataset, classes, how)
             result = run_training(
-                plan, dataset, validation, start=len(history) + 1, optimizer_state=state
+                plan,
+                dataset,
+                validation,
+                start=len(history) + 1,
+                optimizer_state=state,
+                watch=tasks,
             )
             history = history + result.history
             if result.interrupted:
@@ -730,7 +747,10 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
             history=history,
             optimizer_state=result.optimizer_state if epochs is None else None,
         )
-        return self._keep(network, backbone, classes, seed, result)
+        self._keep(network, backbone, classes, seed, result)
+        if tasks is not None:
+            tasks.end()
+        return self
 
     def _check_origin(self) -> None:
         """Raise if the parameters describe another network than the one being trained."""
@@ -819,6 +839,16 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):
                 logits[[record.index for record in batch.samples]] = batch.rows["logits"]
                 bar.update(len(batch.samples))
         return logits
+
+
+def _copy_fitted(network: Network, backbone: Backbone, classes: NDArray[Any]) -> dict[str, Any]:
+    """Return what `predict` needs of a network that is being trained."""
+    return {
+        "module_": copy.deepcopy(network.module).eval(),
+        "classes_": classes,
+        "_name": backbone.name,
+        "_preprocessing": backbone.preprocessing,
+    }
 
 
 # The parameters that decide which network is trained.

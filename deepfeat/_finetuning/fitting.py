@@ -1,11 +1,10 @@
 """Fitting a network: what is trained and from which source, epochs, early stopping."""
 
-import itertools
 import math
 import time
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -46,7 +45,7 @@ class FitResult:
     """The outcome of a training.
 
     The `history` has one dict per epoch, and `best_score` is None without validation images. It may
-    have been `interrupted` by Ctrl-C.
+    have been `interrupted`, by Ctrl-C or a callback.
     """
 
     history: list[dict[str, Any]]
@@ -124,6 +123,16 @@ def _make_samples(preprocessing: Preprocessing, record: Record) -> Tensor:
     return torch.stack([noise, torch.zeros_like(noise), *samples])
 
 
+class Watch(Protocol):
+    """Who is told of epochs."""
+
+    def begin_epoch(self) -> None:
+        """Take note of the beginning of an epoch."""
+
+    def end_epoch(self) -> bool:
+        """Take note of the end of an epoch; return whether it is to be the last."""
+
+
 def run_training(
     plan: Plan,
     dataset: Dataset,
@@ -131,6 +140,7 @@ def run_training(
     *,
     start: int,
     optimizer_state: dict[str, Any] | None,
+    watch: Watch | None,
 ) -> FitResult:
     """Train the network of a plan, in place; epochs count from `start`.
 
@@ -147,7 +157,9 @@ def run_training(
         trainer = Trainer(plan.module, plan.trained, plan.config, batches)
         if optimizer_state is not None:
             trainer.load_state_dict(optimizer_state)
-        history, best, interrupted = _run_epochs(trainer, source, validation_source, batches, start)
+        history, best, interrupted = _run_epochs(
+            trainer, source, validation_source, batches, start, watch
+        )
     best.restore()
     for norm, momentum in plan.momenta.items():
         norm.momentum = momentum
@@ -158,9 +170,14 @@ def run_training(
 
 
 def _run_epochs(
-    trainer: Trainer, source: Source, validation: Source | None, batches: int, start: int
+    trainer: Trainer,
+    source: Source,
+    validation: Source | None,
+    batches: int,
+    start: int,
+    watch: Watch | None,
 ) -> tuple[list[dict[str, Any]], "BestEpoch", bool]:
-    """Train until the last epoch, early stopping or Ctrl-C, which the last result tells."""
+    """Train until the last epoch, early stopping or an interruption, which the result tells."""
     config = trainer.config
     history: list[dict[str, Any]] = []
     best = BestEpoch(trainer.module, trainer.trained)
@@ -173,10 +190,15 @@ def _run_epochs(
 
         training = train(trainer, source, validation, start=start, report=report)
         try:
-            for epoch in itertools.islice(training, epochs):
+            for _ in range(epochs):
+                if watch is not None:
+                    watch.begin_epoch()
+                epoch = next(training)
                 history.append(asdict(epoch))
                 if epoch.validation_score is not None:
                     best.update(epoch.validation_score, config.tol, keep=config.early_stopping)
+                if watch is not None and watch.end_epoch():
+                    return history, best, True
                 if config.early_stopping and best.n_iter_no_change >= config.n_iter_no_change:
                     break
         except KeyboardInterrupt:
@@ -184,7 +206,7 @@ def _run_epochs(
                 f"Training was interrupted in epoch {start + len(history)}; what has been learned "
                 "so far is kept.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,  # past the decorator of fit
             )
             return history, best, True
     return history, best, False

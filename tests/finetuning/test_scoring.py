@@ -6,6 +6,10 @@ from numpy.testing import assert_allclose
 from sklearn.metrics import get_scorer
 
 
+def name_of(scoring):
+    return getattr(scoring, "__name__", str(scoring))
+
+
 def score_by_hand(classifier, X, y):
     """Count the images of which the class is at all likely."""
     chosen = np.searchsorted(classifier.classes_, y)
@@ -15,7 +19,7 @@ def score_by_hand(classifier, X, y):
 @pytest.mark.parametrize(
     "scoring",
     ["accuracy", "balanced_accuracy", "neg_log_loss", "roc_auc", "f1_macro", score_by_hand],
-    ids=str,
+    ids=name_of,
 )
 def test_a_score_is_that_of_the_trained_classifier(make_images, make_classifier, scoring):
     """What scikit-learn says of the network after the last epoch."""
@@ -63,7 +67,7 @@ def test_by_default_the_score_is_the_accuracy(make_images, make_classifier):
 
 
 @pytest.mark.parametrize(
-    "scoring", ["nonsense", 3, "roc_auc", lambda classifier, X, y: 1 / 0], ids=str
+    "scoring", ["nonsense", 3, "roc_auc", lambda classifier, X, y: 1 / 0], ids=name_of
 )
 def test_what_cannot_score_is_found_before_training(make_images, make_classifier, scoring):
     """Rather than after an epoch; "roc_auc" is for two classes."""

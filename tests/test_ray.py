@@ -2,6 +2,7 @@
 
 import _thread
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -29,7 +30,7 @@ import deepfeat
 from deepfeat import DeepFeatureExtractor
 from deepfeat.arrow import FeatureBatch
 from deepfeat.ray import extract
-from deepfeat.ray._cluster import plan_actors
+from deepfeat.ray._cluster import limit_readers, plan_actors
 from deepfeat.ray._extract import _Extraction
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray warns of its own settings
@@ -39,9 +40,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # Ray warns of its own setti
 def cluster():
     """A cluster of one node with the CPUs that two actors and Ray itself need."""
     with pytest.MonkeyPatch.context() as patch:
-        # Ray starts 32 readers and a worker per CPU otherwise, which two cores do not get on with.
-        patch.setenv("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
-        patch.setenv("RAY_enable_worker_prestart", "0")
+        patch.setenv("RAY_enable_worker_prestart", "0")  # one per CPU, for two cores
         ray.init(
             address="local",
             num_cpus=4,
@@ -247,6 +246,15 @@ def test_a_job_resumes(extractor, rows, manifest, filled, expected, tmp_path):
     order = np.argsort(rows["id"].to_pylist())
     assert_array_equal(to_matrix(read(filled)), expected[[*order, 0]])
     assert (filled / "_SUCCESS").exists()
+
+
+@pytest.mark.slow
+def test_weights_that_a_node_cannot_download_end_the_job(manifest, output):
+    """With what to do about it; rows without features would look like bad images."""
+    extractor = DeepFeatureExtractor("resnet18", device="cpu")
+    with pytest.raises(ray.exceptions.RayError, match=r"resnet18 could not be downloaded.* Put "):
+        extract(extractor, manifest, output)
+    assert not list(output.glob("*.parquet"))
 
 
 @pytest.mark.slow
@@ -464,6 +472,20 @@ def test_a_network_that_cannot_be_identified_is_refused(manifest, output):
 # Actors -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("n_files", "readers"), [(0, "1"), (1, "1"), (25, "3"), (10_000, "32")])
+def test_ray_reads_a_few_files_in_few_processes(monkeypatch, n_files, readers):
+    """It would start 32 in any case, which takes a laptop minutes; who has set them knows why."""
+    name = "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"
+    monkeypatch.delenv(name, raising=False)
+    with limit_readers(n_files):
+        assert os.environ[name] == readers
+    assert name not in os.environ
+    monkeypatch.setenv(name, "7")
+    with limit_readers(n_files):
+        assert os.environ[name] == "7"
+    assert os.environ[name] == "7"
+
+
 def test_actors_leave_cpus_to_ray(extractor):
     """Without these, nothing would read the manifest for them."""
     assert plan_actors(extractor, None, 1, None) == (2, None)
@@ -500,14 +522,15 @@ def test_an_actor_has_a_gpu_if_it_uses_one(monkeypatch, params, actors):
 
 
 def test_an_actor_waits_while_another_downloads_the_weights(extractor, monkeypatch, tmp_path):
-    """One download per node, however many actors it has; afterwards they load at once."""
+    """One download per node, however many actors it has."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     node = ray.get_runtime_context().get_node_id()
     lock = FileLock(tmp_path / f"deepfeat-{node[:16]}-{'0' * 16}.lock")
 
     def start():
-        arguments = FeatureBatch(extractor), ["path"], torch.get_num_threads(), "0" * 32
-        thread = threading.Thread(target=_Extraction, args=arguments)
+        threads = torch.get_num_threads()
+        actor = _Extraction(FeatureBatch(extractor), ["path"], threads, "0" * 32)
+        thread = threading.Thread(target=actor.download)
         thread.start()
         return thread
 

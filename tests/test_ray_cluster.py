@@ -106,11 +106,7 @@ def start_job():
     jobs = []
 
     def start(manifest, output, files_before_kill="never"):
-        environment = {
-            **os.environ,
-            "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # 32 otherwise
-            "RAY_enable_worker_prestart": "0",
-        }
+        environment = {**os.environ, "RAY_enable_worker_prestart": "0"}
         arguments = (sys.executable, "-c", JOB, str(manifest), str(output), str(files_before_kill))
         jobs.append(subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True))
         return jobs[-1]

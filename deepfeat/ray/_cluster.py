@@ -1,7 +1,10 @@
 """The cluster: how many actors it has room for, and what is left to Ray itself."""
 
+import contextlib
+import math
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from .. import DeepFeatureExtractor
@@ -11,6 +14,7 @@ from .._optional import import_optional
 ray: Any = import_optional("ray", extra="ray")
 
 IO_CPUS = 0.01  # of a task that waits for disks, so that it need not wait for a CPU
+_READERS = "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"
 _SPARE_CPUS = 2  # Ray's own filter of finished rows holds one, its other tasks take turns on one
 
 
@@ -20,6 +24,22 @@ def start_ray() -> None:
         ray.init()
     else:
         ray.init(num_cpus=count_processors() + _SPARE_CPUS)
+
+
+@contextlib.contextmanager
+def limit_readers(n_files: int) -> Iterator[None]:
+    """Let Ray start fewer than 32 processes to read the footers of a few Parquet files.
+
+    On a laptop, these alone would take minutes to start.
+    """
+    if _READERS in os.environ:
+        yield
+        return
+    os.environ[_READERS] = str(min(32, max(1, math.ceil(n_files / 10))))
+    try:
+        yield
+    finally:
+        del os.environ[_READERS]
 
 
 def plan_actors(

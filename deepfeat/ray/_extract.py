@@ -20,7 +20,7 @@ from .._extraction.readers import find_engine, index_layers, load_network
 from .._optional import import_optional
 from .._parameters import check_parameters
 from ..arrow import FeatureBatch
-from ._cluster import IO_CPUS, plan_actors, start_ray
+from ._cluster import IO_CPUS, limit_readers, plan_actors, start_ray
 from ._folder import Folder, committing_to
 from ._ids import find_missing
 from ._manifest import choose_columns, find_schema, plan_rows, read_ids, read_manifest
@@ -125,7 +125,10 @@ def extract(
         If rows are missing in the folder in the end, there twice, or more than the manifest has.
         `_SUCCESS` is not written.
     OSError
-        If the weights cannot be downloaded, or the folder cannot be written.
+        If the folder cannot be written.
+    ray.exceptions.RayError
+        If a task fails in another way; for example, if a node cannot download the weights. The same
+        call resumes.
 
     See Also
     --------
@@ -201,10 +204,11 @@ def _run_job(rows: Any, actors: dict[str, Any], folder: Folder, id: str, schema:
     Raises
     ------
     OSError
-        If a file cannot be written or downloaded.
+        If a file cannot be written.
     """
     try:
-        with committing_to(folder, rows.context, id):
+        n_records = len(folder.list_records())
+        with limit_readers(n_records), committing_to(folder, rows.context, id):
             rows.map_batches(
                 _Extraction, batch_format="pyarrow", batch_size=None, **actors
             ).write_parquet(
@@ -242,24 +246,27 @@ class _Extraction:
         torch.set_num_threads(threads)
         self.add_features = add_features
         self.columns = columns
-        node = ray.get_runtime_context().get_node_id()
-        loaded = Path(tempfile.gettempdir(), f"deepfeat-{node[:16]}-{digest[:16]}")
-        with FileLock(f"{loaded}.lock"):  # the first actor of a node downloads the weights
-            if not loaded.exists():
-                self._load()
-                loaded.touch()
-        self._load()
+        self.digest = digest
+        self.is_loaded = False
 
     def __call__(self, rows: Any) -> Any:
+        if not self.is_loaded:  # the death of an actor, in its constructor, would be the error
+            self.download()
+            self.is_loaded = True
         return self.add_features(rows).select(self.columns)
 
-    def _load(self) -> None:
-        """Load the network, which the process shares."""
-        extractor = self.add_features.extractor
-        engine = find_engine(
-            extractor.engine, extractor.device, extractor.precision, extractor.batch_size, 0
-        )
-        load_network(extractor._find_backbone(), engine.device)
+    def download(self) -> None:
+        """Download the weights, unless an actor of this node has; the others wait for the first."""
+        node = ray.get_runtime_context().get_node_id()
+        loaded = Path(tempfile.gettempdir(), f"deepfeat-{node[:16]}-{self.digest[:16]}")
+        with FileLock(f"{loaded}.lock"):
+            if not loaded.exists():
+                extractor = self.add_features.extractor
+                engine = find_engine(
+                    extractor.engine, extractor.device, extractor.precision, extractor.batch_size, 0
+                )
+                load_network(extractor._find_backbone(), engine.device)
+                loaded.touch()
 
 
 def _describe(add_features: FeatureBatch, id: str, schema: Any) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Folder:
         A file is, if it has been removed, or if its record is pending as well as committed: Ray
         then deletes the file, but takes its rows for done.
         """
-        records = set(self._list(_CHECKPOINT))
+        records = set(self.list_records())
         files = sorted(self._list_names())
         sure = []
         for record in sorted(records):
@@ -94,7 +94,7 @@ class Folder:
 
     def check_rows(self, ids: Any, id: str, error_column: str) -> tuple[int, int]:
         """Return how many rows there are and how many have failed; raise unless each id has one."""
-        files = [path for path in self._list("") if path.endswith(".parquet")]
+        files = [path for path in list_files(self.system, self.path) if path.endswith(".parquet")]
         try:
             rows = datasets.dataset(files, filesystem=self.system).to_table([id, error_column])
         except pa.ArrowInvalid as error:
@@ -121,12 +121,12 @@ class Folder:
         """Note that all rows are there."""
         self._write(_SUCCESS, summary)
 
-    def _list_names(self) -> set[str]:
-        return {path.rpartition("/")[2] for path in self._list("")}
+    def list_records(self) -> list[str]:
+        """List the paths of Ray's records of files, pending ones among them."""
+        return list_files(self.system, f"{self.path}/{_CHECKPOINT}")
 
-    def _list(self, name: str) -> list[str]:
-        selector = fs.FileSelector(f"{self.path}/{name}".rstrip("/"), allow_not_found=True)
-        return [info.path for info in self.system.get_file_info(selector)]
+    def _list_names(self) -> set[str]:
+        return {path.rpartition("/")[2] for path in list_files(self.system, self.path)}
 
     def _read(self, name: str) -> bytes:
         with self.system.open_input_file(f"{self.path}/{name}") as file:
@@ -153,6 +153,14 @@ def committing_to(folder: Folder, context: Any, id: str) -> Iterator[None]:
         yield
     finally:
         context.checkpoint_config = before
+
+
+def list_files(system: Any, path: str, *, recursive: bool = False) -> list[str]:
+    """List the paths in a folder; none if it does not exist or is a file."""
+    if system.get_file_info(path).type == fs.FileType.File:
+        return []
+    selector = fs.FileSelector(path, allow_not_found=True, recursive=recursive)
+    return [info.path for info in system.get_file_info(selector)]
 
 
 def find_file_system(path: str | os.PathLike[str]) -> tuple[str, Any, str]:

@@ -5,8 +5,8 @@ from typing import Any
 
 from .._optional import import_optional
 from ..arrow import FeatureBatch
-from ._cluster import IO_CPUS
-from ._folder import Folder, find_file_system
+from ._cluster import IO_CPUS, limit_readers
+from ._folder import Folder, find_file_system, list_files
 from ._ids import find_repeated
 
 data: Any = import_optional("ray.data", extra="ray")
@@ -53,7 +53,8 @@ def read_manifest(source: Any, id: str, folder: Folder) -> Any:
             f"output must not lie in the folder of the manifest, {url!r}, where its files would be "
             f"read as well; got {folder.url!r}."
         )
-    return data.read_parquet(path, filesystem=system, num_cpus=IO_CPUS)
+    with limit_readers(len(list_files(system, path, recursive=True))):
+        return data.read_parquet(path, filesystem=system, num_cpus=IO_CPUS)
 
 
 def _check_steps(step: Any, id: str) -> None:

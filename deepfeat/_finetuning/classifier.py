@@ -60,7 +60,7 @@ from .saving import (
     to_cpu,
     to_plain,
 )
-from .scoring import Scoring, make_score
+from .scoring import LogitClassifier, Scoring, make_score
 from .training import OptimizerName, ScheduleName, Score, TrainingConfig
 
 
@@ -443,9 +443,8 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         ValueError
             If an image cannot be read.
         """
-        chosen = self._compute_logits(X).argmax(axis=1)
-        labels: NDArray[Any] = self.classes_[chosen]
-        return labels
+        logits = self._compute_logits(X)
+        return LogitClassifier(self.classes_).predict(logits)
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Estimate the probability of each class.
@@ -465,8 +464,8 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         ValueError
             If an image cannot be read.
         """
-        probabilities = torch.from_numpy(self._compute_logits(X)).softmax(1)
-        return probabilities.numpy()
+        logits = self._compute_logits(X)
+        return LogitClassifier(self.classes_).predict_proba(logits)
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Compute the logits.
@@ -488,7 +487,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
             If an image cannot be read.
         """
         logits = self._compute_logits(X)
-        return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
+        return LogitClassifier(self.classes_).decision_function(logits)
 
     def to_extractor(
         self, layer: str | int | list[str | int] = "penultimate"

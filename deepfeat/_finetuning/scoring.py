@@ -1,4 +1,4 @@
-"""Scores of validation images: the scorers of scikit-learn, on logits."""
+"""Logits as predictions, and what scorers of scikit-learn say of those of validation images."""
 
 import functools
 import warnings
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import get_scorer
@@ -30,7 +31,7 @@ def make_score(scoring: Scoring, classes: NDArray[Any], validation: Dataset) -> 
         return lambda _, loss: -loss
     noise = np.random.default_rng(0).normal(size=(len(validation), len(classes)))
     try:
-        classifier = _LogitClassifier(classes)
+        classifier = LogitClassifier(classes)
         score = functools.partial(_score, get_scorer(scoring), classifier, validation)
         with warnings.catch_warnings(action="ignore"):
             score(noise, 1.0)  # so that it fails now rather than after an epoch of hours
@@ -44,7 +45,7 @@ def make_score(scoring: Scoring, classes: NDArray[Any], validation: Dataset) -> 
 
 def _score(
     scorer: Callable[..., float],
-    classifier: "_LogitClassifier",
+    classifier: "LogitClassifier",
     validation: Dataset,
     logits: NDArray[Any],
     _loss: float,
@@ -55,7 +56,7 @@ def _score(
     return float(scorer(classifier, logits, labels, sample_weight=weights))
 
 
-class _LogitClassifier(ClassifierMixin, BaseEstimator):
+class LogitClassifier(ClassifierMixin, BaseEstimator):
     """A fitted classifier of which X is what a network has given for the images."""
 
     def __init__(self, classes_: NDArray[Any]):
@@ -66,8 +67,7 @@ class _LogitClassifier(ClassifierMixin, BaseEstimator):
         return labels
 
     def predict_proba(self, X: NDArray[Any]) -> NDArray[Any]:
-        powers = np.exp(X - X.max(axis=1, keepdims=True))
-        probabilities: NDArray[Any] = powers / powers.sum(axis=1, keepdims=True)
+        probabilities: NDArray[Any] = torch.from_numpy(X).softmax(1).numpy()
         return probabilities
 
     def decision_function(self, X: NDArray[Any]) -> NDArray[Any]:

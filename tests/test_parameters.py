@@ -145,6 +145,7 @@ WRONG = {
     "head": ["new", None, 3],
     "max_epochs": [0, 2.5, None],
     "head_epochs": [-1, 0.5, None],
+    "checkpoint": [1, True, ["folder"], b"folder"],
     "batch_size": [0, -3, "auto"],
     "optimizer": ["adam", None],
     "learning_rate": [0, -1e-3, math.nan, math.inf, "fast", None],

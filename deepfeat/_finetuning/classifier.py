@@ -39,6 +39,7 @@ from .._layers.index import LayerNotFoundError
 from .._parameters import check_device, check_parameter, check_parameters
 from .augmentation import Augment
 from .callbacks import CallbackSupport, Tasks, with_callbacks
+from .checkpoints import Checkpoint, make_key
 from .fitting import FitResult, plan_training, run_training
 from .freezing import Unfreeze, find_blocks
 from .heads import Head
@@ -144,6 +145,11 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         Number of epochs without improvement after which training stops.
     tol : float, default=1e-4
         Smallest rise of the score that counts as an improvement.
+    checkpoint : str or path, default=None
+        Folder in which `fit` keeps, after each epoch, how far it has come. An interrupted `fit`
+        with the same data and parameters goes on from there, and on the same CPU ends equal to the
+        bit to one without interruption; a complete one is not repeated. Each has its own file,
+        named by a digest, so that the fits of a grid search can share a folder.
     warm_start : bool, default=False
         Whether `fit` resumes with the network of the previous call, for the same classes.
         `unfreeze` and all other parameters of the training may change in between.
@@ -257,6 +263,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 3,
         tol: float = 1e-4,
+        checkpoint: str | os.PathLike[str] | None = None,
         warm_start: bool = False,
         resize: Resize = "weights",
         image_size: int | None = None,
@@ -291,6 +298,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
         self.tol = tol
+        self.checkpoint = checkpoint
         self.warm_start = warm_start
         self.resize = resize
         self.image_size = image_size
@@ -343,7 +351,8 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         LayerNotFoundError
             If the backbone does not have a block that `unfreeze` names.
         OSError
-            If the weights cannot be downloaded.
+            If the weights cannot be downloaded, or the checkpoint cannot be written. (Later than
+            before the first epoch, that is a warning.)
         """
         self._check_parameters()
         if self.max_epochs <= self.warmup_epochs:
@@ -365,7 +374,11 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
                     raise ValueError(f"X_val and y_val must be passed together; got only {given}.")
                 validation = self._label(X_val, y_val, None, reset=False, suffix="_val")
                 check_known(validation.labels, classes, "y_val")
-            elif self.early_stopping:
+            checkpoint = None
+            if self.checkpoint is not None:
+                checkpoint = self._open_checkpoint(dataset, validation, seed, resume)
+                seed = checkpoint.seed
+            if validation is None and self.early_stopping:
                 dataset, validation = hold_out(dataset, self.validation_fraction, seed)
             dataset = apply_class_weight(dataset, classes, self.class_weight)
             # A scale common to all weights is up to the learning rate.
@@ -373,7 +386,11 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
             dataset = replace(dataset, weights=scaled / scaled.mean())
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
             data = {"X": X, "y": y, "metadata": metadata}
-            return self._train(dataset, validation, classes, seed, resume, self.max_epochs, data)
+            return self._train(
+                *(dataset, validation, classes, seed, resume, self.max_epochs),
+                data=data,
+                checkpoint=checkpoint,
+            )
 
     def partial_fit(
         self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
@@ -619,6 +636,8 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         check_engine(self.engine, self.device, self.precision)  # before it is trained
         if not callable(self.augment):
             check_parameter("augment", self.augment, Augment, "a callable")
+        if not isinstance(self.checkpoint, (str, os.PathLike)):
+            check_parameter("checkpoint", self.checkpoint, type(None), "the path of a folder")
         if not isinstance(self.class_weight, Mapping):
             check_parameter("class_weight", self.class_weight, ClassWeight, "a dict")
         if not isinstance(self.random_state, RandomState):
@@ -656,6 +675,21 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         if state is not None:
             return int(state.randint(2**32, dtype=np.uint32))
         return int(np.random.SeedSequence().generate_state(1)[0])
+
+    def _open_checkpoint(
+        self, dataset: Dataset, validation: Dataset | None, seed: int, resume: bool
+    ) -> Checkpoint:
+        """Open the checkpoint of the training that the data and the parameters describe."""
+        assert self.checkpoint is not None
+        origin = self.module_.state_dict() if resume else self._find_backbone().fingerprint()
+        params = {
+            name: value
+            for name, value in self.get_params(deep=False).items()
+            if name not in _WITHOUT_EFFECT
+        }
+        known_seed = None if self.random_state is None and not resume else seed
+        key = make_key(origin, params, known_seed, dataset, validation, self.num_workers)
+        return Checkpoint(self.checkpoint, key, seed)
 
     def _label(
         self, X: Any, y: Any, sample_weight: Any, *, reset: bool, suffix: str = ""
@@ -697,7 +731,9 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         seed: int,
         resume: bool,
         epochs: int | None,
+        *,
         data: Mapping[str, Any] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> "FineTuneClassifier":
         """Train a new network, or `resume` with the current one, and keep the result.
 
@@ -728,24 +764,26 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
             tasks = Tasks(self, n_epochs, data, fitted)
         history = self.history_ if resume else []
         state = self._optimizer_state if resume and epochs is None else None
-        for trained, how in stages:
+        for stage, (trained, how) in enumerate(stages):
+            if checkpoint is not None:
+                if stage < checkpoint.stage:
+                    continue
+                checkpoint.enter(stage)
             plan = plan_training(network, trained, backbone.preprocessing, dataset, classes, how)
             result = run_training(
                 plan,
                 dataset,
                 validation,
-                start=len(history) + 1,
+                history=history,
                 optimizer_state=state,
                 watch=tasks,
+                checkpoint=checkpoint,
             )
-            history = history + result.history
+            history = result.history
             if result.interrupted:
                 break
-        result = replace(
-            result,
-            history=history,
-            optimizer_state=result.optimizer_state if epochs is None else None,
-        )
+        if epochs is not None:
+            result = replace(result, optimizer_state=None)
         self._keep(network, backbone, classes, seed, result)
         if tasks is not None:
             tasks.end()
@@ -852,6 +890,13 @@ def _copy_fitted(network: Network, backbone: Backbone, classes: NDArray[Any]) ->
 
 # The parameters that decide which network is trained.
 _ORIGIN = ("backbone", "weights", "preprocessing", "head", "resize", "image_size")
+
+
+# Parameters that do not decide what is learned, or are told by the network or the seed.
+_WITHOUT_EFFECT = {
+    *("backbone", "weights", "preprocessing", "random_state", "warm_start"),
+    *("checkpoint", "device", "engine", "num_workers", "verbose"),
+}
 
 
 # Here doctest finds the examples of a class that says it is in another module.

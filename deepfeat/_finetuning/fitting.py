@@ -1,9 +1,9 @@
-"""Fitting a network: what is trained and from which source, epochs, early stopping."""
+"""Fitting a network: what is trained, from which source, from where and until when."""
 
 import math
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,10 +17,12 @@ from .._engine.threads import attempt
 from .._images.records import Record
 from .._layers.index import LayerIndex
 from .augmentation import Augment, count_views
+from .checkpoints import Checkpoint
 from .cutting import Cut, find_cut
 from .freezing import Trained, drop_small_auxiliary, find_trained, freeze
 from .labels import Dataset
 from .networks import Network
+from .progress import Progress
 from .sources import ImageSource, Source, cache_activations
 from .training import NORMS, Trainer, TrainingConfig, train
 
@@ -138,107 +140,117 @@ def run_training(
     dataset: Dataset,
     validation: Dataset | None,
     *,
-    start: int,
+    history: list[dict[str, Any]],
     optimizer_state: dict[str, Any] | None,
     watch: Watch | None,
+    checkpoint: Checkpoint | None,
 ) -> FitResult:
-    """Train the network of a plan, in place; epochs count from `start`.
+    """Train the network of a plan, in place, from where the checkpoint is if there is one.
 
-    The optimizer resumes from its state, if there is one. torch's global generators are left as
-    they were.
+    `history` has the epochs before; an optimizer takes over from its state, if there is one.
+    torch's global generators are left as they were.
+
+    Raises
+    ------
+    OSError
+        If the checkpoint cannot be written before the first epoch.
     """
-    device = plan.config.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        begin = time.perf_counter()
-        source = make_source(plan, dataset, plan.config.augment)
-        validation_source = None if validation is None else make_source(plan, validation, None)
-        preparation = time.perf_counter() - begin
-        batches = math.ceil(len(source) / plan.config.batch_size)
-        trainer = Trainer(plan.module, plan.trained, plan.config, batches)
-        if optimizer_state is not None:
-            trainer.load_state_dict(optimizer_state)
-        history, best, interrupted = _run_epochs(
-            trainer, source, validation_source, batches, start, watch
-        )
-    best.restore()
+    config = plan.config
+    batches = math.ceil(len(dataset) / config.batch_size)
+    trainer = Trainer(plan.module, plan.trained, config, batches)
+    if optimizer_state is not None:
+        trainer.load_moments(optimizer_state)
+    progress = Progress(trainer, history)
+    if checkpoint is not None:
+        _resume(progress, checkpoint)
+    interrupted = False
+    if not progress.is_over:
+        with torch.random.fork_rng([config.device] if config.device.type == "cuda" else []):
+            interrupted = _run_epochs(progress, plan, dataset, validation, watch, checkpoint)
+    if not progress.has_ended:
+        progress.end()
+        if checkpoint is not None and not interrupted:
+            _write(checkpoint, progress)
+            checkpoint.remove_activations()
     for norm, momentum in plan.momenta.items():
         norm.momentum = momentum
     plan.module.zero_grad()  # gradients take as much memory as the trained part
-    if history:
-        history[0]["seconds"] += preparation
-    return FitResult(history, best.score, trainer.state_dict(), interrupted)
+    return FitResult(progress.history, progress.best.score, trainer.state_dict(), interrupted)
 
 
 def _run_epochs(
-    trainer: Trainer,
-    source: Source,
-    validation: Source | None,
-    batches: int,
-    start: int,
+    progress: Progress,
+    plan: Plan,
+    dataset: Dataset,
+    validation: Dataset | None,
     watch: Watch | None,
-) -> tuple[list[dict[str, Any]], "BestEpoch", bool]:
-    """Train until the last epoch, early stopping or an interruption, which the result tells."""
-    config = trainer.config
-    history: list[dict[str, Any]] = []
-    best = BestEpoch(trainer.module, trainer.trained)
-    epochs = config.epochs or 1
-    with tqdm(total=batches * epochs, unit="batch", disable=not config.verbose) as bar:
+    checkpoint: Checkpoint | None,
+) -> bool:
+    """Train until the last epoch or early stopping; return whether it was interrupted before."""
+    config, start = plan.config, len(progress.history) + 1
+    begin = time.perf_counter()
+    source = make_source(plan, dataset, config.augment, checkpoint)
+    validation_source = None
+    if validation is not None:
+        validation_source = make_source(plan, validation, None, checkpoint)
+    preparation = time.perf_counter() - begin
+    steps = progress.epochs_left * math.ceil(len(source) / config.batch_size)
+    with tqdm(total=steps, unit="batch", disable=not config.verbose) as bar:
 
         def report(loss: float) -> None:
-            bar.set_postfix(epoch=start + len(history), loss=f"{loss:.3f}", refresh=False)
+            bar.set_postfix(epoch=len(progress.history) + 1, loss=f"{loss:.3f}", refresh=False)
             bar.update()
 
-        training = train(trainer, source, validation, start=start, report=report)
+        epochs = train(progress.trainer, source, validation_source, start=start, report=report)
         try:
-            for _ in range(epochs):
+            while not progress.is_over:
                 if watch is not None:
                     watch.begin_epoch()
-                epoch = next(training)
-                history.append(asdict(epoch))
-                if epoch.validation_score is not None:
-                    best.update(epoch.validation_score, config.tol, keep=config.early_stopping)
+                epoch = next(epochs)
+                progress.add(replace(epoch, seconds=epoch.seconds + preparation))
+                preparation = 0.0
+                if checkpoint is not None:
+                    _write(checkpoint, progress)
                 if watch is not None and watch.end_epoch():
-                    return history, best, True
-                if config.early_stopping and best.n_iter_no_change >= config.n_iter_no_change:
-                    break
+                    return True
         except KeyboardInterrupt:
             warnings.warn(
-                f"Training was interrupted in epoch {start + len(history)}; what has been learned "
-                "so far is kept.",
+                f"Training was interrupted in epoch {len(progress.history) + 1}; what has been "
+                "learned so far is kept.",
                 UserWarning,
                 stacklevel=6,  # past the decorator of fit
             )
-            return history, best, True
-    return history, best, False
+            return True
+    return False
 
 
-class BestEpoch:
-    """The best validation score, its weights, and the epochs that have not improved on it."""
-
-    def __init__(self, module: nn.Module, trained: Trained):
-        self.score: float | None = None
-        self.n_iter_no_change = 0
-        self._state = {
-            name: value for name, value in module.state_dict().items() if name in trained
-        }
-        self._kept: dict[str, Tensor] = {}
-
-    def update(self, score: float, tol: float, *, keep: bool) -> None:
-        """Take the score of one more epoch into account; `keep` its weights if it is the best."""
-        best = -math.inf if self.score is None else self.score
-        self.n_iter_no_change = 0 if score > best + tol else self.n_iter_no_change + 1
-        if score > best:
-            self.score = score
-            if keep:
-                self._kept = {name: value.clone() for name, value in self._state.items()}
-
-    def restore(self) -> None:
-        """Put the kept weights, if any, back into the network."""
-        for name, value in self._kept.items():
-            self._state[name].copy_(value)
+def _resume(progress: Progress, checkpoint: Checkpoint) -> None:
+    """Go on from a checkpoint; one that does not exist yet is written."""
+    state = checkpoint.take_state()
+    if state is None:
+        checkpoint.write(progress.state_dict())  # so that it fails now rather than after an epoch
+        return
+    progress.load_state_dict(state)
+    if progress.trainer.config.verbose:
+        done = "complete" if progress.has_ended else f"resumed after epoch {len(progress.history)}"
+        tqdm.write(f"The training is {done}: {checkpoint.path}")
 
 
-def make_source(plan: Plan, dataset: Dataset, augment: Augment) -> Source:
+def _write(checkpoint: Checkpoint, progress: Progress) -> None:
+    """Write a checkpoint; a disk that has filled up does not end the training."""
+    try:
+        checkpoint.write(progress.state_dict())
+    except OSError as error:
+        warnings.warn(
+            f"The checkpoint of epoch {len(progress.history)} is not written: {error}",
+            UserWarning,
+            stacklevel=7,
+        )
+
+
+def make_source(
+    plan: Plan, dataset: Dataset, augment: Augment, checkpoint: Checkpoint | None
+) -> Source:
     """Make a source of images, or of their activations if caching these saves time."""
     config = plan.config
     images = ImageSource(
@@ -264,5 +276,6 @@ def make_source(plan: Plan, dataset: Dataset, augment: Augment) -> Source:
             precision=config.precision,
             batch_size=config.batch_size,
             report=bar.update,
+            file=None if checkpoint is None else checkpoint.name_activations(dataset),
         )
     return images if activations is None else activations

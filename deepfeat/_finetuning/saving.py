@@ -132,12 +132,14 @@ def write_network(
         raise FileNotFoundError(
             f"path must be in an existing folder; {os.fspath(target.parent)!r} does not exist."
         )
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".deepfeat-") as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as folder:
         draft = Path(folder, "draft")
         try:
             save_file(tensors, draft, metadata={_KEY: text, _DIGEST: _digest(text, tensors)})
         except SafetensorError as error:
             raise OSError(f"{os.fspath(target)} cannot be written: {error}") from error
+        with draft.open("r+b") as file:  # a power failure may not replace it by an empty file
+            os.fsync(file.fileno())
         draft.replace(target)
 
 

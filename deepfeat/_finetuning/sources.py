@@ -9,9 +9,10 @@ import shutil
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._backbones.preprocessing import Preprocessing
+from .._engine.batches import Batch as RowBatch
 from .._engine.batches import run_in_batches, stack
 from .._engine.devices import Outputs, Precision, limit_part, limit_workers, to_device
 from .._engine.threads import Workers, attempt, map_in_threads
@@ -29,6 +31,7 @@ from .cutting import Cut
 from .labels import Dataset
 
 Indices: TypeAlias = NDArray[np.intp]
+View: TypeAlias = tuple[int, int]  # indices of a view and of its image
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of cached activations; larger ones go to a file
 
@@ -203,12 +206,13 @@ def cache_activations(
     precision: Precision,
     batch_size: int,
     report: Callable[[int], None],
+    file: Path | None,
 ) -> ActivationSource | None:
     """Run the frozen beginning of a network once over each view of each image.
 
-    Up to `MEMORY_LIMIT` the activations are cached in memory, else in a temporary file; returns
-    None, with a warning, if the disk does not have enough room. `report` is called with the number
-    of images done.
+    The activations are kept in the file, if there is one, and found there by a later call; else in
+    memory, up to `MEMORY_LIMIT`, or in a temporary file. Returns None, with a warning, if the disk
+    does not have enough room. `report` is called with the number of images done.
     """
     records = source.dataset.records
     shape: tuple[int, ...] = ()
@@ -222,29 +226,40 @@ def cache_activations(
             memory_format = torch.channels_last
         return {"": activations.float().flatten(1)}
 
-    def open_view(sample: tuple[int, int]) -> RGB:
+    def open_view(sample: View) -> RGB:
         view, index = sample
         pixels = records[index].open()
         return mirror(pixels) if view else pixels
 
     reader = TorchReader(source.module, forward, source.preprocessing, source.device, precision)
+
+    def run(samples: Iterable[View]) -> Iterator[RowBatch[View]]:
+        for batch in run_in_batches(
+            reader, samples, open_view, batch_size=batch_size, num_workers=source.num_workers
+        ):
+            for (_, index), error in batch.failures:
+                raise records[index].error(error)
+            yield batch
+
     cached: NDArray[np.float32] | None = None
-    for batch in run_in_batches(
-        reader,
-        itertools.product(range(views), range(len(source))),
-        open_view,
-        batch_size=batch_size,
-        num_workers=source.num_workers,
-    ):
-        for (_, index), error in batch.failures:
-            raise records[index].error(error)
-        rows = batch.rows[""]
-        if cached is None and (cached := _allocate((views, len(source), rows.shape[1]))) is None:
-            return None
-        for sample, row in zip(batch.samples, rows, strict=True):
-            cached[sample] = row
-        report(len(rows))
-    assert cached is not None  # there is at least one image
+    if file is not None and file.exists():
+        (first,) = run([(0, 0)])  # by which shape and memory format are known
+        cached = _find_kept(file, (views, len(source), first.rows[""].shape[1]))
+    if cached is not None:
+        report(views * len(source))
+    else:
+        for batch in run(itertools.product(range(views), range(len(source)))):
+            rows = batch.rows[""]
+            if cached is None:
+                cached = _allocate((views, len(source), rows.shape[1]), file)
+                if cached is None:
+                    return None
+            for sample, row in zip(batch.samples, rows, strict=True):
+                cached[sample] = row
+            report(len(rows))
+        assert cached is not None  # there is at least one image
+        if file is not None:
+            _keep(cached, file)
     return ActivationSource(
         dataset=source.dataset,
         classes=source.classes,
@@ -258,22 +273,28 @@ def cache_activations(
     )
 
 
-def _allocate(shape: tuple[int, ...]) -> NDArray[np.float32] | None:
-    """Make room for activations; a temporary file is deleted with its array.
+# Room for activations ---------------------------------------------------------------------------
 
-    The room is reserved: a disk that fills up later would otherwise end the process.
-    """
+
+def _allocate(shape: tuple[int, ...], file: Path | None) -> NDArray[np.float32] | None:
+    """Make room for activations: in a draft of the file, in memory, or in a temporary file."""
     size = 4 * math.prod(shape)
+    if file is not None:
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}-")
+        os.close(handle)
+        try:
+            with open(name, "r+b") as draft:
+                return _map(draft, shape)
+        except OSError:  # they are not kept, then
+            os.unlink(name)
     if size <= MEMORY_LIMIT:
         return np.empty(shape, dtype=np.float32)
     folder = tempfile.gettempdir()
     try:
         if size > shutil.disk_usage(folder).free // 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with tempfile.TemporaryFile(prefix="deepfeat-") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            return np.memmap(file, dtype=np.float32, mode="r+", shape=shape)
+        with tempfile.TemporaryFile(prefix="deepfeat-") as temporary:
+            return _map(temporary, shape)
     except OSError as error:
         warnings.warn(
             f"The frozen part of the network is computed in each epoch: {folder} cannot hold "
@@ -283,3 +304,27 @@ def _allocate(shape: tuple[int, ...]) -> NDArray[np.float32] | None:
             stacklevel=2,
         )
         return None
+
+
+def _map(file: IO[bytes], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Map an open file into memory.
+
+    The room is reserved: a disk that fills up later would otherwise end the process.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+    return np.memmap(file, dtype=np.float32, mode="r+", shape=shape)
+
+
+def _keep(cached: NDArray[np.float32], file: Path) -> None:
+    """Turn a draft, if it is one, into the file that a later training finds."""
+    if isinstance(cached, np.memmap) and cached.filename is not None:
+        cached.flush()
+        Path(cached.filename).replace(file)
+
+
+def _find_kept(file: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+    """Map activations that an interrupted training has kept; None if they are of other images."""
+    if file.stat().st_size != 4 * math.prod(shape):
+        return None
+    return np.memmap(file, dtype=np.float32, mode="r", shape=shape)

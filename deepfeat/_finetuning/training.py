@@ -142,16 +142,25 @@ class Trainer:
         self._part_size = config.batch_size  # images that fit into memory at once
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the optimizer, and the names of the parameters it trains."""
-        names = [name for name, _ in self.module.named_parameters() if name in self.trained]
+        """Return all that changes from step to step but the network."""
         return {
-            "names": names,
+            "names": [name for name, _ in self.module.named_parameters() if name in self.trained],
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
+            "part_size": self._part_size,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from the state of an optimizer of the same kind, for the same parameters.
+        """Resume from the state of a trainer of the same network and configuration."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._match_formats()
+        self._schedule.load_state_dict(state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
+        self._part_size = state["part_size"]
+
+    def load_moments(self, state: dict[str, Any]) -> None:
+        """Take over what an optimizer of the same kind knows of the same parameters.
 
         Any other state is ignored.
         """
@@ -163,6 +172,13 @@ class Trainer:
             self.optimizer.load_state_dict({"state": moments, "param_groups": own_groups})
             if self._scaler.is_enabled() and state["scaler"]:
                 self._scaler.load_state_dict(state["scaler"])
+
+    def _match_formats(self) -> None:
+        """Give moments the memory format of their parameters, which a file does not keep."""
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
     def learning_rates(self) -> tuple[float, float]:
         """Return the current learning rates of the head and of the backbone."""

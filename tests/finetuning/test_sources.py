@@ -90,7 +90,9 @@ def test_a_batch_has_the_inputs_targets_and_weights_of_its_images(
     source = images
     if cache:
         settings = {"views": 2, "precision": "float32", "batch_size": 5}
-        source = cache_activations(images, images.cut, report=lambda count: None, **settings)
+        source = cache_activations(
+            images, images.cut, report=lambda count: None, file=None, **settings
+        )
     indices = np.array([6, 1, 4, 3, 7])
     batches = list(source.draw(indices, 3, epoch=1))
     assert [len(batch) for batch in batches] == [3, 2]
@@ -299,7 +301,7 @@ def test_the_room_of_a_file_is_reserved(monkeypatch):
 
     monkeypatch.setattr(_sources, "MEMORY_LIMIT", 0)
     monkeypatch.setattr(np, "memmap", note)
-    activations = _sources._allocate((2, 1000, 100))
+    activations = _sources._allocate((2, 1000, 100), None)
     assert activations.shape == (2, 1000, 100)
     assert reserved[0] >= activations.nbytes
 

@@ -49,10 +49,12 @@ from .labels import (
     apply_class_weight,
     check_known,
     drop_zero_weight,
+    find_classes,
     hold_out,
     label_images,
 )
 from .networks import Network, build_network, rebuild_network
+from .objectives import MultiLabel, Objective, make_objective
 from .saving import (
     SavedClassifier,
     blame_file,
@@ -61,7 +63,7 @@ from .saving import (
     to_cpu,
     to_plain,
 )
-from .scoring import LogitClassifier, Scoring, make_score
+from .scoring import Scoring, make_score
 from .training import OptimizerName, ScheduleName, Score, TrainingConfig
 
 
@@ -128,7 +130,8 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
     max_grad_norm : float, default=None
         Norm to which the gradients of a step are clipped; None does not clip them.
     class_weight : dict, "balanced" or None, default=None
-        Class weights in the loss, as in scikit-learn. `fit` scales all weights to mean 1.
+        Class weights in the loss, as in scikit-learn. `fit` scales all weights to mean 1. Of
+        several labels per image, each is a problem of its own with the classes 0 and 1.
     early_stopping : bool, default=False
         Whether to stop when the validation score has not improved by `tol` for `n_iter_no_change`
         epochs, and to restore the weights of the best epoch. The score is that on `X_val`, or on a
@@ -178,14 +181,14 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
 
     Attributes
     ----------
-    classes_ : ndarray of shape (n_classes,)
-        The class labels.
+    classes_ : ndarray of shape (n_classes,) or (n_labels,)
+        The class labels; of several labels per image, their indices.
     module_ : torch.nn.Module
         The network, in eval mode.
     history_ : list of dict
         One entry per epoch, with "epoch" (from 1), "train_loss" (with label smoothing, in train
-        mode), "train_score" (accuracy), "validation_loss", "validation_score" (None without
-        validation images), "learning_rate", "backbone_learning_rate" (at the start of the epoch),
+        mode), "train_score" (accuracy; an image with several labels counts if all are right),
+        "validation_loss", "validation_score" (None without validation images), "learning_rate", "backbone_learning_rate" (at the start of the epoch),
         "seconds" (including validation and, in the first epoch, computing the frozen part) and
         "images_per_second" (of training).
     n_iter_ : int
@@ -328,13 +331,15 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         ----------
         X : sequence or array of n images
             See the notes of `DeepFeatureExtractor`.
-        y : array-like of shape (n,)
-            Labels: strings, integers or booleans.
+        y : array-like of shape (n,) or (n, n_labels)
+            Classes: strings, integers or booleans. Or any number of labels per image, as
+            `MultiLabelBinarizer` of scikit-learn encodes them: 0 and 1, in a column per label;
+            also a sparse matrix.
         sample_weight : array-like of shape (n,), optional
             Non-negative weights in the loss.
         X_val : sequence or array of m images, optional
             Validation images, which are classified after each epoch.
-        y_val : array-like of shape (m,), optional
+        y_val : array-like of shape (m,) or (m, n_labels), optional
             Labels of the validation images.
 
         Returns
@@ -363,8 +368,9 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         resume = self.warm_start and hasattr(self, "module_")
         with self._unchanged_on_error():
             dataset = self._label(X, y, sample_weight, reset=not resume)
-            classes = self.classes_ if resume else np.unique(dataset.labels)
-            check_known(dataset.labels, classes, "y")
+            multilabel = self._multilabel if resume else dataset.is_multilabel
+            classes = self.classes_ if resume else find_classes(dataset)
+            check_known(dataset, classes, "y", multilabel=multilabel)
             dataset = drop_zero_weight(dataset)
             seed = self._draw_seed(resume)
             validation = None
@@ -373,7 +379,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
                     given = "X_val" if y_val is None else "y_val"
                     raise ValueError(f"X_val and y_val must be passed together; got only {given}.")
                 validation = self._label(X_val, y_val, None, reset=False, suffix="_val")
-                check_known(validation.labels, classes, "y_val")
+                check_known(validation, classes, "y_val", multilabel=multilabel)
             checkpoint = None
             if self.checkpoint is not None:
                 checkpoint = self._open_checkpoint(dataset, validation, seed, resume)
@@ -387,7 +393,8 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
             data = {"X": X, "y": y, "metadata": metadata}
             return self._train(
-                *(dataset, validation, classes, seed, resume, self.max_epochs),
+                *(dataset, validation, make_objective(classes, multilabel=multilabel)),
+                *(seed, resume, self.max_epochs),
                 data=data,
                 checkpoint=checkpoint,
             )
@@ -403,10 +410,11 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         ----------
         X : sequence or array of n images
             See the notes of `DeepFeatureExtractor`.
-        y : array-like of shape (n,)
-            Labels.
+        y : array-like of shape (n,) or (n, n_labels)
+            Labels, as in `fit`.
         classes : array-like, optional
-            All labels that any call will pass; required in the first call.
+            All classes that any call will pass, or the indices of the labels, `range(n_labels)`;
+            required in the first call.
         sample_weight : array-like of shape (n,), optional
             Non-negative weights in the loss.
 
@@ -433,14 +441,21 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
             dataset = self._label(X, y, sample_weight, reset=not resume)
             if classes is None and not resume:
                 raise ValueError("classes must be passed on the first call to partial_fit.")
+            multilabel = self._multilabel if resume else dataset.is_multilabel
             known = self.classes_ if resume else np.unique(column_or_1d(classes))
             if classes is not None and not np.array_equal(np.unique(classes), known):
                 raise ValueError(
                     f"classes must be the same as in the first call, {known!r}; got {classes!r}."
                 )
-            check_known(dataset.labels, known, "y")
+            if multilabel and not np.array_equal(known, find_classes(dataset)) and not resume:
+                raise ValueError(
+                    "classes must be the indices of the labels, "
+                    f"range({dataset.labels.shape[1]}); got {classes!r}."
+                )
+            check_known(dataset, known, "y", multilabel=multilabel)
             dataset = apply_class_weight(drop_zero_weight(dataset), known, self.class_weight)
-            return self._train(dataset, None, known, self._draw_seed(resume), resume, None)
+            objective = make_objective(known, multilabel=multilabel)
+            return self._train(dataset, None, objective, self._draw_seed(resume), resume, None)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Classify images.
@@ -452,8 +467,9 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
 
         Returns
         -------
-        labels : ndarray of shape (n,)
-            The most probable class of each image.
+        labels : ndarray of shape (n,) or (n, n_labels)
+            The most probable class of each image; or 1 for each label with a probability of more
+            than one half, and 0 for the others.
 
         Raises
         ------
@@ -461,10 +477,10 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
             If an image cannot be read.
         """
         logits = self._compute_logits(X)
-        return LogitClassifier(self.classes_).predict(logits)
+        return self._objective.predict(logits)
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
-        """Estimate the probability of each class.
+        """Estimate the probability of each class or label.
 
         Parameters
         ----------
@@ -473,8 +489,8 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
 
         Returns
         -------
-        probabilities : ndarray of shape (n, n_classes), float64
-            In the order of `classes_`.
+        probabilities : ndarray of shape (n, n_classes) or (n, n_labels), float64
+            In the order of `classes_`. Those of classes add up to 1.
 
         Raises
         ------
@@ -482,7 +498,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
             If an image cannot be read.
         """
         logits = self._compute_logits(X)
-        return LogitClassifier(self.classes_).predict_proba(logits)
+        return self._objective.predict_proba(logits)
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Compute the logits.
@@ -494,7 +510,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
 
         Returns
         -------
-        logits : ndarray of shape (n, n_classes), or (n,) for two classes, float64
+        logits : ndarray of shape (n, n_classes) or (n, n_labels), or (n,) for two classes, float64
             In the order of `classes_`; for two classes, the logit of the second minus that of the
             first.
 
@@ -504,7 +520,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
             If an image cannot be read.
         """
         logits = self._compute_logits(X)
-        return LogitClassifier(self.classes_).decision_function(logits)
+        return self._objective.decision_function(logits)
 
     def to_extractor(
         self, layer: str | int | list[str | int] = "penultimate"
@@ -567,6 +583,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
             n_outputs=self._n_outputs,
             seed=self._seed,
             classes=self.classes_,
+            multilabel=self._multilabel,
             n_features_in=getattr(self, "n_features_in_", None),
             feature_names_in=list(getattr(self, "feature_names_in_", [])),
             history=self.history_,
@@ -616,10 +633,13 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         if saved.feature_names_in:
             self.feature_names_in_ = np.array(saved.feature_names_in, dtype=object)
         result = FitResult(saved.history, saved.best_validation_score, None, interrupted=False)
-        return self._keep(network, backbone, saved.classes, saved.seed, result)
+        objective = make_objective(saved.classes, multilabel=saved.multilabel)
+        return self._keep(network, backbone, objective, saved.seed, result)
 
     def __sklearn_tags__(self) -> Tags:
-        return tag_images(super().__sklearn_tags__(), self.image_shape)
+        tags = tag_images(super().__sklearn_tags__(), self.image_shape)
+        tags.classifier_tags.multi_label = True
+        return tags
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__().copy()
@@ -727,7 +747,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         self,
         dataset: Dataset,
         validation: Dataset | None,
-        classes: NDArray[Any],
+        objective: Objective,
         seed: int,
         resume: bool,
         epochs: int | None,
@@ -741,6 +761,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         are told of `data`, if there is any.
         """
         device = find_device(self.device)
+        classes = objective.classes
         backbone = self._find_backbone(with_file=not resume)
         blocks = self._find_blocks(backbone)
         if resume:
@@ -749,8 +770,8 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
             network = Network(copy.deepcopy(self.module_), self._head, self._n_outputs)
         else:
             network = build_network(backbone, self.head, len(classes), device, seed)
-        score = None if validation is None else make_score(self.scoring, classes, validation)
-        config = self._make_config(epochs, device, seed, score)
+        score = None if validation is None else make_score(self.scoring, objective, validation)
+        config = self._make_config(objective, epochs, device, seed, score)
         stages = [(blocks, config)]
         if self.head_epochs and epochs is not None and not resume:
             head_alone = replace(
@@ -760,7 +781,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         tasks = None
         if data is not None:
             n_epochs = sum(how.epochs or 0 for _, how in stages)
-            fitted = functools.partial(_copy_fitted, network, backbone, classes)
+            fitted = functools.partial(_copy_fitted, network, backbone, objective)
             tasks = Tasks(self, n_epochs, data, fitted)
         history = self.history_ if resume else []
         state = self._optimizer_state if resume and epochs is None else None
@@ -769,7 +790,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
                 if stage < checkpoint.stage:
                     continue
                 checkpoint.enter(stage)
-            plan = plan_training(network, trained, backbone.preprocessing, dataset, classes, how)
+            plan = plan_training(network, trained, backbone.preprocessing, dataset, how)
             result = run_training(
                 plan,
                 dataset,
@@ -784,7 +805,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
                 break
         if epochs is not None:
             result = replace(result, optimizer_state=None)
-        self._keep(network, backbone, classes, seed, result)
+        self._keep(network, backbone, objective, seed, result)
         if tasks is not None:
             tasks.end()
         return self
@@ -800,9 +821,15 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
                 )
 
     def _make_config(
-        self, epochs: int | None, device: torch.device, seed: int, score: Score | None
+        self,
+        objective: Objective,
+        epochs: int | None,
+        device: torch.device,
+        seed: int,
+        score: Score | None,
     ) -> TrainingConfig:
         return TrainingConfig(
+            objective=objective,
             epochs=epochs,
             batch_size=self.batch_size,
             optimizer=self.optimizer,
@@ -829,13 +856,14 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         self,
         network: Network,
         backbone: Backbone,
-        classes: NDArray[Any],
+        objective: Objective,
         seed: int,
         result: FitResult,
     ) -> "FineTuneClassifier":
         """Keep a trained network and the result of its training, all at once."""
         self.module_ = network.module.eval()
-        self.classes_ = classes
+        self.classes_ = objective.classes
+        self._multilabel = isinstance(objective, MultiLabel)
         self.history_ = result.history
         self.n_iter_ = len(result.history)
         self.best_validation_score_ = result.best_score
@@ -847,6 +875,10 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         self._seed = seed
         self._optimizer_state = result.optimizer_state
         return self
+
+    @property
+    def _objective(self) -> Objective:
+        return make_objective(self.classes_, multilabel=self._multilabel)
 
     def _compute_logits(self, X: Any) -> NDArray[np.float64]:
         """Run the network on images, in eval mode."""
@@ -878,11 +910,12 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         return logits
 
 
-def _copy_fitted(network: Network, backbone: Backbone, classes: NDArray[Any]) -> dict[str, Any]:
+def _copy_fitted(network: Network, backbone: Backbone, objective: Objective) -> dict[str, Any]:
     """Return what `predict` needs of a network that is being trained."""
     return {
         "module_": copy.deepcopy(network.module).eval(),
-        "classes_": classes,
+        "classes_": objective.classes,
+        "_multilabel": isinstance(objective, MultiLabel),
         "_name": backbone.name,
         "_preprocessing": backbone.preprocessing,
     }

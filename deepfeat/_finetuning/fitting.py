@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,7 +37,6 @@ class Plan:
     momenta: dict[Any, float]  # of trained norms, as they were
     cut: Cut | None
     preprocessing: Preprocessing
-    classes: NDArray[Any]
     config: TrainingConfig
 
 
@@ -61,7 +59,6 @@ def plan_training(
     blocks: tuple[str, ...],
     preprocessing: Preprocessing,
     dataset: Dataset,
-    classes: NDArray[Any],
     config: TrainingConfig,
 ) -> Plan:
     """Freeze the network but for its head and the blocks, in place, and find where to cut it.
@@ -83,7 +80,7 @@ def plan_training(
     if is_cut:
         samples = _make_samples(preprocessing, dataset.records[0]).to(config.device)
         cut = find_cut(module, index, trained, samples)
-    return Plan(module, trained, momenta, cut, preprocessing, classes, config)
+    return Plan(module, trained, momenta, cut, preprocessing, config)
 
 
 def _raise_momenta(
@@ -255,7 +252,7 @@ def make_source(
     config = plan.config
     images = ImageSource(
         dataset=dataset,
-        classes=plan.classes,
+        objective=config.objective,
         augment=augment,
         device=config.device,
         seed=config.seed,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 from sklearn.utils import assert_all_finite, check_array, check_consistent_length
 from sklearn.utils.class_weight import compute_sample_weight
-from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.multiclass import check_classification_targets, is_multilabel
 from sklearn.utils.validation import column_or_1d
 
 from .._images.records import Record
@@ -20,11 +20,19 @@ ClassWeight: TypeAlias = Mapping[Any, float] | Literal["balanced"] | None
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images with labels and weights."""
+    """Images with labels and weights.
+
+    The labels have shape (n,), or if there are several per image (n, n_labels), with 0 and 1. The
+    weights have shape (n,) until those of the classes, which may differ per label, are applied.
+    """
 
     records: list[Record]
     labels: NDArray[Any]
     weights: NDArray[np.float64]
+
+    @property
+    def is_multilabel(self) -> bool:
+        return self.labels.ndim == 2
 
     def __len__(self) -> int:
         return len(self.records)
@@ -38,12 +46,14 @@ def label_images(
     records: list[Record], y: Any, sample_weight: Any = None, *, name: str = "y"
 ) -> Dataset:
     """Validate labels and weights against the images; errors call the labels `name`."""
-    labels = column_or_1d(y, warn=True)
-    assert_all_finite(labels, input_name=name)
-    try:
-        check_classification_targets(labels)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    labels = _as_indicators(y, name)
+    if labels is None:
+        labels = column_or_1d(y, warn=True)
+        assert_all_finite(labels, input_name=name)
+        try:
+            check_classification_targets(labels)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     check_consistent_length(records, labels)
     weights = np.ones(len(records))
     if sample_weight is not None:
@@ -54,17 +64,44 @@ def label_images(
             ensure_non_negative=True,
             input_name="sample_weight",
         )
-        if weights.shape != labels.shape:
+        if weights.shape != (len(labels),):
             raise ValueError(
-                f"sample_weight must have shape {labels.shape}, one weight per image; got shape "
+                f"sample_weight must have shape ({len(labels)},), one weight per image; got shape "
                 f"{weights.shape}."
             )
     return Dataset(records, labels, weights)
 
 
-def check_known(labels: NDArray[Any], classes: NDArray[Any], name: str) -> None:
-    """Raise if there are labels outside the classes."""
-    unknown = np.setdiff1d(labels, classes)
+def _as_indicators(y: Any, name: str) -> NDArray[np.int64] | None:
+    """Return labels as an indicator matrix if they are one; None if there is one per image."""
+    if not is_multilabel(y):
+        return None
+    labels = check_array(y, accept_sparse="csr", input_name=name)
+    dense = np.asarray(labels.toarray() if hasattr(labels, "toarray") else labels)
+    if not np.isin(dense, (0, 1)).all():
+        raise ValueError(
+            f"{name} must have 0 and 1 if it has one column per label; got "
+            f"{np.unique(dense)[:5].tolist()}."
+        )
+    return dense.astype(np.int64)
+
+
+def find_classes(dataset: Dataset) -> NDArray[Any]:
+    """Return the classes, in order; of several labels per image, the indices of these."""
+    if dataset.is_multilabel:
+        return np.arange(dataset.labels.shape[1])
+    return np.unique(dataset.labels)
+
+
+def check_known(dataset: Dataset, classes: NDArray[Any], name: str, *, multilabel: bool) -> None:
+    """Raise unless the labels are among the classes, one per image unless `multilabel`."""
+    labels = dataset.labels
+    expected = (len(labels), len(classes)) if multilabel else (len(labels),)
+    if labels.shape != expected:
+        raise ValueError(
+            f"{name} must have shape {expected}, as the labels of the training; got {labels.shape}."
+        )
+    unknown = np.setdiff1d(labels, [0, 1] if multilabel else classes)
     if len(unknown):
         raise ValueError(
             f"{name} must not have labels outside the classes {classes[:20].tolist()}; got "
@@ -83,15 +120,25 @@ def drop_zero_weight(dataset: Dataset) -> Dataset:
 
 
 def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off a stratified part for validation; return the training part and it."""
+    """Split off a part for validation, stratified by class; return the training part and it.
+
+    Several labels per image are split at random.
+    """
+    total = len(dataset)
+    count = math.ceil(fraction * total)
+    if dataset.is_multilabel:
+        if count == total:
+            raise ValueError(
+                f"validation_fraction must leave an image; {fraction} holds out {count} of {total}."
+            )
+        order = np.random.default_rng(seed).permutation(total)
+        return dataset.take(order[count:]), dataset.take(order[:count])
     classes, counts = np.unique(dataset.labels, return_counts=True)
     if counts.min() < 2:
         raise ValueError(
             "y must have at least 2 images per class, so that early stopping can hold one out; "
             f"class {classes[counts.argmin()]!r} has 1. Pass X_val and y_val, or more images."
         )
-    total = len(dataset)
-    count = math.ceil(fraction * total)
     fits = len(classes) <= count <= total - len(classes)
     if fits:
         training, validation = map(
@@ -112,13 +159,21 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dat
 def apply_class_weight(
     dataset: Dataset, classes: NDArray[Any], class_weight: ClassWeight
 ) -> Dataset:
-    """Multiply the weights of images by those of their classes."""
+    """Multiply the weights of images by those of their classes.
+
+    Of several labels per image, each is a problem of its own with the classes 0 and 1.
+    """
     if len(classes) < 2:
         raise ValueError(f"y must have at least 2 classes; got one class, {classes[0]!r}.")
+    if class_weight is None:
+        return dataset
+    labels = dataset.labels.reshape(len(dataset), -1)
     try:
-        weights = dataset.weights * compute_sample_weight(class_weight, dataset.labels)
+        by_class = [compute_sample_weight(class_weight, column) for column in labels.T]
     except (TypeError, ValueError) as error:
         raise ValueError(f"class_weight={class_weight!r}: {error}") from error
+    weights = np.stack(by_class, axis=1) * dataset.weights[:, None]
+    weights = weights if dataset.is_multilabel else weights[:, 0]
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise ValueError(
             f"class_weight must have finite, non-negative weights; got {class_weight!r}."

@@ -31,6 +31,7 @@ class SavedClassifier:
     n_outputs: int  # of the network before it got its head
     seed: int
     classes: NDArray[Any]
+    multilabel: bool  # labels per image
     n_features_in: int | None
     feature_names_in: list[str]
     history: list[dict[str, Any]]
@@ -55,6 +56,7 @@ def save_classifier(path: str | os.PathLike[str], saved: SavedClassifier) -> Non
         "n_outputs": saved.n_outputs,
         "seed": saved.seed,
         "classes": [str(saved.classes.dtype), labels],
+        "multilabel": saved.multilabel,
         "columns": [saved.n_features_in, saved.feature_names_in],
         "history": saved.history,
         "best_validation_score": saved.best_validation_score,
@@ -89,6 +91,7 @@ def load_classifier(path: str | os.PathLike[str]) -> SavedClassifier:
             n_outputs=description["n_outputs"],
             seed=description["seed"],
             classes=np.array(labels, dtype=dtype),
+            multilabel=description["multilabel"],
             n_features_in=n_features_in,
             feature_names_in=feature_names_in,
             history=description["history"],

@@ -1,4 +1,4 @@
-"""Logits as predictions, and what scorers of scikit-learn say of those of validation images."""
+"""Scores of validation images by the scorers of scikit-learn, which ask a classifier for them."""
 
 import functools
 import warnings
@@ -6,18 +6,18 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import get_scorer
 
 from .labels import Dataset
+from .objectives import Objective
 from .training import Score
 
 Scoring: TypeAlias = str | Callable[..., float] | None
 
 
-def make_score(scoring: Scoring, classes: NDArray[Any], validation: Dataset) -> Score | None:
+def make_score(scoring: Scoring, objective: Objective, validation: Dataset) -> Score | None:
     """Make the function that scores the logits of validation images; None stands for accuracy.
 
     Raises
@@ -29,9 +29,9 @@ def make_score(scoring: Scoring, classes: NDArray[Any], validation: Dataset) -> 
         return None
     if scoring == "loss":
         return lambda _, loss: -loss
-    noise = np.random.default_rng(0).normal(size=(len(validation), len(classes)))
+    noise = np.random.default_rng(0).normal(size=(len(validation), len(objective.classes)))
     try:
-        classifier = LogitClassifier(classes)
+        classifier = LogitClassifier(objective)
         score = functools.partial(_score, get_scorer(scoring), classifier, validation)
         with warnings.catch_warnings(action="ignore"):
             score(noise, 1.0)  # so that it fails now rather than after an epoch of hours
@@ -59,16 +59,9 @@ def _score(
 class LogitClassifier(ClassifierMixin, BaseEstimator):
     """A fitted classifier of which X is what a network has given for the images."""
 
-    def __init__(self, classes_: NDArray[Any]):
-        self.classes_ = classes_
-
-    def predict(self, X: NDArray[Any]) -> NDArray[Any]:
-        labels: NDArray[Any] = self.classes_[X.argmax(axis=1)]
-        return labels
-
-    def predict_proba(self, X: NDArray[Any]) -> NDArray[Any]:
-        probabilities: NDArray[Any] = torch.from_numpy(X).softmax(1).numpy()
-        return probabilities
-
-    def decision_function(self, X: NDArray[Any]) -> NDArray[Any]:
-        return X[:, 1] - X[:, 0] if len(self.classes_) == 2 else X
+    def __init__(self, objective: Objective):
+        self.objective = objective
+        self.classes_ = objective.classes
+        self.predict = objective.predict
+        self.predict_proba = objective.predict_proba
+        self.decision_function = objective.decision_function

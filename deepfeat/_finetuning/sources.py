@@ -29,6 +29,7 @@ from .._images.decoding import RGB
 from .augmentation import Augment, augment_image, draw_flips, mirror
 from .cutting import Cut
 from .labels import Dataset
+from .objectives import Objective
 
 Indices: TypeAlias = NDArray[np.intp]
 View: TypeAlias = tuple[int, int]  # indices of a view and of its image
@@ -41,8 +42,8 @@ class Batch:
     """Inputs, targets and weights of some images, on the device."""
 
     inputs: Tensor
-    targets: Tensor  # (n,) int64
-    weights: Tensor  # (n,) float32
+    targets: Tensor  # one per image, as the objective encodes them
+    weights: Tensor  # (n,) or (n, n_labels) float32
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -59,7 +60,7 @@ class Source(ABC):
     """The batches of a dataset, and the network that runs on them."""
 
     dataset: Dataset
-    classes: NDArray[Any]
+    objective: Objective
     augment: Augment
     device: torch.device
     seed: int
@@ -95,8 +96,7 @@ class Source(ABC):
 
     @functools.cached_property
     def _targets(self) -> Tensor:
-        targets = np.searchsorted(self.classes, self.dataset.labels)
-        return torch.from_numpy(targets).to(self.device)
+        return self.objective.encode(self.dataset.labels).to(self.device)
 
     @functools.cached_property
     def _weights(self) -> Tensor:
@@ -262,7 +262,7 @@ def cache_activations(
             _keep(cached, file)
     return ActivationSource(
         dataset=source.dataset,
-        classes=source.classes,
+        objective=source.objective,
         augment=source.augment,
         device=source.device,
         seed=source.seed,

@@ -1,7 +1,6 @@
 """The training loop: loss, optimizer steps, schedules, epochs."""
 
 import copy
-import functools
 import itertools
 import math
 import time
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from .._engine.devices import Precision, autocast, empty_cache, is_out_of_memory
@@ -23,6 +21,7 @@ from .._engine.threads import Workers
 from .._layers.trace import first_tensor
 from .augmentation import Augment
 from .freezing import Trained, group_parameters, set_train_mode
+from .objectives import Objective
 from .sources import Batch, Source
 
 Score: TypeAlias = Callable[[NDArray[Any], float], float]  # of logits and their mean loss
@@ -43,6 +42,7 @@ class TrainingConfig:
     validation images are scored by; None stands for accuracy.
     """
 
+    objective: Objective
     epochs: int | None
     batch_size: int
     optimizer: OptimizerName
@@ -281,28 +281,28 @@ class Trainer:
         """
         sums = torch.zeros(3, device=self.config.device)
         outputs: list[Tensor] = []
+        objective = self.config.objective
         smoothing = self.config.label_smoothing if learn else 0.0
-        compute_losses = functools.partial(
-            F.cross_entropy, reduction="none", label_smoothing=smoothing
-        )
         for part in batch.split(self._part_size):
             with autocast(self.config.device, self.config.precision), ExitStack() as undo:
                 if len(part) == 1:
                     _use_running_statistics(self.module, undo)
                 output = source.forward(part.inputs)
             logits = first_tensor(output)
-            losses = compute_losses(logits.float(), part.targets)
+            losses = objective.compute_losses(logits.float(), part.targets, smoothing)
             if learn:
                 for auxiliary in self._auxiliary_logits(output):
-                    losses = losses + _AUXILIARY_WEIGHT * compute_losses(
-                        auxiliary.float(), part.targets
+                    losses = losses + _AUXILIARY_WEIGHT * objective.compute_losses(
+                        auxiliary.float(), part.targets, smoothing
                     )
-                loss = self._scaler.scale((losses * part.weights).sum() / len(batch))
+            weights = part.weights.reshape(len(part), -1)  # per image, or also per label
+            weighted = (losses * weights).mean(1)
+            if learn:
+                loss = self._scaler.scale(weighted.sum() / len(batch))
                 loss.backward()  # type: ignore[no-untyped-call]
-            correct = (logits.argmax(1) == part.targets) * part.weights
-            sums += torch.stack(
-                [(losses.detach() * part.weights).sum(), correct.sum(), part.weights.sum()]
-            )
+            totals = weights.mean(1)
+            correct = objective.find_correct(logits, part.targets) * totals
+            sums += torch.stack([weighted.detach().sum(), correct.sum(), totals.sum()])
             outputs.append(logits.detach())
         return sums, torch.cat(outputs)
 

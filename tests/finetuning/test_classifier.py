@@ -293,7 +293,7 @@ ERRORS = {
     "too few labels": ({"y": ["a", "b"]}, r"inconsistent numbers of samples: \[8, 2\]"),
     "labels that are measures": ({"y": np.linspace(0, 1, 8)}, "Unknown label type"),
     "labels that are no numbers": ({"y": [0, 1, np.nan, 1] * 2}, "y contains NaN"),
-    "labels in two columns": ({"y": np.ones((8, 2))}, "y should be a 1d array"),
+    "labels in two columns": ({"y": np.arange(16).reshape(8, 2)}, "y should be a 1d array"),
     "no images": ({"X": [], "y": []}, "X is empty|0 sample|no image|at least one"),
     "one image": ({"X": X8[0]}, "X of shape .* looks like one colour image"),
     "weights of NaN": ({"sample_weight": [1.0] * 7 + [np.nan]}, "sample_weight contains NaN"),

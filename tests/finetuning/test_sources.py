@@ -18,6 +18,7 @@ from deepfeat._finetuning import sources as _sources
 from deepfeat._finetuning.augmentation import draw_flips
 from deepfeat._finetuning.cutting import find_cut
 from deepfeat._finetuning.labels import label_images
+from deepfeat._finetuning.objectives import SingleLabel
 from deepfeat._finetuning.sources import ImageSource, cache_activations
 from deepfeat._images.records import as_records
 
@@ -78,7 +79,7 @@ def test_a_batch_has_the_inputs_targets_and_weights_of_its_images(
     module, index, trained = prepare(make_plain(), "hidden")
     images = ImageSource(
         label_images(as_records(X), y, weights),
-        classes=np.array(["dark", "light"]),
+        objective=SingleLabel(np.array(["dark", "light"])),
         augment=augment,
         device=torch.device("cpu"),
         seed=0,

@@ -177,7 +177,7 @@ def rates_of(schedule, warmup, batches, epochs, rate=1.0):
     """Return the learning rate of each step."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
     classifier = FineTuneClassifier(schedule=schedule, warmup_epochs=warmup)
-    config = classifier._make_config(epochs, torch.device("cpu"), 0, None)
+    config = classifier._make_config(None, epochs, torch.device("cpu"), 0, None)
     scheduler = make_schedule(config, optimizer, batches)
     rates = []
     for _ in range(batches * (epochs or 3)):

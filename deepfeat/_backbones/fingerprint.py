@@ -17,6 +17,7 @@ import pickle
 import site
 import sys
 import sysconfig
+import weakref
 from collections.abc import Iterable, Iterator
 from types import (
     BuiltinFunctionType,
@@ -148,6 +149,8 @@ class _Digester:
             yield from self._of_code(value)
         elif isinstance(value, ModuleType):
             yield from self._of_whole_module(value)
+        elif kind is weakref.ref:  # such as those of a recurrent network to its weights
+            yield from ("weakref", self.of(value()))
         else:
             yield "object"
             yield from map(self.of, (kind, *_take_apart(value)))

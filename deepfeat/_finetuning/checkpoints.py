@@ -3,16 +3,17 @@
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from .._backbones.fingerprint import UnknownContentError, fingerprint
+from .._backbones.fingerprint import fingerprint
 from .._engine.threads import Workers, map_in_threads
 from .._images.records import Record
 from .labels import Dataset
-from .saving import read_network, write_network
+from .saving import blame_file, read_network, write_network
 
 State: TypeAlias = dict[Any, Any]  # nested dicts of tensors and of what JSON can hold
 Keys: TypeAlias = tuple[str | int, ...]
@@ -50,7 +51,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | os.PathLike[str], key: str, seed: int):
-        self._folder = Path(folder).expanduser()
+        self._folder = Path(os.path.abspath(os.path.expanduser(folder)))
         self._folder.mkdir(parents=True, exist_ok=True)
         self._key = key
         self.path = self._folder / f"{key}.safetensors"
@@ -58,10 +59,14 @@ class Checkpoint:
         self._state: State | None = None
         if self.path.exists():
             try:
-                tensors, description = read_network(self.path)
+                self._read()
             except ValueError as error:
                 raise ValueError(f"{error} Delete it to start the training over.") from error
-            self.seed, self.stage = description["seed"], description["stage"]
+
+    def _read(self) -> None:
+        tensors, description = read_network(self.path)
+        with blame_file(self.path):
+            self.seed, self.stage = int(description["seed"]), int(description["stage"])
             named = ((keys, tensors[str(n)]) for n, keys in enumerate(description["tensors"]))
             self._state = _nest((*description["values"], *named))
 
@@ -93,21 +98,24 @@ class Checkpoint:
         }
         # Copies: a file does not hold tensors that share memory, as tied weights do.
         copies = {str(n): leaf.detach().clone() for n, (_, leaf) in enumerate(tensors)}
-        write_network(self.path, copies, description)
+        try:
+            write_network(self.path, copies, description)
+        except FileNotFoundError:  # the same training has ended elsewhere, and removed the draft
+            write_network(self.path, copies, description)
 
     def name_activations(self, dataset: Dataset) -> Path:
         """Return the file for the activations of these images in this stage."""
         names = [(record.input_name, record.index) for record in dataset.records]
         content = fingerprint((self.stage, names))
-        return self._folder / f"{self._key}-{content.hex()[:16]}"
+        return self._folder / f"{self._key}-{content.hex()[:16]}.activations"
 
     def remove_activations(self) -> None:
-        """Remove all that is not needed once a stage has ended, drafts included."""
-        for path in self._folder.glob(f"*{self._key}-*"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        """Remove what is not needed once a stage has ended, drafts of killed processes included."""
+        for path in self._folder.glob(f"{self._key}-*.activations*"):
+            with suppress(OSError):
+                path.unlink()
+        for draft in self._folder.glob(f".{self._key}-*"):
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def make_key(
@@ -122,28 +130,24 @@ def make_key(
 
     Raises
     ------
-    ValueError
+    UnknownContentError
         If a parameter cannot be digested.
     ImageError
         If an image cannot be read.
     """
-    images = [_digest(part, num_workers) for part in (dataset, validation) if part is not None]
-    try:
-        return fingerprint((_FORMAT, origin, params, seed, images)).hex()[:32]
-    except UnknownContentError as error:
-        raise ValueError(
-            "checkpoint must be None for this network and these parameters, by whose content a "
-            f"training would be found again: {error}."
-        ) from error
+    parts = [part for part in (dataset, validation) if part is not None]
+    images = [_describe(part, num_workers) for part in parts]
+    return fingerprint((_FORMAT, origin, params, seed, images)).hex()[:32]
 
 
-def _digest(dataset: Dataset, num_workers: Workers) -> tuple[Any, ...]:
+def _describe(dataset: Dataset, num_workers: Workers) -> tuple[Any, ...]:
     digests = []
     for record, result in map_in_threads(Record.digest, dataset.records, num_workers, ahead=64):
         if isinstance(result, Exception):
             raise record.error(result)
         digests.append(result)
-    return digests, dataset.labels.tolist(), dataset.weights.tolist()
+    labels = dataset.labels if dataset.is_multilabel else dataset.labels.tolist()
+    return digests, labels, dataset.weights
 
 
 # Nested dicts -----------------------------------------------------------------------------------

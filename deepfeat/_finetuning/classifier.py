@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._backbones.find import Backbone, find_backbone
+from .._backbones.fingerprint import UnknownContentError
 from .._backbones.preprocessing import Resize
 from .._backbones.state_files import Weights, is_weights_file
 from .._engine.batches import run_in_batches
@@ -37,7 +38,7 @@ from .._images.records import Record
 from .._images.tables import find_records, tag_images
 from .._layers.index import LayerNotFoundError
 from .._parameters import check_device, check_parameter, check_parameters
-from .augmentation import Augment
+from .augmentation import Augment, count_views
 from .callbacks import CallbackSupport, Tasks, with_callbacks
 from .checkpoints import Checkpoint, make_key
 from .fitting import FitResult, plan_training, run_training
@@ -94,12 +95,13 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         "replace" replaces the classification layer, also that of auxiliary classifiers (GoogLeNet,
         Inception). "append" adds ReLU and a linear layer after the output of the network: 1000
         values per image for most weights.
-    max_epochs : int, default=10
+    max_epochs : int, default=20
         Number of passes over the images.
-    head_epochs : int, default=0
+    head_epochs : int or "auto", default="auto"
         Number of passes before these in which only the head is trained, so that it does not begin
         by spoiling the backbone (LP-FT, Kumar et al., 2022). They have a schedule of their own,
-        without warm-up and early stopping, and cost little if the frozen part is computed once.
+        without warm-up and early stopping. "auto": as many as `max_epochs` if their frozen part is
+        computed once (`augment` is None or "flip"), or else 0.
     batch_size : int, default=32
         Number of images per step. If memory runs out, a batch is run in parts whose gradients add
         up; the step stays the same, except that BatchNorm sees the parts.
@@ -107,7 +109,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         AdamW, or SGD with Nesterov momentum 0.9.
     learning_rate : float, default=1e-3
         Learning rate of the head.
-    backbone_learning_rate : float, default=1e-4
+    backbone_learning_rate : float, default=3e-4
         Learning rate of the trained part of the backbone.
     weight_decay : float, default=1e-4
         Weight decay of all trained parameters.
@@ -126,16 +128,17 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         PIL image and returns one; it is called in a single thread, image by image, and may draw
         from torch's global generator, which is seeded.
     label_smoothing : float, default=0.0
-        Probability in [0, 1) that is spread evenly over all classes (Szegedy et al., 2016).
+        Probability in [0, 1) that is spread evenly over all classes (Szegedy et al., 2016), or,
+        with several labels per image, over 0 and 1.
     max_grad_norm : float, default=None
         Norm to which the gradients of a step are clipped; None does not clip them.
     class_weight : dict, "balanced" or None, default=None
-        Class weights in the loss, as in scikit-learn. `fit` scales all weights to mean 1. Of
-        several labels per image, each is a problem of its own with the classes 0 and 1.
+        Class weights in the loss, as in scikit-learn. `fit` scales all weights to mean 1. With
+        several labels per image, each label is a separate problem with the classes 0 and 1.
     early_stopping : bool, default=False
         Whether to stop when the validation score has not improved by `tol` for `n_iter_no_change`
         epochs, and to restore the weights of the best epoch. The score is that on `X_val`, or on a
-        stratified part of the training images that is held out.
+        part of the training images that is held out, stratified by class.
     scoring : str, callable or None, default=None
         How validation images are scored. None: by accuracy. "loss": by the loss, of which less is
         better. Otherwise a name of scikit-learn's scorers, such as "balanced_accuracy" or
@@ -150,9 +153,9 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         Smallest rise of the score that counts as an improvement.
     checkpoint : str or path, default=None
         Folder in which `fit` keeps, after each epoch, how far it has come. An interrupted `fit`
-        with the same data and parameters goes on from there, and on the same CPU ends equal to the
-        bit to one without interruption; a complete one is not repeated. Each has its own file,
-        named by a digest, so that the fits of a grid search can share a folder.
+        with the same data and parameters goes on from there, and on the same CPU gives the same
+        result, to the bit, as one without interruption; a complete one is not repeated. Each has
+        its own file, named by a digest, so that the fits of a grid search can share a folder.
     warm_start : bool, default=False
         Whether `fit` resumes with the network of the previous call, for the same classes.
         `unfreeze` and all other parameters of the training may change in between.
@@ -187,9 +190,10 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         The network, in eval mode.
     history_ : list of dict
         One entry per epoch, with "epoch" (from 1), "train_loss" (with label smoothing, in train
-        mode), "train_score" (accuracy; an image with several labels counts if all are right),
-        "validation_loss", "validation_score" (None without validation images), "learning_rate", "backbone_learning_rate" (at the start of the epoch),
-        "seconds" (including validation and, in the first epoch, computing the frozen part) and
+        mode), "train_score" (accuracy; with several labels per image, the share of images whose
+        labels are all correct), "validation_loss", "validation_score" (None without validation
+        images), "learning_rate", "backbone_learning_rate" (at the start of the epoch), "seconds"
+        (including validation and, in the first epoch, computing the frozen part) and
         "images_per_second" (of training).
     n_iter_ : int
         Number of epochs.
@@ -211,7 +215,8 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
     The output of the frozen beginning of the network for an image is the same in every epoch. With
     `augment` None or "flip" it is computed once per image, and once per mirror image, if there are
     more epochs than these views. It is cached in memory up to 2 GiB (and as much for validation
-    images), or else in a temporary file, so that an epoch only runs the trained part.
+    images), or else in a temporary file, or next to the checkpoint, so that an epoch only runs the
+    trained part.
 
     A dropout between two layers is active if the layer after it is trained. A batch of a single
     image, or a part of one, is normalised with the running statistics of BatchNorm. Images whose
@@ -248,12 +253,12 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         preprocessing: Callable[[Image.Image], Tensor] | None = None,
         unfreeze: Unfreeze = "last_stage",
         head: Head = "replace",
-        max_epochs: int = 10,
-        head_epochs: int = 0,
+        max_epochs: int = 20,
+        head_epochs: int | Literal["auto"] = "auto",
         batch_size: int = 32,
         optimizer: OptimizerName = "adamw",
         learning_rate: float = 1e-3,
-        backbone_learning_rate: float = 1e-4,
+        backbone_learning_rate: float = 3e-4,
         weight_decay: float = 1e-4,
         schedule: ScheduleName = "cosine",
         warmup_epochs: float = 0,
@@ -393,8 +398,12 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
             data = {"X": X, "y": y, "metadata": metadata}
             return self._train(
-                *(dataset, validation, make_objective(classes, multilabel=multilabel)),
-                *(seed, resume, self.max_epochs),
+                dataset,
+                validation,
+                make_objective(classes, multilabel=multilabel),
+                seed,
+                resume=resume,
+                epochs=int(self.max_epochs),
                 data=data,
                 checkpoint=checkpoint,
             )
@@ -455,7 +464,8 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
             check_known(dataset, known, "y", multilabel=multilabel)
             dataset = apply_class_weight(drop_zero_weight(dataset), known, self.class_weight)
             objective = make_objective(known, multilabel=multilabel)
-            return self._train(dataset, None, objective, self._draw_seed(resume), resume, None)
+            seed = self._draw_seed(resume)
+            return self._train(dataset, None, objective, seed, resume=resume, epochs=None)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Classify images.
@@ -701,14 +711,28 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
     ) -> Checkpoint:
         """Open the checkpoint of the training that the data and the parameters describe."""
         assert self.checkpoint is not None
-        origin = self.module_.state_dict() if resume else self._find_backbone().fingerprint()
         params = {
-            name: value
+            name: to_plain(value)
             for name, value in self.get_params(deep=False).items()
             if name not in _WITHOUT_EFFECT
         }
         known_seed = None if self.random_state is None and not resume else seed
-        key = make_key(origin, params, known_seed, dataset, validation, self.num_workers)
+        try:
+            # The order of images is drawn anew in each epoch, by its number.
+            origin = (
+                (
+                    *(self.module_, self._preprocessing.settings),
+                    *(self.classes_, self._multilabel, len(self.history_)),
+                )
+                if resume
+                else self._find_backbone().fingerprint()
+            )
+            key = make_key(origin, params, known_seed, dataset, validation, self.num_workers)
+        except UnknownContentError as error:
+            raise ValueError(
+                "checkpoint must be None for this network and these parameters, by whose content "
+                f"a training would be found again: {error}."
+            ) from error
         return Checkpoint(self.checkpoint, key, seed)
 
     def _label(
@@ -749,9 +773,9 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         validation: Dataset | None,
         objective: Objective,
         seed: int,
+        *,
         resume: bool,
         epochs: int | None,
-        *,
         data: Mapping[str, Any] | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> "FineTuneClassifier":
@@ -773,10 +797,9 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         score = None if validation is None else make_score(self.scoring, objective, validation)
         config = self._make_config(objective, epochs, device, seed, score)
         stages = [(blocks, config)]
-        if self.head_epochs and epochs is not None and not resume:
-            head_alone = replace(
-                config, epochs=self.head_epochs, warmup_epochs=0, early_stopping=False
-            )
+        head_epochs = self._count_head_epochs(blocks)
+        if head_epochs and epochs is not None and not resume:
+            head_alone = replace(config, epochs=head_epochs, warmup_epochs=0, early_stopping=False)
             stages = [((), head_alone), *stages]
         tasks = None
         if data is not None:
@@ -787,10 +810,13 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         state = self._optimizer_state if resume and epochs is None else None
         for stage, (trained, how) in enumerate(stages):
             if checkpoint is not None:
-                if stage < checkpoint.stage:
+                if stage < min(checkpoint.stage, len(stages) - 1):
                     continue
                 checkpoint.enter(stage)
-            plan = plan_training(network, trained, backbone.preprocessing, dataset, how)
+            plan = plan_training(
+                *(network, trained, backbone.preprocessing, dataset, how),
+                keep_auxiliary=stage < len(stages) - 1,
+            )
             result = run_training(
                 plan,
                 dataset,
@@ -820,6 +846,12 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
                     f"training began and is {now!r} now. Restore it, or start over with a clone."
                 )
 
+    def _count_head_epochs(self, blocks: tuple[str, ...]) -> int:
+        if self.head_epochs == "auto":
+            is_cheap = count_views(self.augment) is not None
+            return int(self.max_epochs) if blocks and is_cheap else 0
+        return int(self.head_epochs)
+
     def _make_config(
         self,
         objective: Objective,
@@ -828,29 +860,11 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         seed: int,
         score: Score | None,
     ) -> TrainingConfig:
-        return TrainingConfig(
-            objective=objective,
-            epochs=epochs,
-            batch_size=self.batch_size,
-            optimizer=self.optimizer,
-            learning_rate=self.learning_rate,
-            backbone_learning_rate=self.backbone_learning_rate,
-            weight_decay=self.weight_decay,
-            schedule=self.schedule,
-            warmup_epochs=self.warmup_epochs,
-            label_smoothing=self.label_smoothing,
-            max_grad_norm=self.max_grad_norm,
-            augment=self.augment,
-            early_stopping=self.early_stopping,
-            n_iter_no_change=self.n_iter_no_change,
-            tol=self.tol,
-            score=score,
-            device=device,
-            precision=self.precision,
-            num_workers=self.num_workers,
-            seed=seed,
-            verbose=self.verbose,
-        )
+        shared = TrainingConfig.__dataclass_fields__.keys()
+        params = self.get_params(deep=False)
+        given = {name: to_plain(params[name]) for name in shared & params.keys()}
+        found = {"objective": objective, "epochs": epochs, "score": score}
+        return TrainingConfig(**given | found | {"device": device, "seed": seed})
 
     def _keep(
         self,

@@ -137,6 +137,19 @@ def find_cut(module: nn.Module, index: LayerIndex, trained: Trained, samples: Te
         return None
     cut = Cut(module, tuple(samples.shape[1:]), *found)
     module.eval()
+    # Trials with NaN leave nothing behind, not even in a module that counts in eval mode.
+    buffers = {buffer: buffer.clone() for buffer in module.buffers()}
+    try:
+        return cut if _gives_the_same(cut, module, trained, samples) else None
+    finally:
+        module.eval().zero_grad()
+        with torch.no_grad():
+            for buffer, before in buffers.items():
+                buffer.copy_(before)
+
+
+def _gives_the_same(cut: Cut, module: nn.Module, trained: Trained, samples: Tensor) -> bool:
+    """Tell whether a cut gives what the network does, and can go backwards."""
     with torch.no_grad():
         whole = first_tensor(module(samples))
         try:
@@ -144,18 +157,17 @@ def find_cut(module: nn.Module, index: LayerIndex, trained: Trained, samples: Te
             # In reverse order, because the first axis may be that of tokens, not of images.
             parts = first_tensor(cut.run_suffix(activations.flip(0), fill=_nans_like))
         except Exception:  # a user's module may be built in any way
-            return None
+            return False
     is_same = (
         len(activations) == len(samples)
         and parts.shape == whole.shape
         and torch.allclose(parts.flip(0), whole, rtol=1e-4, atol=1e-5)
     )
-    return cut if is_same and _learns_alone(cut, module, trained, activations) else None
+    return is_same and _learns_alone(cut, module, trained, activations)
 
 
 def _learns_alone(cut: Cut, module: nn.Module, trained: Trained, activations: Tensor) -> bool:
-    """Tell whether the suffix can go backwards; nothing of the trial stays on the network."""
-    buffers = {buffer: buffer.clone() for buffer in module.buffers()}
+    """Tell whether the suffix can go backwards."""
     device = activations.device
     set_train_mode(module, trained)
     try:
@@ -163,11 +175,6 @@ def _learns_alone(cut: Cut, module: nn.Module, trained: Trained, activations: Te
             first_tensor(cut.run_suffix(activations)).sum().backward()  # type: ignore[no-untyped-call]
     except Exception:
         return False
-    finally:
-        module.eval().zero_grad()
-        with torch.no_grad():
-            for buffer, before in buffers.items():
-                buffer.copy_(before)
     return True
 
 

@@ -18,10 +18,17 @@ from .._layers.index import LayerIndex
 from .augmentation import Augment, count_views
 from .checkpoints import Checkpoint
 from .cutting import Cut, find_cut
-from .freezing import Trained, drop_small_auxiliary, find_trained, freeze
+from .freezing import (
+    Trained,
+    drop_idle_auxiliary,
+    drop_small_auxiliary,
+    find_trained,
+    freeze,
+)
 from .labels import Dataset
 from .networks import Network
 from .progress import Progress
+from .saving import blame_file
 from .sources import ImageSource, Source, cache_activations
 from .training import NORMS, Trainer, TrainingConfig, train
 
@@ -60,8 +67,12 @@ def plan_training(
     preprocessing: Preprocessing,
     dataset: Dataset,
     config: TrainingConfig,
+    *,
+    keep_auxiliary: bool,
 ) -> Plan:
     """Freeze the network but for its head and the blocks, in place, and find where to cut it.
+
+    Auxiliary classifiers that are not trained are dropped unless they are to be kept.
 
     Raises
     ------
@@ -72,6 +83,8 @@ def plan_training(
     index = LayerIndex(module, shape)
     trained = find_trained(module, index, blocks, network.head)
     trained = drop_small_auxiliary(module, trained, shape)
+    if not keep_auxiliary:
+        drop_idle_auxiliary(module, trained)
     freeze(module, trained)
     # A single epoch caches nothing, and only a CPU runs the two parts apart for speed.
     is_cut = config.epochs is not None or config.device.type == "cpu"
@@ -164,14 +177,16 @@ def run_training(
     if not progress.is_over:
         with torch.random.fork_rng([config.device] if config.device.type == "cuda" else []):
             interrupted = _run_epochs(progress, plan, dataset, validation, watch, checkpoint)
-    if not progress.has_ended:
-        progress.end()
+    if not progress.is_complete:
+        progress.complete()
         if checkpoint is not None and not interrupted:
-            _write(checkpoint, progress)
-            checkpoint.remove_activations()
+            _write(checkpoint, progress, stacklevel=6)
+    if checkpoint is not None and not interrupted:
+        checkpoint.remove_activations()
     for norm, momentum in plan.momenta.items():
         norm.momentum = momentum
     plan.module.zero_grad()  # gradients take as much memory as the trained part
+    interrupted = interrupted or progress.was_stopped
     return FitResult(progress.history, progress.best.score, trainer.state_dict(), interrupted)
 
 
@@ -183,7 +198,7 @@ def _run_epochs(
     watch: Watch | None,
     checkpoint: Checkpoint | None,
 ) -> bool:
-    """Train until the last epoch or early stopping; return whether it was interrupted before."""
+    """Train until the last epoch or a stop; return whether Ctrl-C came before."""
     config, start = plan.config, len(progress.history) + 1
     begin = time.perf_counter()
     source = make_source(plan, dataset, config.augment, checkpoint)
@@ -206,10 +221,10 @@ def _run_epochs(
                 epoch = next(epochs)
                 progress.add(replace(epoch, seconds=epoch.seconds + preparation))
                 preparation = 0.0
+                if watch is not None:
+                    progress.was_stopped = watch.end_epoch()
                 if checkpoint is not None:
-                    _write(checkpoint, progress)
-                if watch is not None and watch.end_epoch():
-                    return True
+                    _write(checkpoint, progress, stacklevel=7)
         except KeyboardInterrupt:
             warnings.warn(
                 f"Training was interrupted in epoch {len(progress.history) + 1}; what has been "
@@ -224,24 +239,29 @@ def _run_epochs(
 def _resume(progress: Progress, checkpoint: Checkpoint) -> None:
     """Go on from a checkpoint; one that does not exist yet is written."""
     state = checkpoint.take_state()
-    if state is None:
+    if state is None and checkpoint.stage == 0:
         checkpoint.write(progress.state_dict())  # so that it fails now rather than after an epoch
+    elif state is None:
+        _write(checkpoint, progress, stacklevel=7)
+    if state is None:
         return
-    progress.load_state_dict(state)
+    with blame_file(checkpoint.path):
+        progress.load_state_dict(state)
     if progress.trainer.config.verbose:
-        done = "complete" if progress.has_ended else f"resumed after epoch {len(progress.history)}"
-        tqdm.write(f"The training is {done}: {checkpoint.path}")
+        epoch = len(progress.history)
+        what = "is complete" if progress.is_complete else f"resumes after epoch {epoch}"
+        tqdm.write(f"Training {what}: {checkpoint.path}")
 
 
-def _write(checkpoint: Checkpoint, progress: Progress) -> None:
+def _write(checkpoint: Checkpoint, progress: Progress, *, stacklevel: int) -> None:
     """Write a checkpoint; a disk that has filled up does not end the training."""
     try:
         checkpoint.write(progress.state_dict())
     except OSError as error:
         warnings.warn(
-            f"The checkpoint of epoch {len(progress.history)} is not written: {error}",
+            f"The checkpoint of epoch {len(progress.history)} could not be written: {error}",
             UserWarning,
-            stacklevel=7,
+            stacklevel=stacklevel,
         )
 
 

@@ -114,15 +114,13 @@ def drop_small_auxiliary(
 
 
 def freeze(module: nn.Module, trained: Trained) -> None:
-    """Freeze all but the trained part, and drop auxiliary classifiers outside it.
+    """Freeze all but the trained part.
 
     Raises
     ------
     ValueError
         If the trained and the frozen part share a parameter.
     """
-    idle = [name for name in auxiliary_of(module) if name not in trained.head]
-    drop_auxiliary(module, idle)
     is_trained: dict[nn.Parameter, bool] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if is_trained.setdefault(parameter, name in trained) != (name in trained):
@@ -131,6 +129,11 @@ def freeze(module: nn.Module, trained: Trained) -> None:
             )
         parameter.requires_grad_(name in trained)
         parameter.grad = None
+
+
+def drop_idle_auxiliary(module: nn.Module, trained: Trained) -> None:
+    """Drop auxiliary classifiers outside the trained part, in place."""
+    drop_auxiliary(module, [name for name in auxiliary_of(module) if name not in trained.head])
 
 
 def set_train_mode(module: nn.Module, trained: Trained) -> None:

@@ -46,14 +46,7 @@ def label_images(
     records: list[Record], y: Any, sample_weight: Any = None, *, name: str = "y"
 ) -> Dataset:
     """Validate labels and weights against the images; errors call the labels `name`."""
-    labels = _as_indicators(y, name)
-    if labels is None:
-        labels = column_or_1d(y, warn=True)
-        assert_all_finite(labels, input_name=name)
-        try:
-            check_classification_targets(labels)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+    labels = _as_indicators(y, name) if is_multilabel(y) else _as_classes(y, name)
     check_consistent_length(records, labels)
     weights = np.ones(len(records))
     if sample_weight is not None:
@@ -72,15 +65,30 @@ def label_images(
     return Dataset(records, labels, weights)
 
 
-def _as_indicators(y: Any, name: str) -> NDArray[np.int64] | None:
-    """Return labels as an indicator matrix if they are one; None if there is one per image."""
-    if not is_multilabel(y):
-        return None
+def _as_classes(y: Any, name: str) -> NDArray[Any]:
+    """Return labels of which there is one per image."""
+    try:
+        labels: NDArray[Any] = column_or_1d(y, warn=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must have one class per image, or a column of 0 and 1 for each label, as "
+            f"MultiLabelBinarizer of scikit-learn makes it: {error}"
+        ) from error
+    assert_all_finite(labels, input_name=name)
+    try:
+        check_classification_targets(labels)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return labels
+
+
+def _as_indicators(y: Any, name: str) -> NDArray[np.int64]:
+    """Return labels of which there may be several per image, as a dense matrix of 0 and 1."""
     labels = check_array(y, accept_sparse="csr", input_name=name)
     dense = np.asarray(labels.toarray() if hasattr(labels, "toarray") else labels)
     if not np.isin(dense, (0, 1)).all():
         raise ValueError(
-            f"{name} must have 0 and 1 if it has one column per label; got "
+            f"{name} must contain only 0 and 1 if it has one column per label; got "
             f"{np.unique(dense)[:5].tolist()}."
         )
     return dense.astype(np.int64)
@@ -99,13 +107,14 @@ def check_known(dataset: Dataset, classes: NDArray[Any], name: str, *, multilabe
     expected = (len(labels), len(classes)) if multilabel else (len(labels),)
     if labels.shape != expected:
         raise ValueError(
-            f"{name} must have shape {expected}, as the labels of the training; got {labels.shape}."
+            f"{name} must have shape {expected}, like the labels of the training; got "
+            f"{labels.shape}."
         )
-    unknown = np.setdiff1d(labels, [0, 1] if multilabel else classes)
+    unknown = [] if multilabel else np.setdiff1d(labels, classes).tolist()
     if len(unknown):
         raise ValueError(
             f"{name} must not have labels outside the classes {classes[:20].tolist()}; got "
-            f"{unknown[:5].tolist()}."
+            f"{unknown[:5]}."
         )
 
 
@@ -161,19 +170,20 @@ def apply_class_weight(
 ) -> Dataset:
     """Multiply the weights of images by those of their classes.
 
-    Of several labels per image, each is a problem of its own with the classes 0 and 1.
+    With several labels per image, each label is a separate problem with the classes 0 and 1.
     """
     if len(classes) < 2:
         raise ValueError(f"y must have at least 2 classes; got one class, {classes[0]!r}.")
     if class_weight is None:
         return dataset
-    labels = dataset.labels.reshape(len(dataset), -1)
     try:
-        by_class = [compute_sample_weight(class_weight, column) for column in labels.T]
+        if dataset.is_multilabel:
+            by_class = _weigh_labels(dataset.labels, class_weight)
+            weights = by_class * dataset.weights[:, None]
+        else:
+            weights = dataset.weights * compute_sample_weight(class_weight, dataset.labels)
     except (TypeError, ValueError) as error:
         raise ValueError(f"class_weight={class_weight!r}: {error}") from error
-    weights = np.stack(by_class, axis=1) * dataset.weights[:, None]
-    weights = weights if dataset.is_multilabel else weights[:, 0]
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise ValueError(
             f"class_weight must have finite, non-negative weights; got {class_weight!r}."
@@ -184,3 +194,13 @@ def apply_class_weight(
             f"{class_weight!r}."
         )
     return replace(dataset, weights=weights)
+
+
+def _weigh_labels(labels: NDArray[np.int64], class_weight: ClassWeight) -> NDArray[np.float64]:
+    """Return the weight of each label of each image."""
+    if isinstance(class_weight, Mapping):
+        if not {0, 1}.issuperset(class_weight):
+            raise ValueError("with several labels per image, the keys must be 0 and 1")
+        weights = [float(class_weight.get(value, 1)) for value in (0, 1)]
+        return np.where(labels, weights[1], weights[0])
+    return np.stack([compute_sample_weight(class_weight, label) for label in labels.T], axis=1)

@@ -30,7 +30,9 @@ class Progress:
         The best epoch of this training.
     epochs_left : int
         The number of epochs to come, unless it stops early.
-    has_ended : bool
+    was_stopped : bool
+        Whether a callback has stopped it.
+    is_complete : bool
         Whether the network has the weights that the training is for.
     """
 
@@ -39,14 +41,15 @@ class Progress:
         self.history = history
         self.best = BestEpoch(trainer.module, trainer.trained)
         self.epochs_left = trainer.config.epochs or 1
-        self.has_ended = False
+        self.was_stopped = False
+        self.is_complete = False
 
     @property
     def is_over(self) -> bool:
         """Tell whether no epoch is to come."""
         config = self.trainer.config
         stops = config.early_stopping and self.best.n_iter_no_change >= config.n_iter_no_change
-        return stops or not self.epochs_left
+        return stops or self.was_stopped or not self.epochs_left
 
     def add(self, epoch: Epoch) -> None:
         """Take one more epoch into account."""
@@ -56,31 +59,36 @@ class Progress:
         if epoch.validation_score is not None:
             self.best.update(epoch.validation_score, config.tol, keep=config.early_stopping)
 
-    def end(self) -> None:
+    def complete(self) -> None:
         """Give the network the weights of the best epoch."""
         self.best.restore()
-        self.has_ended = True
+        self.is_complete = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on, or the result if the training has ended."""
         state = {
             "history": self.history,
             "epochs_left": self.epochs_left,
-            "has_ended": self.has_ended,
+            "was_stopped": self.was_stopped,
+            "is_complete": self.is_complete,
             "network": _tensors_of(self.trainer.module),
             "best": self.best.state_dict(),
         }
-        return state if self.has_ended else state | {"trainer": self.trainer.state_dict()}
+        return state if self.is_complete else state | {"trainer": self.trainer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become what the state of the same training says."""
         self.history = state["history"]
         self.epochs_left = state["epochs_left"]
-        self.has_ended = state["has_ended"]
+        self.was_stopped = state["was_stopped"]
+        self.is_complete = state["is_complete"]
         self.best.load_state_dict(state["best"])
         for name, value in _tensors_of(self.trainer.module).items():
-            value.copy_(state["network"][name])
-        if not self.has_ended:
+            kept = state["network"][name]
+            if (kept.shape, kept.dtype) != (value.shape, value.dtype):
+                raise ValueError(f"{name} has shape {tuple(kept.shape)} and type {kept.dtype}.")
+            value.copy_(kept)
+        if not self.is_complete:
             self.trainer.load_state_dict(state["trainer"])
 
 
@@ -90,9 +98,8 @@ class BestEpoch:
     def __init__(self, module: nn.Module, trained: Trained):
         self.score: float | None = None
         self.n_iter_no_change = 0
-        self._state = {
-            name: value for name, value in module.state_dict().items() if name in trained
-        }
+        tensors = _tensors_of(module)
+        self._state = {name: value for name, value in tensors.items() if name in trained}
         self._kept: dict[str, Tensor] = {}
 
     def update(self, score: float, tol: float, *, keep: bool) -> None:
@@ -121,5 +128,9 @@ class BestEpoch:
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a state dict, which a module of a user may mix with other values."""
-    return {key: item for key, item in module.state_dict().items() if isinstance(item, Tensor)}
+    """Return the parameters and buffers of a network.
+
+    Its state dict may be made of copies, and does not have all buffers.
+    """
+    parameters = {name: value.detach() for name, value in module.named_parameters()}
+    return parameters | dict(module.named_buffers())

@@ -159,6 +159,17 @@ def read_network(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     source = Path(path).expanduser()
     if not source.is_file():
         raise FileNotFoundError(f"path must be an existing file; got {os.fspath(path)!r}.")
+    while True:
+        before = source.stat()
+        try:
+            return _read(source)
+        except ValueError:
+            # safetensors opens a file twice, between which another process may replace it.
+            if os.path.samestat(before, source.stat()):
+                raise
+
+
+def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(source, framework="pt") as file:
             header = file.metadata() or {}
@@ -173,7 +184,7 @@ def read_network(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         )
     if header[_DIGEST] != _digest(header[_KEY], state):
         raise ValueError(f"{source} is damaged: its contents do not have the digest in its header.")
-    with blame_file(path):
+    with blame_file(source):
         description: dict[str, Any] = json.loads(header[_KEY])
     return state, description
 

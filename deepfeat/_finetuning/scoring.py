@@ -1,6 +1,7 @@
 """Scores of validation images by the scorers of scikit-learn, which ask a classifier for them."""
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -34,7 +35,9 @@ def make_score(scoring: Scoring, objective: Objective, validation: Dataset) -> S
         classifier = LogitClassifier(objective)
         score = functools.partial(_score, get_scorer(scoring), classifier, validation)
         with warnings.catch_warnings(action="ignore"):
-            score(noise, 1.0)  # so that it fails now rather than after an epoch of hours
+            trial = score(noise, 1.0)  # so that it fails now rather than after an epoch of hours
+        if math.isnan(trial):
+            raise ValueError("it is NaN, as a ranking is if a class or label is missing")
     except Exception as error:  # a user's function may fail in any way
         raise ValueError(
             "scoring must be None, 'loss', or a scorer of scikit-learn or a callable that scores "

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -243,20 +244,25 @@ def cache_activations(
 
     cached: NDArray[np.float32] | None = None
     if file is not None and file.exists():
-        (first,) = run([(0, 0)])  # by which shape and memory format are known
-        cached = _find_kept(file, (views, len(source), first.rows[""].shape[1]))
+        ends = [(0, 0), (views - 1, len(source) - 1)]
+        rows = np.concatenate([batch.rows[""] for batch in run(ends)])  # also finds the shape
+        cached = _find_kept(file, (views, len(source), rows.shape[1]), rows)
     if cached is not None:
         report(views * len(source))
     else:
-        for batch in run(itertools.product(range(views), range(len(source)))):
-            rows = batch.rows[""]
-            if cached is None:
-                cached = _allocate((views, len(source), rows.shape[1]), file)
+        try:
+            for batch in run(itertools.product(range(views), range(len(source)))):
+                rows = batch.rows[""]
                 if cached is None:
-                    return None
-            for sample, row in zip(batch.samples, rows, strict=True):
-                cached[sample] = row
-            report(len(rows))
+                    cached = _allocate((views, len(source), rows.shape[1]), file)
+                    if cached is None:
+                        return None
+                for sample, row in zip(batch.samples, rows, strict=True):
+                    cached[sample] = row
+                report(len(rows))
+        except BaseException:
+            _discard(cached)
+            raise
         assert cached is not None  # there is at least one image
         if file is not None:
             _keep(cached, file)
@@ -280,21 +286,14 @@ def _allocate(shape: tuple[int, ...], file: Path | None) -> NDArray[np.float32] 
     """Make room for activations: in a draft of the file, in memory, or in a temporary file."""
     size = 4 * math.prod(shape)
     if file is not None:
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}-")
-        os.close(handle)
-        try:
-            with open(name, "r+b") as draft:
-                return _map(draft, shape)
-        except OSError:  # they are not kept, then
-            os.unlink(name)
+        with suppress(OSError):  # they are not kept, then
+            return _make_draft(file, shape)
     if size <= MEMORY_LIMIT:
         return np.empty(shape, dtype=np.float32)
     folder = tempfile.gettempdir()
     try:
-        if size > shutil.disk_usage(folder).free // 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with tempfile.TemporaryFile(prefix="deepfeat-") as temporary:
-            return _map(temporary, shape)
+            return _map(temporary, Path(folder), shape)
     except OSError as error:
         warnings.warn(
             f"The frozen part of the network is computed in each epoch: {folder} cannot hold "
@@ -306,13 +305,27 @@ def _allocate(shape: tuple[int, ...], file: Path | None) -> NDArray[np.float32] 
         return None
 
 
-def _map(file: IO[bytes], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Map an open file into memory.
+def _make_draft(file: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}-")
+    os.close(handle)
+    try:
+        with open(name, "r+b") as draft:
+            return _map(draft, file.parent, shape)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _map(file: IO[bytes], folder: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Map a file into memory, unless it would take more than half of the room in its folder.
 
     The room is reserved: a disk that fills up later would otherwise end the process.
     """
+    size = 4 * math.prod(shape)
+    if size > shutil.disk_usage(folder).free // 2:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+        os.posix_fallocate(file.fileno(), 0, size)
     return np.memmap(file, dtype=np.float32, mode="r+", shape=shape)
 
 
@@ -320,11 +333,27 @@ def _keep(cached: NDArray[np.float32], file: Path) -> None:
     """Turn a draft, if it is one, into the file that a later training finds."""
     if isinstance(cached, np.memmap) and cached.filename is not None:
         cached.flush()
-        Path(cached.filename).replace(file)
+        with suppress(OSError):  # the same training has ended elsewhere, and removed it
+            Path(cached.filename).replace(file)
 
 
-def _find_kept(file: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
-    """Map activations that an interrupted training has kept; None if they are of other images."""
-    if file.stat().st_size != 4 * math.prod(shape):
+def _discard(cached: NDArray[np.float32] | None) -> None:
+    """Remove a draft, if it is one."""
+    if isinstance(cached, np.memmap) and cached.filename is not None:
+        Path(cached.filename).unlink(missing_ok=True)
+
+
+def _find_kept(
+    file: Path, shape: tuple[int, ...], ends: NDArray[np.float32]
+) -> NDArray[np.float32] | None:
+    """Map activations that an interrupted training has kept.
+
+    None unless they are whole, which shows in their number, and in the first and the last row.
+    """
+    try:
+        kept = np.memmap(file, dtype=np.float32, mode="r", shape=shape)
+    except (OSError, ValueError):
         return None
-    return np.memmap(file, dtype=np.float32, mode="r", shape=shape)
+    found = np.stack([kept[0, 0], kept[-1, -1]])
+    is_whole = file.stat().st_size == kept.nbytes and np.allclose(found, ends, 0.05, 0.05)
+    return kept if is_whole else None

@@ -69,7 +69,8 @@ def export(
     Raises
     ------
     ValueError
-        If the estimator has a step that cannot be exported; the network cannot be; an image in
+        If the estimator has a step that cannot be exported, or gives several labels per image; the
+        network cannot be; an image in
         `check` cannot be read; the file would be larger than 2 GB; or it would not give what the
         estimator does. Nothing is written.
     NotFittedError

@@ -46,6 +46,7 @@ for backbone in args.backbones:
         classifier = FineTuneClassifier(
             unfreeze=block,
             max_epochs=epochs,
+            head_epochs=0,
             random_state=0,
             verbose=not args.quick,
             **choose_network(args, backbone),

@@ -28,6 +28,7 @@ def make_classifier(backbone: str, image_size: int | None, epochs: int) -> FineT
         weights=None,
         unfreeze="layer4",
         max_epochs=epochs,
+        head_epochs=0,
         batch_size=BATCH,
         augment=None,
         schedule="constant",

@@ -86,7 +86,7 @@ def make_classifier(make_plain, to_16_pixels):
 
     def make_classifier(backbone=None, **params):
         fast = {"max_epochs": 2, "batch_size": 4, "num_workers": 0, "random_state": 0}
-        fast |= {"device": "cpu"}
+        fast |= {"device": "cpu", "head_epochs": 0, "backbone_learning_rate": 1e-4}
         if isinstance(backbone, str):
             fast |= {"weights": None, "image_size": 32}
         else:

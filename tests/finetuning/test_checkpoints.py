@@ -1,9 +1,11 @@
 """Tests of checkpoints: a training that was interrupted ends as one that was not."""
 
+import copy
 import errno
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
@@ -17,9 +19,13 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from deepfeat import FineTuneClassifier, ImageError
+from deepfeat._finetuning import checkpoints, saving, sources
+from deepfeat._finetuning import classifier as _classifier
 from deepfeat._finetuning import fitting as _fitting
-from deepfeat._finetuning import saving, sources
+from deepfeat._finetuning.callbacks import callback
+from deepfeat._finetuning.objectives import SingleLabel
 from deepfeat._finetuning.training import Trainer
+from deepfeat._images.records import Record
 
 KILLED_TRAINING = Path(__file__).with_name("killed_training.py")
 
@@ -82,6 +88,113 @@ def files_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+# State --------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_gets_back_all_of_its_state(prepare, make_plain, make_classifier):
+    """Also the scale of gradients and the size of parts, which change only now and then."""
+    module, _, trained = prepare(make_plain(), "all")
+    classifier = make_classifier(precision="float16", schedule="one-cycle")
+    config = classifier._make_config(
+        SingleLabel(np.arange(3)), 3, torch.device("cpu"), seed=0, score=None
+    )
+    first, second = (Trainer(module, trained, config, batches=4) for _ in range(2))
+    module(torch.rand(2, 3, 16, 16)).sum().backward()
+    first.optimizer.step()
+    first._schedule.step()
+    first._scaler.scale(torch.ones(1))
+    first._scaler.update(7.0)
+    first._part_size = 1
+    state = copy.deepcopy(first.state_dict())
+    second.load_state_dict(state)
+    for name in ("optimizer", "scaler", "part_size"):
+        assert str(second.state_dict()[name]) == str(first.state_dict()[name])
+    assert second.learning_rates() == first.learning_rates()
+    assert second.state_dict()["scaler"]["scale"] == 7.0
+
+
+class Odd(nn.Module):
+    """A linear network with a buffer that it does not save, and a state dict of copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(768, 2)
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+        self.register_state_dict_post_hook(self._copy)
+
+    @staticmethod
+    def _copy(module, state, prefix, metadata):
+        for name, value in state.items():
+            state[name] = value.clone()
+
+    def forward(self, images):
+        if self.training:
+            self.scale *= 0.9
+        return self.fc(images.flatten(1)) * self.scale
+
+
+def test_all_tensors_of_a_network_are_kept(
+    make_images, to_16_pixels, fit_in_pieces, seeded, tmp_path
+):
+    """Also those that a state dict does not hold, or holds copies of."""
+    X, y = make_images()
+
+    network = seeded(Odd)
+
+    def make(**params):
+        return FineTuneClassifier(
+            network, preprocessing=to_16_pixels, unfreeze="all", max_epochs=4, random_state=0,
+            head_epochs=0, device="cpu", batch_size=4, **params,
+        )  # fmt: skip
+
+    whole = make().fit(X, y)
+    resumed, pieces = fit_in_pieces(lambda: make(checkpoint=tmp_path), X, y)
+    again = make(checkpoint=tmp_path).fit(X, y)
+    assert pieces == 4
+    for classifier in (resumed, again):
+        np.testing.assert_array_equal(classifier.predict_proba(X), whole.predict_proba(X))
+
+
+def test_auxiliary_classifiers_outlive_the_epochs_of_the_head(
+    make_classifier, make_images, fit_in_pieces, assert_same_state, tmp_path
+):
+    """They are trained after these, also if it resumes in between."""
+    X, y = make_images(count=4, side=96)
+    params = {"unfreeze": "inception4b", "head_epochs": 1, "max_epochs": 2, "image_size": 96}
+    whole = make_classifier("googlenet", **params).fit(X, y)
+    assert whole.module_.aux2 is not None
+    resumed, pieces = fit_in_pieces(
+        lambda: make_classifier("googlenet", checkpoint=tmp_path, **params), X, y
+    )
+    assert pieces == 3
+    assert_same_state(resumed.module_.state_dict(), whole.module_.state_dict())
+
+
+def test_a_recurrent_network_can_be_resumed(
+    make_images, to_16_pixels, fit_in_pieces, seeded, assert_same_state, tmp_path
+):
+    """Although it refers weakly to its weights."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.fc = nn.LSTM(48, 8, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, images):
+            rows = images.permute(0, 2, 1, 3).flatten(2)
+            return self.fc(self.lstm(rows)[0][:, -1])
+
+    X, y = make_images()
+    network = seeded(Recurrent)
+    options = {"preprocessing": to_16_pixels, "unfreeze": "all", "device": "cpu"}
+    options |= {"max_epochs": 2, "head_epochs": 0, "random_state": 0}
+    whole = FineTuneClassifier(network, **options).fit(X, y)
+    resumed, _ = fit_in_pieces(
+        lambda: FineTuneClassifier(network, checkpoint=tmp_path, **options), X, y
+    )
+    assert_same_state(resumed.module_.state_dict(), whole.module_.state_dict())
+
+
 # Resuming ---------------------------------------------------------------------------------------
 
 
@@ -118,6 +231,12 @@ CASES = {
         "max_grad_norm": 0.1,
     },
     "early stopping": {"early_stopping": True, "validation_fraction": 0.25, "n_iter_no_change": 2},
+    "stopped early": {
+        "early_stopping": True,
+        "validation_fraction": 0.25,
+        "n_iter_no_change": 2,
+        "tol": 2.0,  # which no score rises by
+    },
     "head first": {"head_epochs": 2, "unfreeze": "hidden"},
     "weights": {"class_weight": {"dark": 2.0, "light": 0.5}, "label_smoothing": 0.1},
     "bfloat16": {"precision": "bfloat16"},
@@ -248,6 +367,35 @@ def test_a_warm_start_has_a_checkpoint_of_its_own(
         assert without_times(classifier.history_) == without_times(whole.history_)
 
 
+@pytest.mark.skipif(callback is None, reason="needs scikit-learn 1.9")
+def test_a_callback_ends_a_training_for_good(make_classifier, make_images, epochs, tmp_path):
+    """Among those of the head, too: a script that runs again gets the same."""
+    X, y = make_images()
+
+    class Stop:
+        def setup(self, estimator, context):
+            self.count = 0
+
+        def teardown(self, estimator, context):
+            pass
+
+        def on_fit_task_begin(self, estimator, context):
+            pass
+
+        def on_fit_task_end(self, estimator, context):
+            self.count += context.task_name == "epoch"
+            return self.count == 2
+
+    for head_epochs in (0, 3):
+        epochs.clear()
+        for _ in range(2):
+            classifier = make_classifier(checkpoint=tmp_path, max_epochs=4, head_epochs=head_epochs)
+            classifier.set_callbacks(Stop()).fit(X, y)
+            assert classifier.n_iter_ == 2
+        assert epochs == [1, 2]
+    assert len(files_in(tmp_path)) == 2
+
+
 # Which training it is ---------------------------------------------------------------------------
 
 
@@ -262,7 +410,7 @@ def test_a_complete_training_is_not_repeated(
     assert_same_state(first.module_.state_dict(), second.module_.state_dict())
     assert first.history_ == second.history_
     output = capsys.readouterr().out
-    assert output == f"The training is complete: {next(tmp_path.iterdir())}\n"
+    assert output == f"Training is complete: {next(tmp_path.iterdir())}\n"
     second.partial_fit(X, y)  # it can be trained further
 
 
@@ -272,7 +420,7 @@ def test_verbose_says_that_a_training_resumes(
     """And after which epoch."""
     fit_in_pieces(lambda: make_classifier(checkpoint=tmp_path, verbose=1), *make_images())
     assert capsys.readouterr().out == (
-        f"The training is resumed after epoch 1: {next(tmp_path.iterdir())}\n"
+        f"Training resumes after epoch 1: {next(tmp_path.iterdir())}\n"
     )
 
 
@@ -297,55 +445,109 @@ def test_candidates_and_folds_of_a_search_resume_side_by_side(
     )
 
 
-OTHER_TRAININGS = {
-    "learning_rate": {"learning_rate": 0.5},
-    "max_epochs": {"max_epochs": 3},
-    "seed": {"random_state": 1},
-    "augment": {"augment": None},
-    "scoring": {"scoring": "loss"},
-    "unfreeze": {"unfreeze": "hidden"},
-    "batch_size": {"batch_size": 3},
+OTHERS = {
+    "unfreeze": "hidden",
+    "head": "append",
+    "max_epochs": 3,
+    "head_epochs": 1,
+    "batch_size": 3,
+    "optimizer": "sgd",
+    "learning_rate": 0.5,
+    "backbone_learning_rate": 0.5,
+    "weight_decay": 0.1,
+    "schedule": "constant",
+    "warmup_epochs": 0.5,
+    "augment": None,
+    "label_smoothing": 0.1,
+    "max_grad_norm": 1.0,
+    "class_weight": "balanced",
+    "early_stopping": True,
+    "scoring": "loss",
+    "validation_fraction": 0.5,
+    "n_iter_no_change": 1,
+    "tol": 0.1,
+    "resize": "squash",
+    "image_size": 48,
+    "precision": "bfloat16",
+    "random_state": 1,
+    "backbone": "resnet18",
 }
-SAME_TRAININGS = {
-    "num_workers": {"num_workers": 2},
-    "engine": {"engine": "torch", "device": torch.device("cpu")},
-    "folder": {"checkpoint": "~"},
-    "warm_start": {"warm_start": True},
+SAME = {
+    "checkpoint": "~",
+    "device": torch.device("cpu"),
+    "engine": "openvino",
+    "num_workers": 2,
+    "verbose": 1,
+    "warm_start": True,
 }
+ONLY_FOR_SOME = {"weights", "preprocessing", "image_shape"}  # see the tests of data and networks
 
 
-@pytest.mark.parametrize("case", OTHER_TRAININGS)
-def test_other_parameters_are_another_training(
-    case, make_classifier, make_images, epochs, tmp_path
-):
+@pytest.fixture
+def name_file(make_classifier, make_images, monkeypatch):
+    """Return the name of the file in which a training would keep how far it has come."""
+
+    def name_file(*args, backbone="resnet10_slim", **params):
+        keys = []
+
+        class Named(Exception):
+            pass
+
+        def note(folder, key, seed):
+            keys.append(key)
+            raise Named
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_classifier, "Checkpoint", note)
+            classifier = make_classifier(backbone, **{"checkpoint": "."} | params)
+            with pytest.raises(Named):
+                classifier.fit(*args or make_images())
+        return keys[0]
+
+    return name_file
+
+
+def test_every_parameter_is_part_of_the_name_or_has_no_effect(make_classifier):
+    """A new one needs a line above."""
+    assert OTHERS.keys() | SAME.keys() | ONLY_FOR_SOME == make_classifier().get_params().keys()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_parameters_are_another_training(name, name_file):
     """With a file of its own."""
-    X, y = make_images()
-    make_classifier(checkpoint=tmp_path).fit(X, y)
-    make_classifier(checkpoint=tmp_path, **OTHER_TRAININGS[case]).fit(X, y)
-    assert len(files_in(tmp_path)) == 2
-    assert epochs[2] == 1
+    assert name_file(**{name: OTHERS[name]}) != name_file()
 
 
-@pytest.mark.parametrize("case", SAME_TRAININGS)
-def test_parameters_without_effect_are_the_same_training(
-    case, make_classifier, make_images, epochs, monkeypatch, tmp_path
-):
+@pytest.mark.parametrize("name", SAME)
+def test_parameters_without_effect_are_the_same_training(name, name_file):
     """They may change between two attempts, and a folder may move."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    X, y = make_images()
-    make_classifier(checkpoint=tmp_path).fit(X, y)
-    make_classifier(**{"checkpoint": tmp_path} | SAME_TRAININGS[case]).fit(X, y)
-    assert epochs == [1, 2]
+    if name == "engine":
+        pytest.importorskip("openvino")
+    assert name_file(**{name: SAME[name]}) == name_file()
+
+
+def test_a_number_of_numpy_is_the_same_as_that_of_python(
+    make_classifier, make_images, name_file, tmp_path
+):
+    """A grid of parameters is often an array."""
+    params = {"batch_size": np.int64(4), "max_epochs": np.int64(2)}
+    params |= {"learning_rate": np.float64(0.5), "head_epochs": np.int64(1)}
+    assert name_file(**params) == name_file(
+        **{name: value.item() for name, value in params.items()}
+    )
+    params["weight_decay"] = np.float32(0.1)
+    make_classifier(checkpoint=tmp_path, **params).fit(*make_images())
 
 
 def test_other_data_are_another_training(make_classifier, make_images, epochs, tmp_path):
-    """A pixel, a label, a weight, their order, and validation images."""
+    """A pixel, a label, a weight, their order, several labels, and validation images."""
     X, y = make_images()
     changed = [image.copy() for image in X]
     changed[3][0, 0, 0] ^= 1
     swapped = y.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
     weights = np.linspace(1, 2, len(X))
+    several = np.eye(8, 2, dtype=int)
     cases = [
         ((X, y), {}),
         ((changed, y), {}),
@@ -353,6 +555,8 @@ def test_other_data_are_another_training(make_classifier, make_images, epochs, t
         ((X, y, weights), {}),
         ((X, y, weights[::-1]), {}),
         ((X[::-1], y[::-1]), {}),
+        ((X, several), {}),
+        ((X, several[::-1]), {}),
         ((X, y), {"X_val": X, "y_val": y}),
         ((X, y), {"X_val": changed, "y_val": y}),
         ((X, y), {"X_val": X, "y_val": swapped}),
@@ -372,6 +576,34 @@ def test_another_network_is_another_training(make_classifier, make_images, make_
         network.hidden.bias[0] += 1
     make_classifier(network, checkpoint=tmp_path).fit(X, y)
     assert len(files_in(tmp_path)) == 2
+
+
+def test_a_warm_start_knows_how_its_network_came_about(
+    make_classifier, make_images, make_plain, name_file
+):
+    """By its modules, its classes, and the epochs before, by which images are shuffled."""
+    X, y = make_images()
+    before = make_classifier(make_plain(dropout=0.5), warm_start=True).fit(X, y)
+
+    def name(**changes):
+        classifier = copy.deepcopy(before).set_params(checkpoint=".")
+        vars(classifier).update(changes)
+        return name_file_of(classifier, X, y)
+
+    def name_file_of(classifier, *args):
+        keys = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_classifier, "Checkpoint", lambda folder, key, seed: keys.append(key))
+            with pytest.raises(AttributeError):  # the checkpoint is None
+                classifier.fit(*args)
+        return keys[0]
+
+    other = copy.deepcopy(before.module_)
+    other.drop.p = 0.1
+    assert name() == name()
+    assert name() != name(module_=other)
+    assert name() != name(history_=before.history_[:1])
+    assert name() != name(classes_=np.array(["dark", "light", "none"]))
 
 
 # Files ------------------------------------------------------------------------------------------
@@ -441,7 +673,9 @@ def test_a_disk_that_fills_up_later_does_not_end_the_training(
 
     with monkeypatch.context() as patch:
         patch.setattr(saving, "save_file", fail)
-        with pytest.warns(UserWarning, match="checkpoint of epoch [23] is not written.*No space"):
+        with pytest.warns(
+            UserWarning, match="checkpoint of epoch [23] could not be written.*No space"
+        ):
             full = make_classifier(max_epochs=3, checkpoint=tmp_path).fit(X, y)
     assert_same_state(full.module_.state_dict(), whole.module_.state_dict())
     resumed = make_classifier(max_epochs=3, checkpoint=tmp_path).fit(X, y)
@@ -449,15 +683,19 @@ def test_a_disk_that_fills_up_later_does_not_end_the_training(
     assert without_times(resumed.history_) == without_times(whole.history_)
 
 
-def test_a_parameter_without_a_digest_is_named(make_classifier, make_images, tmp_path):
+@pytest.mark.parametrize("name", ["augment", "preprocessing"])
+def test_a_parameter_without_a_digest_is_named(
+    name, make_classifier, make_images, to_16_pixels, tmp_path
+):
     """Its training could not be found again."""
     with open(__file__) as file:
 
-        def augment(image):
-            return image if file else None
+        def function(image):
+            assert file
+            return to_16_pixels(image) if name == "preprocessing" else image
 
         with pytest.raises(ValueError, match=r"^checkpoint must be None for this network"):
-            make_classifier(augment=augment, checkpoint=tmp_path).fit(*make_images())
+            make_classifier(**{name: function}, checkpoint=tmp_path).fit(*make_images())
 
 
 def test_an_image_that_cannot_be_read_is_named(make_classifier, make_images, tmp_path):
@@ -465,6 +703,141 @@ def test_an_image_that_cannot_be_read_is_named(make_classifier, make_images, tmp
     X, y = make_images()
     with pytest.raises(ImageError, match=r"X\[2\]"):
         make_classifier(checkpoint=tmp_path).fit([*X[:2], "missing.png", *X[3:]], y)
+
+
+def describe(path, change):
+    """Change the description in a file, whose digest is right."""
+    tensors, description = saving.read_network(path)
+    change(description, tensors)
+    saving.write_network(path, tensors, description)
+
+
+HOSTILE = {
+    "no stage": lambda description, tensors: description.pop("stage"),
+    "no values": lambda description, tensors: description.pop("values"),
+    "no tensors": lambda description, tensors: description.update(tensors=[]),
+    "another tensor": lambda description, tensors: tensors.update({"0": torch.zeros(1)}),
+    "another type": lambda description, tensors: tensors.update({"0": tensors["0"].int()}),
+    "another stage": lambda description, tensors: description.update(stage="second"),
+    "a list": lambda description, tensors: description.update(values=[[1, 2]]),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_file_that_holds_something_else_is_named(case, make_classifier, make_images, tmp_path):
+    """Whatever was written to it."""
+    X, y = make_images()
+    make_classifier(checkpoint=tmp_path).fit(X, y)
+    (path,) = tmp_path.iterdir()
+    describe(path, HOSTILE[case])
+    with pytest.raises(ValueError, match=path.name):
+        make_classifier(checkpoint=tmp_path).fit(X, y)
+
+
+def test_a_file_may_be_replaced_while_it_is_read(tmp_path):
+    """It is then read again: safetensors opens it twice."""
+    path = tmp_path / "file.safetensors"
+    read, replaced = saving._read, []
+
+    def replace_while_reading(source):
+        if not replaced:
+            replaced.append(True)
+            saving.write_network(path, {"a": torch.ones(3)}, {"new": True})
+            raise ValueError("It is damaged: half of it is new.")
+        return read(source)
+
+    saving.write_network(path, {"a": torch.zeros(2)}, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "_read", replace_while_reading)
+        state, description = saving.read_network(path)
+    assert description == {"new": True}
+    assert len(state["a"]) == 3
+
+
+def test_a_folder_that_disappears_is_no_reason_to_stop(
+    make_classifier, make_images, assert_same_state, tmp_path
+):
+    """Not even between the epochs of the head and the others."""
+    X, y = make_images()
+    params = {"max_epochs": 3, "head_epochs": 1, "unfreeze": "hidden", "augment": None}
+    whole = make_classifier(**params).fit(X, y)
+    folder = tmp_path / "folder"
+    run_epoch = Trainer.run_epoch
+
+    def remove_folder(*args):
+        shutil.rmtree(folder, ignore_errors=True)
+        return run_epoch(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "run_epoch", remove_folder)
+        with pytest.warns(UserWarning, match="could not be written"):
+            classifier = make_classifier(checkpoint=folder, **params).fit(X, y)
+    assert_same_state(classifier.module_.state_dict(), whole.module_.state_dict())
+
+
+def test_a_relative_folder_stays_the_same(make_classifier, make_images, monkeypatch, tmp_path):
+    """Also if a function of the user changes the current folder."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "first")
+
+    def move(image):
+        monkeypatch.chdir(tmp_path / "second")
+        return image
+
+    make_classifier(checkpoint="folder", augment=move).fit(*make_images())
+    assert len(files_in(tmp_path / "first" / "folder")) == 1
+    assert files_in(tmp_path / "second") == []
+
+
+def test_the_same_training_may_run_twice_at_once(
+    make_classifier, make_plain, make_images, assert_same_state, tmp_path
+):
+    """Each removes the other's activations and drafts when it ends, in any moment."""
+    X, y = make_images()
+    params = {"unfreeze": "hidden", "max_epochs": 3, "augment": None}
+    network = make_plain()
+    whole = make_classifier(network, **params).fit(X, y)
+    step, write, keep = Trainer._step, saving.save_file, sources._keep
+
+    def remove():
+        for path in tmp_path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.suffix != ".safetensors":
+                path.unlink()
+
+    def remove_and(call):
+        def call_after(*args, **kwargs):
+            remove()
+            return call(*args, **kwargs)
+
+        return call_after
+
+    attempts = itertools.count()
+
+    def write_once_in_vain(tensors, path, metadata):
+        write(tensors, path, metadata=metadata)
+        if next(attempts) % 2 == 0:
+            remove()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", remove_and(step))
+        patch.setattr(sources, "_keep", remove_and(keep))
+        patch.setattr(saving, "save_file", write_once_in_vain)
+        classifier = make_classifier(network, checkpoint=tmp_path, **params).fit(X, y)
+    assert_same_state(classifier.module_.state_dict(), whole.module_.state_dict())
+
+
+def test_other_files_in_the_folder_stay(make_classifier, make_images, tmp_path):
+    """A copy of a checkpoint, for instance."""
+    X, y = make_images()
+    make_classifier(checkpoint=tmp_path).fit(X, y)
+    (path,) = tmp_path.iterdir()
+    shutil.copy(path, tmp_path / f"{path.stem}-copy.safetensors")
+    path.unlink()
+    make_classifier(checkpoint=tmp_path).fit(X, y)
+    assert files_in(tmp_path) == [f"{path.stem}-copy.safetensors", path.name]
 
 
 # Activations ------------------------------------------------------------------------------------
@@ -495,17 +868,19 @@ def computed(monkeypatch):
 def test_kept_activations_are_reused(
     make_classifier, make_plain, make_images, fit_in_pieces, computed, tmp_path
 ):
-    """After the first image, which tells their shape; they are removed in the end."""
+    """After the first and the last image, which tell whether they fit; in the end all are gone."""
     X, y = make_images()
     params = {"unfreeze": "hidden", "max_epochs": 3, "augment": None, "checkpoint": tmp_path}
     network = make_plain()
     options = {"X_val": X[:3], "y_val": y[:3]}
     _, pieces = fit_in_pieces(lambda: make_classifier(network, **params), X, y, **options)
-    assert computed == [8, 3, *[1, 1] * (pieces - 1)]
+    assert computed == [8, 3, *[2, 2] * (pieces - 1)]
     assert len(files_in(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("damage", ["short", "long", "zeros", "NaN at the end", "a folder"])
 def test_activations_that_are_not_whole_are_computed_again(
+    damage,
     make_classifier,
     make_plain,
     make_images,
@@ -514,16 +889,25 @@ def test_activations_that_are_not_whole_are_computed_again(
     assert_same_state,
     tmp_path,
 ):
-    """A file of another size is not used."""
+    """A file that is too short, or does not hold what the network gives, is not used."""
     X, y = make_images()
     params = {"unfreeze": "hidden", "max_epochs": 3, "augment": None}
     network = make_plain()
     with failing_in_second_epoch(), pytest.raises(InterruptedError):
         make_classifier(network, checkpoint=tmp_path, **params).fit(X, y)
     (kept,) = (path for path in tmp_path.iterdir() if path.suffix != ".safetensors")
-    os.truncate(kept, kept.stat().st_size - 4)
+    size = kept.stat().st_size
+    values = np.fromfile(kept, dtype=np.float32)
+    if damage == "a folder":
+        kept.unlink()
+        kept.mkdir()
+    elif damage in ("short", "long"):
+        os.truncate(kept, size + (4 if damage == "long" else -4))
+    else:
+        values[-10 if damage.startswith("NaN") else 0 :] = np.nan if "NaN" in damage else 0
+        values.tofile(kept)
     make_classifier(network, checkpoint=tmp_path, **params).fit(X, y)
-    assert computed == [8, 1 + 8]
+    assert computed == [8, 2 + 8]
 
 
 def test_activations_without_room_in_the_folder_stay_in_memory(
@@ -543,3 +927,31 @@ def test_activations_without_room_in_the_folder_stay_in_memory(
     assert computed == [8, 8]
     assert len(files_in(tmp_path)) == 1
     assert_same_state(kept.module_.state_dict(), whole.module_.state_dict())
+
+
+def test_no_draft_of_activations_is_left_by_an_error(
+    make_classifier, make_plain, make_images, monkeypatch, tmp_path
+):
+    """Nor do they stay if the process ends just before it removes them."""
+    X, y = make_images()
+    params = {"unfreeze": "hidden", "max_epochs": 3, "augment": None, "checkpoint": tmp_path}
+    network = make_plain()
+    open_image = Record.open
+
+    def fail_on_last(self):
+        if self.index == 7:
+            raise KeyboardInterrupt
+        return open_image(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "open", fail_on_last)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                make_classifier(network, batch_size=2, **params).fit(X, y)
+    assert len(files_in(tmp_path)) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoint, "remove_activations", lambda self: None)
+        make_classifier(network, batch_size=2, **params).fit(X, y)
+    assert len(files_in(tmp_path)) == 2
+    make_classifier(network, batch_size=2, **params).fit(X, y)
+    assert len(files_in(tmp_path)) == 1

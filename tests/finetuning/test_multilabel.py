@@ -24,6 +24,9 @@ from sklearn.utils.estimator_checks import check_classifier_multioutput
 from torch.nn import functional as F
 
 from deepfeat import FineTuneClassifier
+from deepfeat._finetuning import classifier as _classifier
+from deepfeat._finetuning.labels import hold_out
+from deepfeat._finetuning.training import Trainer
 
 Y = np.array(
     [[1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 1, 1], [1, 1, 1], [0, 0, 1]]
@@ -182,11 +185,23 @@ def test_the_validation_loss_is_the_mean_over_labels(X, make_classifier):
     assert classifier.history_[0]["validation_score"] == classifier.score(X, Y)
 
 
-def test_early_stopping_holds_images_out(X, make_classifier):
+def test_early_stopping_holds_images_out(X, make_classifier, monkeypatch):
     """At random: labels cannot be stratified."""
     params = {"early_stopping": True, "validation_fraction": 0.25, "max_epochs": 3}
-    classifier = make_classifier(**params).fit(X, Y)
-    assert classifier.best_validation_score_ is not None
+    held_out = []
+
+    def note(*args):
+        training, validation = hold_out(*args)
+        held_out.append([record.index for record in validation.records])
+        assert len(training) == 6
+        return training, validation
+
+    monkeypatch.setattr(_classifier, "hold_out", note)
+    for seed in range(4):
+        classifier = make_classifier(**params, random_state=seed).fit(X, Y)
+        assert classifier.best_validation_score_ is not None
+    assert len(set(map(tuple, held_out))) > 2
+    assert {len(indices) for indices in held_out} == {2}
     with pytest.raises(ValueError, match=r"validation_fraction must leave an image; 0.99"):
         make_classifier(early_stopping=True, validation_fraction=0.99).fit(X, Y)
 
@@ -221,17 +236,23 @@ def test_a_label_may_be_the_same_for_all_images(X, make_classifier):
     """Balanced, it weighs the same for all of them."""
     labels = Y.copy()
     labels[:, 1] = 0
-    for class_weight in (None, "balanced", {0: 1, 1: 2}):
+    for class_weight in (None, "balanced", {0: 1, 1: 2}, {1: 2}):
         classifier = make_classifier(class_weight=class_weight).fit(X, labels)
         assert np.isfinite(classifier.predict_proba(X)).all()
 
 
 WRONG = {
-    "numbers": ({"y": Y * 2}, r"y must have 0 and 1 if it has one column per label; got \[0, 2\]"),
-    "signs": ({"y": 2 * Y - 1}, r"y must have 0 and 1 .* got \[-1, 1\]"),
+    "numbers": ({"y": Y * 2}, r"y must contain only 0 and 1 .* per label; got \[0, 2\]"),
+    "signs": ({"y": 2 * Y - 1}, r"y must contain only 0 and 1 .* got \[-1, 1\]"),
     "outputs": ({"y": Y + np.arange(3)}, r"y should be a 1d array"),
     "too few": ({"y": Y[:5]}, "inconsistent numbers of samples"),
-    "sets": ({"y": [("a",), ("b", "c")] * 4}, "1d array|MultiLabelBinarizer|inhomogeneous"),
+    "names": ({"y": [("a",), ("b", "c")] * 4}, "y must have one class .*MultiLabelBinarizer"),
+    "NaN": ({"y": Y * np.array([1, np.nan, 1])}, "y must have one class .*MultiLabelBinarizer"),
+    "halves": ({"y": Y / 2}, "y must have one class .*MultiLabelBinarizer"),
+    "one sparse column": (
+        {"y": csr_array(Y[:, :1])},
+        "y must have one class .*MultiLabelBinarizer",
+    ),
     "weights": ({"sample_weight": np.ones(Y.shape)}, r"sample_weight must have shape \(8,\)"),
     "validation": ({"X_val": [0] * 8, "y_val": Y[:, :2]}, r"y_val must have shape \(8, 3\)"),
     "one class": ({"X_val": [0] * 8, "y_val": Y[:, 0]}, r"y_val must have shape \(8, 3\)"),
@@ -249,7 +270,9 @@ def test_wrong_labels_are_named(case, X, make_classifier):
         make_classifier().fit(X, **arguments)
 
 
-@pytest.mark.parametrize("weight", [{"sky": 2.0}, {0: -1, 1: 1}, {0: 0, 1: 0}, {2: 1}])
+@pytest.mark.parametrize(
+    "weight", [{"sky": 2.0}, {0: -1, 1: 1}, {0: 0, 1: 0}, {2: 1}, {0: 1, 1: 2, 2: 9}, {1: "a"}]
+)
 def test_wrong_class_weights_are_named(weight, X, make_classifier):
     """They are those of 0 and 1."""
     with pytest.raises(ValueError, match="class_weight"):
@@ -264,7 +287,7 @@ def test_training_goes_on_with_the_same_labels(X, make_classifier):
         with pytest.raises(ValueError, match=f"y must have shape {shape}.*; got"):
             classifier.fit(X, other)
     single = make_classifier(warm_start=True).fit(X, Y[:, 0])
-    with pytest.raises(ValueError, match=r"y must have shape \(8,\), as .*; got \(8, 3\)"):
+    with pytest.raises(ValueError, match=r"y must have shape \(8,\), like .*; got \(8, 3\)"):
         single.fit(X, Y)
     partial = make_classifier().partial_fit(X, Y, classes=[0, 1, 2]).partial_fit(X, Y)
     assert partial.n_iter_ == 2
@@ -274,10 +297,11 @@ def test_training_goes_on_with_the_same_labels(X, make_classifier):
         make_classifier().partial_fit(X, Y, classes=["sky", "sea", "sand"])
 
 
-def test_a_classifier_is_kept(X, make_classifier, tmp_path):
+def test_a_classifier_is_kept(X, make_classifier, monkeypatch, tmp_path):
     """In a file, in a pickle, and in a checkpoint."""
     classifier = make_classifier("resnet10_slim", checkpoint=tmp_path / "checkpoints").fit(X, Y)
     classifier.save(tmp_path / "classifier.safetensors")
+    monkeypatch.setattr(Trainer, "run_epoch", None)  # nothing is trained again
     others = [
         FineTuneClassifier.load(tmp_path / "classifier.safetensors"),
         pickle.loads(pickle.dumps(classifier)),
@@ -286,6 +310,7 @@ def test_a_classifier_is_kept(X, make_classifier, tmp_path):
     for other in others:
         assert_array_equal(other.predict_proba(X), classifier.predict_proba(X))
         assert_array_equal(other.predict(X), classifier.predict(X))
+    monkeypatch.undo()
     others[0].set_params(warm_start=True).fit(X, Y)
 
 
@@ -303,3 +328,11 @@ def test_a_warm_start_may_not_change_what_is_learned_unnoticed(X, make_classifie
     classifier = make_classifier(warm_start=True).fit(X, Y[:, :2])
     with pytest.raises(ValueError, match=r"y must have shape \(8, 2\)"):
         classifier.fit(X, Y[:, 0])
+
+
+def test_a_score_that_is_not_a_number_is_refused(X, make_classifier):
+    """A ranking of a label that no validation image has would end early stopping at once."""
+    labels = Y.copy()
+    labels[:, 1] = 0
+    with pytest.raises(ValueError, match=r"scoring must be .* got 'roc_auc': it is NaN"):
+        make_classifier(scoring="roc_auc").fit(X, Y, X_val=X, y_val=labels)

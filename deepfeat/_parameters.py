@@ -17,6 +17,7 @@ _INTERVALS = {
     "batch": "[1, inf)",
     "batch_size": "[1, inf)",
     "concurrency": "[1, inf)",
+    "cutmix": "[0, inf)",
     "head_epochs": "[0, inf)",
     "image_size": "[1, inf)",
     "label_smoothing": "[0, 1)",

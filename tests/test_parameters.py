@@ -144,6 +144,7 @@ def test_what_is_no_device_is_refused(device):
 WRONG = {
     "head": ["new", None, 3],
     "max_epochs": [0, 2.5, None],
+    "cutmix": [-1, "all", None],
     "head_epochs": [-1, 0.5, None, "all"],
     "checkpoint": [1, True, ["folder"], b"folder"],
     "batch_size": [0, -3, "auto"],

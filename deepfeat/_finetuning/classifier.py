@@ -127,6 +127,11 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         `preprocessing`; a random half of the images is mirrored. A callable takes an upright RGB
         PIL image and returns one; it is called in a single thread, image by image, and may draw
         from torch's global generator, which is seeded.
+    cutmix : float, default=0.0
+        If positive, a rectangle of each training image is replaced by that of another one of its
+        batch, whose label then counts in proportion (CutMix, Yun et al., 2019). Its share of the
+        area is drawn from the beta distribution with both parameters of this value, uniformly for
+        1. The frozen part is run anew in each epoch, except in those of the head, which do without.
     label_smoothing : float, default=0.0
         Probability in [0, 1) that is spread evenly over all classes (Szegedy et al., 2016), or,
         with several labels per image, over 0 and 1.
@@ -227,7 +232,8 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
     Yosinski et al. (2014), "How transferable are features in deep neural networks?"; Loshchilov
     and Hutter (2017), "SGDR: Stochastic Gradient Descent with Warm Restarts"; Smith and Topin
     (2019), "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates";
-    Kumar et al. (2022), "Fine-Tuning can Distort Pretrained Features and Underperform
+    Yun et al. (2019), "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
+    Features"; Kumar et al. (2022), "Fine-Tuning can Distort Pretrained Features and Underperform
     Out-of-Distribution".
 
     Examples
@@ -263,6 +269,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         schedule: ScheduleName = "cosine",
         warmup_epochs: float = 0,
         augment: Augment = "flip",
+        cutmix: float = 0.0,
         label_smoothing: float = 0.0,
         max_grad_norm: float | None = None,
         class_weight: ClassWeight = None,
@@ -298,6 +305,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         self.schedule = schedule
         self.warmup_epochs = warmup_epochs
         self.augment = augment
+        self.cutmix = cutmix
         self.label_smoothing = label_smoothing
         self.max_grad_norm = max_grad_norm
         self.class_weight = class_weight
@@ -799,7 +807,9 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         stages = [(blocks, config)]
         head_epochs = self._count_head_epochs(blocks)
         if head_epochs and epochs is not None and not resume:
-            head_alone = replace(config, epochs=head_epochs, warmup_epochs=0, early_stopping=False)
+            head_alone = replace(
+                config, epochs=head_epochs, warmup_epochs=0, cutmix=0, early_stopping=False
+            )
             stages = [((), head_alone), *stages]
         tasks = None
         if data is not None:

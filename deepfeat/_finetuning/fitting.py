@@ -201,10 +201,10 @@ def _run_epochs(
     """Train until the last epoch or a stop; return whether Ctrl-C came before."""
     config, start = plan.config, len(progress.history) + 1
     begin = time.perf_counter()
-    source = make_source(plan, dataset, config.augment, checkpoint)
+    source = make_source(plan, dataset, config.augment, checkpoint, mixes=config.cutmix > 0)
     validation_source = None
     if validation is not None:
-        validation_source = make_source(plan, validation, None, checkpoint)
+        validation_source = make_source(plan, validation, None, checkpoint, mixes=False)
     preparation = time.perf_counter() - begin
     steps = progress.epochs_left * math.ceil(len(source) / config.batch_size)
     with tqdm(total=steps, unit="batch", disable=not config.verbose) as bar:
@@ -266,9 +266,17 @@ def _write(checkpoint: Checkpoint, progress: Progress, *, stacklevel: int) -> No
 
 
 def make_source(
-    plan: Plan, dataset: Dataset, augment: Augment, checkpoint: Checkpoint | None
+    plan: Plan,
+    dataset: Dataset,
+    augment: Augment,
+    checkpoint: Checkpoint | None,
+    *,
+    mixes: bool,
 ) -> Source:
-    """Make a source of images, or of their activations if caching these saves time."""
+    """Make a source of images, or of their activations if caching these saves time.
+
+    Of images that are mixed with others, nothing can be cached.
+    """
     config = plan.config
     images = ImageSource(
         dataset=dataset,
@@ -281,7 +289,7 @@ def make_source(
         module=plan.module,
         cut=plan.cut,
     )
-    views = count_views(augment)
+    views = None if mixes else count_views(augment)
     if plan.cut is None or views is None or config.epochs is None or config.epochs <= views:
         return images
     total = views * len(dataset)

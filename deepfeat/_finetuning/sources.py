@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -38,13 +38,19 @@ View: TypeAlias = tuple[int, int]  # indices of a view and of its image
 MEMORY_LIMIT = 2 * 2**30  # bytes of cached activations; larger ones go to a file
 
 
+class Targets(NamedTuple):
+    """What the network is to say of each image of a batch, and how much that counts."""
+
+    values: Tensor  # as the objective encodes them
+    weights: Tensor  # (n,) or (n, n_labels) float32
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Inputs, targets and weights of some images, on the device."""
+    """Inputs of some images, on the device, and their targets: several if images are mixed."""
 
     inputs: Tensor
-    targets: Tensor  # one per image, as the objective encodes them
-    weights: Tensor  # (n,) or (n, n_labels) float32
+    targets: tuple[Targets, ...]
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -53,7 +59,8 @@ class Batch:
         """Yield parts of at most `size` images."""
         for start in range(0, len(self), size):
             part = slice(start, start + size)
-            yield Batch(self.inputs[part], self.targets[part], self.weights[part])
+            targets = (Targets(values[part], weights[part]) for values, weights in self.targets)
+            yield Batch(self.inputs[part], tuple(targets))
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Source(ABC):
         start = 0
         for inputs in self._draw_inputs(indices, batch_size, epoch):
             drawn = torch.from_numpy(indices[start : start + len(inputs)])
-            yield Batch(inputs, self._targets[drawn], self._weights[drawn])
+            yield Batch(inputs, (Targets(self._targets[drawn], self._weights[drawn]),))
             start += len(inputs)
 
     @abstractmethod

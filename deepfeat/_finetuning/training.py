@@ -21,6 +21,7 @@ from .._engine.threads import Workers
 from .._layers.trace import first_tensor
 from .augmentation import Augment
 from .freezing import Trained, group_parameters, set_train_mode
+from .mixing import mix
 from .objectives import Objective
 from .sources import Batch, Source
 
@@ -52,6 +53,7 @@ class TrainingConfig:
     schedule: ScheduleName
     warmup_epochs: float
     label_smoothing: float
+    cutmix: float
     max_grad_norm: float | None
     augment: Augment
     early_stopping: bool
@@ -196,7 +198,8 @@ class Trainer:
         totals = torch.zeros(3, device=self.config.device)
         latest: Tensor | None = None
         for batch in source.draw(indices, self.config.batch_size, number):
-            sums = self._step(source, batch)
+            mixed = mix(batch, self.config.cutmix) if self.config.cutmix else batch
+            sums = self._step(source, mixed)
             totals += sums
             # Read one batch late, the loss does not stall the device.
             if latest is not None:
@@ -289,20 +292,22 @@ class Trainer:
                     _use_running_statistics(self.module, undo)
                 output = source.forward(part.inputs)
             logits = first_tensor(output)
-            losses = objective.compute_losses(logits.float(), part.targets, smoothing)
-            if learn:
-                for auxiliary in self._auxiliary_logits(output):
+            auxiliary = self._auxiliary_logits(output) if learn else []
+            loss = torch.zeros((), device=self.config.device)
+            for targets, weights in part.targets:
+                losses = objective.compute_losses(logits.float(), targets, smoothing)
+                for others in auxiliary:
                     losses = losses + _AUXILIARY_WEIGHT * objective.compute_losses(
-                        auxiliary.float(), part.targets, smoothing
+                        others.float(), targets, smoothing
                     )
-            weights = part.weights.reshape(len(part), -1)  # per image, or also per label
-            weighted = (losses * weights).mean(1)
+                columns = weights.reshape(len(part), -1)  # one, or one per label
+                totals = columns.mean(1)
+                correct = objective.find_correct(logits, targets) * totals
+                weighted = (losses * columns).mean(1).sum()
+                loss = loss + weighted
+                sums += torch.stack([weighted.detach(), correct.sum(), totals.sum()])
             if learn:
-                loss = self._scaler.scale(weighted.sum() / len(batch))
-                loss.backward()  # type: ignore[no-untyped-call]
-            totals = weights.mean(1)
-            correct = objective.find_correct(logits, part.targets) * totals
-            sums += torch.stack([weighted.detach().sum(), correct.sum(), totals.sum()])
+                self._scaler.scale(loss / len(batch)).backward()  # type: ignore[no-untyped-call]
             outputs.append(logits.detach())
         return sums, torch.cat(outputs)
 

@@ -237,6 +237,7 @@ CASES = {
         "n_iter_no_change": 2,
         "tol": 2.0,  # which no score rises by
     },
+    "cutmix": {"cutmix": 1.0, "unfreeze": "hidden"},
     "head first": {"head_epochs": 2, "unfreeze": "hidden"},
     "weights": {"class_weight": {"dark": 2.0, "light": 0.5}, "label_smoothing": 0.1},
     "bfloat16": {"precision": "bfloat16"},
@@ -458,6 +459,7 @@ OTHERS = {
     "schedule": "constant",
     "warmup_epochs": 0.5,
     "augment": None,
+    "cutmix": 1.0,
     "label_smoothing": 0.1,
     "max_grad_norm": 1.0,
     "class_weight": "balanced",

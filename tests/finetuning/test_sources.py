@@ -105,10 +105,11 @@ def test_a_batch_has_the_inputs_targets_and_weights_of_its_images(
     )
     outputs = torch.cat([source.forward(batch.inputs) for batch in batches])
     torch.testing.assert_close(outputs, module(expected))
-    assert torch.cat([batch.targets for batch in batches]).tolist() == [0, 1, 0, 1, 1]
-    assert_allclose(torch.cat([batch.weights for batch in batches]), weights[indices])
-    parts = list(batches[0].split(2))
-    assert [part.targets.tolist() for part in parts] == [[0, 1], [0]]
+    targets = [one for batch in batches for one in batch.targets]
+    assert torch.cat([one.values for one in targets]).tolist() == [0, 1, 0, 1, 1]
+    assert_allclose(torch.cat([one.weights for one in targets]), weights[indices])
+    parts = [part.targets[0] for part in batches[0].split(2)]
+    assert [part.values.tolist() for part in parts] == [[0, 1], [0]]
     assert_allclose(torch.cat([part.weights for part in parts]), weights[indices[:3]])
 
 

@@ -200,8 +200,9 @@ def test_table4_is_that_of_explicit_classifiers(run: Run, photos: Path, tmp_path
     X, y, X_test, y_test = few(photos)
     blocks = ["layer4", "layer3", "layer2", "all"]
     for block, row in zip(blocks, rows, strict=False):
+        recipe = {"max_epochs": 2, "head_epochs": 0, "backbone_learning_rate": 1e-4}
         classifier = FineTuneClassifier(
-            NET, unfreeze=block, max_epochs=2, head_epochs=0, image_size=96, random_state=0
+            NET, unfreeze=block, image_size=96, random_state=0, **recipe
         ).fit(X, y)
         assert row == {
             "backbone": NET,

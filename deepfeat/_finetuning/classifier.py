@@ -57,6 +57,7 @@ from .labels import (
 from .networks import Network, build_network, rebuild_network
 from .objectives import MultiLabel, Objective, make_objective
 from .saving import (
+    Fitted,
     SavedClassifier,
     blame_file,
     load_classifier,
@@ -662,9 +663,20 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__().copy()
         if "module_" in state:  # so that it can be unpickled on machines without this device
-            state["module_"] = copy.deepcopy(self.module_).cpu()
-            state["_optimizer_state"] = to_cpu(self._optimizer_state)
+            params = self.get_params(deep=False).keys()
+            fitted = {name: state.pop(name) for name in state.keys() - params}
+            fitted["module_"] = copy.deepcopy(self.module_).cpu()
+            fitted["_optimizer_state"] = to_cpu(self._optimizer_state)
+            state["_fitted"] = Fitted(attributes=fitted, save=self.save)
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        fitted = state.get("_fitted", {})
+        super().__setstate__({name: state[name] for name in state.keys() - {"_fitted"}})
+        if isinstance(fitted, Fitted):  # of skops
+            self._restore(fitted.load())
+        else:
+            self.__dict__.update(fitted)
 
     # Parameters and input -----------------------------------------------------------------------
 

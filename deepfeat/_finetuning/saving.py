@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,38 @@ def blame_file(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ValueError(
             f"{os.fspath(path)} does not hold what its header says: {type(error).__name__}: {error}"
         ) from error
+
+
+class Fitted:
+    """What a classifier has learned: its attributes in a pickle, the bytes of a file elsewhere.
+
+    skops, which cannot hold a network, uses `__reduce__`; pickle and copy prefer `__reduce_ex__`.
+    """
+
+    def __init__(
+        self,
+        content: bytes = b"",
+        attributes: Mapping[str, Any] = MappingProxyType({}),
+        save: Callable[[Path], None] | None = None,
+    ):
+        self._content, self._attributes, self._save = content, attributes, save
+
+    def load(self) -> SavedClassifier:
+        """Read what a file with these bytes holds."""
+        with tempfile.TemporaryDirectory(prefix="deepfeat-") as folder:
+            path = Path(folder, "classifier.safetensors")
+            path.write_bytes(self._content)
+            return load_classifier(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert self._save is not None
+        with tempfile.TemporaryDirectory(prefix="deepfeat-") as folder:
+            path = Path(folder, "classifier.safetensors")
+            self._save(path)
+            return type(self), (path.read_bytes(),)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return dict, (self._attributes,)
 
 
 # Tensors and their description ------------------------------------------------------------------

@@ -46,7 +46,8 @@ for backbone in args.backbones:
         classifier = FineTuneClassifier(
             unfreeze=block,
             max_epochs=epochs,
-            head_epochs=0,
+            head_epochs=0,  # the report trains all at once
+            backbone_learning_rate=1e-4,
             random_state=0,
             verbose=not args.quick,
             **choose_network(args, backbone),

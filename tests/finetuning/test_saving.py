@@ -1,5 +1,6 @@
 """Tests of trained classifiers in files: what is saved can be loaded, and nothing else."""
 
+import copy
 import json
 import os
 import pickle
@@ -13,6 +14,8 @@ import safetensors.torch
 import torch
 from numpy.testing import assert_array_equal
 from sklearn.datasets import load_digits
+from sklearn.pipeline import make_pipeline
+from torch import nn
 
 from deepfeat import FineTuneClassifier
 from deepfeat._finetuning.saving import read_network, write_network
@@ -403,3 +406,31 @@ def test_a_file_of_a_later_release_is_refused(fitted, file):
     write_network(file, state, description | {"format": 2})
     with pytest.raises(ValueError, match="has format 2, but this release reads format 1"):
         FineTuneClassifier.load(file)
+
+
+# skops ------------------------------------------------------------------------------------------
+
+TRUSTED = ["deepfeat.FineTuneClassifier", "deepfeat._finetuning.saving.Fitted"]
+
+
+def test_skops_keeps_a_classifier(images, make_classifier, state_of, assert_same_state):
+    """Trained or not, alone or in a pipeline; it holds the bytes of a file."""
+    skops = pytest.importorskip("skops.io")
+    X, y = images
+    trained = make_classifier("resnet10_slim").fit(X, y)
+    content = skops.dumps(make_pipeline("passthrough", trained))
+    loaded = skops.loads(content, trusted=TRUSTED)
+    assert_same_state(state_of(loaded[-1]), state_of(trained))
+    assert loaded[-1].history_ == trained.history_
+    assert loaded.predict(X).tolist() == trained.predict(X).tolist()
+    untrained = skops.loads(skops.dumps(make_classifier("resnet10_slim")), trusted=TRUSTED)
+    assert untrained.get_params() == make_classifier("resnet10_slim").get_params()
+    assert not hasattr(untrained, "module_")
+
+
+def test_a_pickle_has_the_network_as_it_is(images, make_classifier):
+    """Also one that was changed after training, of which a file has the weights alone."""
+    classifier = make_classifier("resnet10_slim").fit(*images)
+    classifier.module_.fc = nn.Sequential(classifier.module_.fc, nn.Tanh())
+    for copied in (pickle.loads(pickle.dumps(classifier)), copy.deepcopy(classifier)):
+        assert (copied.predict_proba(images[0]) == classifier.predict_proba(images[0])).all()

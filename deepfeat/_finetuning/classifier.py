@@ -673,10 +673,10 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
     def __setstate__(self, state: dict[str, Any]) -> None:
         fitted = state.get("_fitted", {})
         super().__setstate__({name: state[name] for name in state.keys() - {"_fitted"}})
-        if isinstance(fitted, Fitted):  # of skops
+        if isinstance(fitted, Fitted) and fitted.content:  # of skops
             self._restore(fitted.load())
         else:
-            self.__dict__.update(fitted)
+            self.__dict__.update(fitted.attributes if isinstance(fitted, Fitted) else fitted)
 
     # Parameters and input -----------------------------------------------------------------------
 

@@ -123,13 +123,13 @@ class Fitted:
         attributes: Mapping[str, Any] = MappingProxyType({}),
         save: Callable[[Path], None] | None = None,
     ):
-        self._content, self._attributes, self._save = content, attributes, save
+        self.content, self.attributes, self._save = content, attributes, save
 
     def load(self) -> SavedClassifier:
         """Read what a file with these bytes holds."""
         with tempfile.TemporaryDirectory(prefix="deepfeat-") as folder:
             path = Path(folder, "classifier.safetensors")
-            path.write_bytes(self._content)
+            path.write_bytes(self.content)
             return load_classifier(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -140,7 +140,7 @@ class Fitted:
             return type(self), (path.read_bytes(),)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return dict, (self._attributes,)
+        return dict, (self.attributes,)
 
 
 # Tensors and their description ------------------------------------------------------------------

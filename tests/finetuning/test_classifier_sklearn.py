@@ -207,7 +207,7 @@ def test_a_pickle_has_its_tensors_on_the_cpu(images, make_classifier):
     classifier.module_ = Elsewhere()
     state = classifier.__getstate__()
     assert moved == [classifier.module_]
-    moments = state["_optimizer_state"]["optimizer"]["state"]
+    moments = state["_fitted"].attributes["_optimizer_state"]["optimizer"]["state"]
     assert {value.device.type for one in moments.values() for value in one.values()} == {"cpu"}
 
 

@@ -93,7 +93,7 @@ def open_image(source: Any, channels_last: bool = False, is_row: bool = False) -
         if is_known and source.digest != digest_image(item, channels_last, is_row):
             raise ValueError(
                 "its dataset returns a different image each time, so that no row of it can be "
-                "cached: turn off random transforms, or what keeps results (cache or checkpoint)"
+                "cached: turn off random transforms, or set cache=None (checkpoint=None)"
             )
         source = item
     content = _find_content(source)

@@ -36,6 +36,7 @@ FINE_TUNING = {
     "head_epochs=0": {"head_epochs": 0},
     "unfreeze=None": {"unfreeze": None},
     "unfreeze='all'": {"unfreeze": "all"},
+    "unfreeze='all', cutmix=1": {"unfreeze": "all", "cutmix": 1.0},
     "unfreeze='all', momentum 0.1": {"unfreeze": "all"},  # of BatchNorm, as torch has it
 }
 METHODS = ("LinearSVC", *FINE_TUNING, "skorch")
@@ -54,7 +55,7 @@ def main():
     parser.add_argument("--method", nargs="+", choices=METHODS, default=("LinearSVC", "default"))
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="only check that it runs")
-    args = parser.parse_args()
+    args, _ = parser.parse_known_args()
     if "DEEPFEAT_DATA" not in os.environ:
         print("DEEPFEAT_DATA does not name a folder of images and weights: nothing is measured.")
         return

@@ -101,8 +101,8 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
     head_epochs : int or "auto", default="auto"
         Number of passes before these in which only the head is trained, so that it does not begin
         by spoiling the backbone (LP-FT, Kumar et al., 2022). They have a schedule of their own,
-        without warm-up and early stopping. "auto": as many as `max_epochs` if their frozen part is
-        computed once (`augment` is None or "flip"), or else 0.
+        without warm-up and early stopping. "auto": as many as `max_epochs` if `augment` is None or
+        "flip", with which they cost little, or else 0.
     batch_size : int, default=32
         Number of images per step. If memory runs out, a batch is run in parts whose gradients add
         up; the step stays the same, except that BatchNorm sees the parts.
@@ -133,6 +133,7 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         batch, whose label then counts in proportion (CutMix, Yun et al., 2019). Its share of the
         area is drawn from the beta distribution with both parameters of this value, uniformly for
         1. The frozen part is run anew in each epoch, except in those of the head, which do without.
+        `partial_fit` mixes images, too.
     label_smoothing : float, default=0.0
         Probability in [0, 1) that is spread evenly over all classes (Szegedy et al., 2016), or,
         with several labels per image, over 0 and 1.
@@ -589,13 +590,14 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         ------
         ValueError
             If a parameter is code, which only a pickle can hold: your own network, preprocessing
-            or augmentation.
+            or augmentation; or if one has changed that says which network it is.
         FileNotFoundError
             If the folder of the file does not exist.
         OSError
             If the file cannot be written.
         """
         check_is_fitted(self, "module_")
+        self._check_origin()
         saved = SavedClassifier(
             params=self.get_params(deep=False),
             state=self.module_.state_dict(),
@@ -663,10 +665,9 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__().copy()
         if "module_" in state:  # so that it can be unpickled on machines without this device
-            params = self.get_params(deep=False).keys()
-            fitted = {name: state.pop(name) for name in state.keys() - params}
+            fitted = {name: state.pop(name) for name in _FITTED if name in state}
             fitted["module_"] = copy.deepcopy(self.module_).cpu()
-            fitted["_optimizer_state"] = to_cpu(self._optimizer_state)
+            fitted["_optimizer_state"] = to_cpu(fitted.get("_optimizer_state"))
             state["_fitted"] = Fitted(attributes=fitted, save=self.save)
         return state
 
@@ -882,9 +883,9 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         seed: int,
         score: Score | None,
     ) -> TrainingConfig:
-        shared = TrainingConfig.__dataclass_fields__.keys()
-        params = self.get_params(deep=False)
-        given = {name: to_plain(params[name]) for name in shared & params.keys()}
+        # Those of this class: a subclass may have fewer.
+        shared = TrainingConfig.__dataclass_fields__.keys() & FineTuneClassifier._get_param_names()
+        given = {name: to_plain(getattr(self, name)) for name in shared}
         found = {"objective": objective, "epochs": epochs, "score": score}
         return TrainingConfig(**given | found | {"device": device, "seed": seed})
 
@@ -956,6 +957,12 @@ def _copy_fitted(network: Network, backbone: Backbone, objective: Objective) -> 
         "_preprocessing": backbone.preprocessing,
     }
 
+
+# What training gives, as `_keep` keeps it.
+_FITTED = (
+    *("module_", "classes_", "history_", "n_iter_", "best_validation_score_", "_multilabel"),
+    *("_name", "_head", "_n_outputs", "_preprocessing", "_origin", "_seed", "_optimizer_state"),
+)
 
 # The parameters that decide which network is trained.
 _ORIGIN = ("backbone", "weights", "preprocessing", "head", "resize", "image_size")

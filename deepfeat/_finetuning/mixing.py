@@ -14,7 +14,7 @@ def mix(batch: Batch, alpha: float) -> Batch:
     """
     count = len(batch)
     numbers = torch.arange(count, device=batch.inputs.device)
-    inputs, shares = CutMix(alpha=alpha, num_classes=count)(batch.inputs, numbers)
+    inputs, shares = CutMix(alpha=float(alpha), num_classes=count)(batch.inputs, numbers)
     own = shares.diagonal().clone()
     partners = shares.fill_diagonal_(0).argmax(1)
     targets = [

@@ -1,5 +1,6 @@
 """Tests of fine-tuning end to end: how it resumes, what it accepts, and every way to fail."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from deepfeat import DeepFeatureExtractor, FeatureCache
+from deepfeat import DeepFeatureExtractor, FeatureCache, FineTuneClassifier
 from deepfeat._finetuning import classifier as _classifier
 
 RATES = {"learning_rate": 0.02, "backbone_learning_rate": 0.01}
@@ -531,3 +532,56 @@ def test_what_is_wrong_with_validation_images_is_said_of_them(images, make_class
     ):
         with pytest.raises(ValueError, match=words):
             make_classifier().fit(X, y, **params)
+
+
+# Epochs of the head -----------------------------------------------------------------------------
+
+HEAD_EPOCHS = {
+    "flip": ({"augment": "flip"}, 3),
+    "none": ({"augment": None}, 3),
+    "crop": ({"augment": "crop"}, 0),
+    "a function": ({"augment": lambda image: image}, 0),
+    "only the head": ({"unfreeze": None}, 0),
+    "a number": ({"head_epochs": 1, "augment": "crop"}, 1),
+    "of numpy": ({"head_epochs": np.int64(2)}, 2),
+}
+
+
+@pytest.mark.parametrize("case", HEAD_EPOCHS)
+def test_the_head_is_trained_alone_where_that_costs_little(
+    case, images, make_classifier, make_plain, state_of
+):
+    """For as many epochs as follow; then the backbone has not been touched."""
+    params, count = HEAD_EPOCHS[case]
+    classifier = make_classifier(make_plain(), **{"head_epochs": "auto", "max_epochs": 3} | params)
+    classifier.fit(*images)
+    assert classifier.n_iter_ == count + 3
+    rates = [epoch["learning_rate"] for epoch in classifier.history_]
+    assert [number for number, rate in enumerate(rates) if rate == rates[0]] == sorted({0, count})
+
+
+def test_only_a_new_network_begins_with_its_head(images, make_classifier):
+    """Not one that resumes, and `partial_fit` has one epoch."""
+    classifier = make_classifier(head_epochs="auto", warm_start=True)
+    assert classifier.fit(*images).n_iter_ == 4
+    assert classifier.fit(*images).n_iter_ == 6
+    assert classifier.partial_fit(*images).n_iter_ == 7
+
+
+class Smaller(FineTuneClassifier):
+    """A classifier with few parameters of its own."""
+
+    def __init__(self, max_epochs=2):
+        super().__init__(
+            "resnet10_slim", image_size=32, max_epochs=max_epochs, device="cpu", random_state=0
+        )
+
+
+def test_a_subclass_may_have_fewer_parameters(images, make_classifier):
+    """It is trained, copied and pickled like any other."""
+    X, y = images
+    classifier = Smaller(max_epochs=1).fit(X, y)
+    expected = FineTuneClassifier("resnet10_slim", max_epochs=1, image_size=32, random_state=0)
+    expected.set_params(device="cpu").fit(X, y)
+    for one in (classifier, copy.copy(classifier), pickle.loads(pickle.dumps(classifier))):
+        assert_allclose(one.predict_proba(X), expected.predict_proba(X))

@@ -32,7 +32,8 @@ def learn_by_hand(make_classifier, make_plain, images, to_16_pixels):
             rng = np.random.default_rng([0, epoch])  # from which an epoch draws seed and order
             torch.manual_seed(int(rng.integers(2**62)))
             order = rng.permutation(8)
-            mixed, soft = CutMix(alpha=alpha, num_classes=2)(inputs[order], targets[order])
+            count = 2 if targets.ndim == 1 else None
+            mixed, soft = CutMix(alpha=alpha, num_classes=count)(inputs[order], targets[order])
             loss = compute_loss(net(mixed), soft)
             optimizer.zero_grad()
             loss.backward()
@@ -64,6 +65,61 @@ def test_weights_are_those_of_a_bare_loop(
         state_of(classifier).items(), net.state_dict().values(), strict=True
     ):
         assert_allclose(value, expected, rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+def compute_weighted(logits, soft):
+    """Cross-entropy with soft labels that have been multiplied by weights."""
+    return -(soft * logits.log_softmax(1)).sum() / soft.sum()
+
+
+def compute_logistic(logits, soft):
+    """The logistic loss with soft counts of 0 and of 1."""
+    zeros, ones = soft.chunk(2, dim=1)
+    losses = -(ones * F.logsigmoid(logits) + zeros * F.logsigmoid(-logits))
+    return losses.sum() / soft.sum()
+
+
+SEVERAL = np.array([[1, 0], [0, 0], [1, 1], [0, 1], [1, 0], [0, 1], [1, 1], [0, 0]])
+WEIGHTS = np.array([1.0, 0.5, 2.0, 0.25, 3.0, 1.0, 1.0, 4.0])
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_weights_of_images_and_labels_are_mixed(
+    multilabel, images, learn_by_hand, make_classifier, make_plain, state_of
+):
+    """As soft labels that were multiplied by them before."""
+    X, y = images
+    weights = torch.tensor(WEIGHTS)[:, None]
+    by_class = torch.tensor([1.0, 5.0]).double()
+    if multilabel:
+        several = torch.tensor(SEVERAL).double()
+        targets = torch.cat([(1 - several) * by_class[0], several * by_class[1]], 1) * weights
+        labels, class_weight = SEVERAL, {0: 1.0, 1: 5.0}
+    else:
+        targets = F.one_hot(torch.tensor([0, 1] * 4)) * by_class * weights
+        labels, class_weight = y, {"dark": 1.0, "light": 5.0}
+    compute_loss = compute_logistic if multilabel else compute_weighted
+    with torch.random.fork_rng(devices=[]):
+        net, losses = learn_by_hand(1, 1.0, targets.float(), compute_loss)
+    classifier = make_classifier(
+        make_plain(), max_epochs=1, batch_size=8, augment=None, optimizer="sgd", weight_decay=0,
+        schedule="constant", cutmix=1, class_weight=class_weight, **RATES,
+    ).fit(X, labels, sample_weight=WEIGHTS)  # fmt: skip
+    assert_allclose(classifier.history_[0]["train_loss"], losses[0], rtol=1e-5)
+    start = make_classifier(
+        make_plain(), max_epochs=1, optimizer="sgd", learning_rate=1e-30,
+        backbone_learning_rate=1e-30, weight_decay=0,
+    ).fit(X, labels)  # fmt: skip
+    steps = [
+        torch.cat([
+            (value - before).flatten()
+            for value, before in zip(state.values(), state_of(start).values(), strict=True)
+        ])
+        for state in (state_of(classifier), net.state_dict())
+    ]  # fmt: skip
+    # `fit` scales weights to mean 1; of mixed images, the mean may differ from that.
+    cosine = F.cosine_similarity(*steps, dim=0)
+    assert_allclose(cosine, 1, atol=1e-6)
 
 
 @pytest.fixture

@@ -244,7 +244,7 @@ def test_a_label_may_be_the_same_for_all_images(X, make_classifier):
 WRONG = {
     "numbers": ({"y": Y * 2}, r"y must contain only 0 and 1 .* per label; got \[0, 2\]"),
     "signs": ({"y": 2 * Y - 1}, r"y must contain only 0 and 1 .* got \[-1, 1\]"),
-    "outputs": ({"y": Y + np.arange(3)}, r"y should be a 1d array"),
+    "outputs": ({"y": Y + np.arange(3)}, "y must have one class .*MultiLabelBinarizer"),
     "too few": ({"y": Y[:5]}, "inconsistent numbers of samples"),
     "names": ({"y": [("a",), ("b", "c")] * 4}, "y must have one class .*MultiLabelBinarizer"),
     "NaN": ({"y": Y * np.array([1, np.nan, 1])}, "y must have one class .*MultiLabelBinarizer"),

@@ -418,10 +418,12 @@ def test_skops_keeps_a_classifier(images, make_classifier, state_of, assert_same
     skops = pytest.importorskip("skops.io")
     X, y = images
     trained = make_classifier("resnet10_slim").fit(X, y)
+    trained.threshold_ = 0.3  # of the user
     content = skops.dumps(make_pipeline("passthrough", trained))
     loaded = skops.loads(content, trusted=TRUSTED)
     assert_same_state(state_of(loaded[-1]), state_of(trained))
     assert loaded[-1].history_ == trained.history_
+    assert loaded[-1].threshold_ == 0.3
     assert loaded.predict(X).tolist() == trained.predict(X).tolist()
     untrained = skops.loads(skops.dumps(make_classifier("resnet10_slim")), trusted=TRUSTED)
     assert untrained.get_params() == make_classifier("resnet10_slim").get_params()
@@ -435,3 +437,12 @@ def test_a_pickle_has_the_network_as_it_is(images, make_classifier):
     for how in (lambda one: pickle.loads(pickle.dumps(one)), copy.copy, copy.deepcopy):
         copied = how(classifier)
         assert (copied.predict_proba(images[0]) == classifier.predict_proba(images[0])).all()
+
+
+@pytest.mark.parametrize(("name", "value"), [("backbone", "alexnet"), ("image_size", 64)])
+def test_a_changed_parameter_is_not_saved_with_another_network(name, value, fitted, file):
+    """It would say what the file does not hold."""
+    changed = copy.copy(fitted).set_params(**{name: value})
+    with pytest.raises(ValueError, match=f"^{name} must not change while a network is trained"):
+        changed.save(file)
+    assert not file.exists()

@@ -46,8 +46,8 @@ classifier.fit(images, labels)
 print(f"{classifier.n_iter_} epochs, accuracy {classifier.score(held_out, held_out_labels):.3f}")
 
 # %%
-# The learning curve shows training and validation. With so few validation images, the accuracy
-# changes in steps.
+# The learning curve shows training and validation, first of the head alone, for as many epochs as
+# ``max_epochs`` allows afterwards. With so few validation images, the accuracy changes in steps.
 
 LearningCurveDisplay.from_estimator(classifier)
 plt.show()

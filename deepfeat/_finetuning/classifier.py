@@ -672,12 +672,12 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        fitted = state.get("_fitted", {})
+        fitted = state.get("_fitted", Fitted())
         super().__setstate__({name: state[name] for name in state.keys() - {"_fitted"}})
-        if isinstance(fitted, Fitted) and fitted.content:  # of skops
+        if fitted.content:  # of skops
             self._restore(fitted.load())
         else:
-            self.__dict__.update(fitted.attributes if isinstance(fitted, Fitted) else fitted)
+            self.__dict__.update(fitted.attributes)
 
     # Parameters and input -----------------------------------------------------------------------
 

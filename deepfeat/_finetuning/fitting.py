@@ -239,18 +239,17 @@ def _run_epochs(
 def _resume(progress: Progress, checkpoint: Checkpoint) -> None:
     """Go on from a checkpoint; one that does not exist yet is written."""
     state = checkpoint.take_state()
-    if state is None and checkpoint.stage == 0:
+    if state is not None:
+        with blame_file(checkpoint.path):
+            progress.load_state_dict(state)
+        if progress.trainer.config.verbose:
+            epoch = len(progress.history)
+            what = "is complete" if progress.is_complete else f"resumes after epoch {epoch}"
+            tqdm.write(f"Training {what}: {checkpoint.path}")
+    elif checkpoint.stage == 0:
         checkpoint.write(progress.state_dict())  # so that it fails now rather than after an epoch
-    elif state is None:
+    else:
         _write(checkpoint, progress, stacklevel=7)
-    if state is None:
-        return
-    with blame_file(checkpoint.path):
-        progress.load_state_dict(state)
-    if progress.trainer.config.verbose:
-        epoch = len(progress.history)
-        what = "is complete" if progress.is_complete else f"resumes after epoch {epoch}"
-        tqdm.write(f"Training {what}: {checkpoint.path}")
 
 
 def _write(checkpoint: Checkpoint, progress: Progress, *, stacklevel: int) -> None:

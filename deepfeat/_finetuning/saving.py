@@ -140,7 +140,7 @@ class Fitted:
             return type(self), (path.read_bytes(),)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return dict, (self.attributes,)
+        return type(self), (self.content, self.attributes)
 
 
 # Tensors and their description ------------------------------------------------------------------

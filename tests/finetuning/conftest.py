@@ -114,6 +114,19 @@ def make_images():
 
 
 @pytest.fixture
+def start_of(make_classifier, make_images):
+    """Return the network as it is before training, up to a step at a learning rate near zero."""
+
+    def start_of(y=None, **params):
+        classifier = make_classifier(learning_rate=1e-30, backbone_learning_rate=1e-30, **params)
+        classifier.set_params(weight_decay=0.0, max_epochs=1, batch_size=8, optimizer="sgd")
+        X, labels = make_images()
+        return classifier.fit(X, labels if y is None else y).module_
+
+    return start_of
+
+
+@pytest.fixture
 def images(make_images):
     """Eight images of noise, and their labels: dark and light in turn."""
     return make_images()

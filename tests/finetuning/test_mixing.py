@@ -17,15 +17,12 @@ RATES = {"learning_rate": 0.1, "backbone_learning_rate": 0.1}
 
 
 @pytest.fixture
-def learn_by_hand(make_classifier, make_plain, images, to_16_pixels):
+def learn_by_hand(start_of, make_plain, images, to_16_pixels):
     """Train in full batches as torchvision's manual has it, from the start of a classifier."""
 
     def learn_by_hand(epochs, alpha, targets, compute_loss):
-        X, y = images
-        params = {"learning_rate": 1e-30, "backbone_learning_rate": 1e-30, "weight_decay": 0}
-        start = make_classifier(make_plain(), max_epochs=1, optimizer="sgd", **params)
-        net = start.fit(X, y).module_.train().requires_grad_(True)
-        inputs = torch.stack([to_16_pixels(Image.fromarray(pixels)) for pixels in X])
+        net = start_of(backbone=make_plain()).train().requires_grad_(True)
+        inputs = torch.stack([to_16_pixels(Image.fromarray(pixels)) for pixels in images[0]])
         optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, nesterov=True)
         losses = []
         for epoch in range(1, epochs + 1):
@@ -85,7 +82,7 @@ WEIGHTS = np.array([1.0, 0.5, 2.0, 0.25, 3.0, 1.0, 1.0, 4.0])
 
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_weights_of_images_and_labels_are_mixed(
-    multilabel, images, learn_by_hand, make_classifier, make_plain, state_of
+    multilabel, images, learn_by_hand, start_of, make_classifier, make_plain, state_of
 ):
     """As soft labels that were multiplied by them before."""
     X, y = images
@@ -106,14 +103,11 @@ def test_weights_of_images_and_labels_are_mixed(
         schedule="constant", cutmix=1, class_weight=class_weight, **RATES,
     ).fit(X, labels, sample_weight=WEIGHTS)  # fmt: skip
     assert_allclose(classifier.history_[0]["train_loss"], losses[0], rtol=1e-5)
-    start = make_classifier(
-        make_plain(), max_epochs=1, optimizer="sgd", learning_rate=1e-30,
-        backbone_learning_rate=1e-30, weight_decay=0,
-    ).fit(X, labels)  # fmt: skip
+    start = start_of(labels, backbone=make_plain()).state_dict()
     steps = [
         torch.cat([
             (value - before).flatten()
-            for value, before in zip(state.values(), state_of(start).values(), strict=True)
+            for value, before in zip(state.values(), start.values(), strict=True)
         ])
         for state in (state_of(classifier), net.state_dict())
     ]  # fmt: skip

@@ -41,15 +41,11 @@ def X(make_images):
 
 
 @pytest.fixture
-def train_by_hand(X, make_plain, make_classifier, to_16_pixels):
+def train_by_hand(X, make_plain, start_of, to_16_pixels):
     """Train in full batches with the loss of torch, from the start of a classifier's training."""
 
     def train_by_hand(epochs, weights=1.0, smoothing=0.0):
-        start = make_classifier(
-            make_plain(), max_epochs=1, batch_size=8, augment=None, weight_decay=0,
-            learning_rate=1e-30, backbone_learning_rate=1e-30, optimizer="sgd",
-        )  # fmt: skip
-        net = start.fit(X, Y).module_
+        net = start_of(Y, backbone=make_plain())
         inputs = torch.stack([to_16_pixels(Image.fromarray(pixels)) for pixels in X])
         weights = torch.as_tensor(weights, dtype=torch.float32).broadcast_to(Y.shape)
         targets = torch.tensor(Y).float() * (1 - smoothing) + smoothing / 2

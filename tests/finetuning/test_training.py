@@ -30,18 +30,6 @@ def batch(images, to_16_pixels):
     return torch.stack([to_16_pixels(picture) for picture in pictures]), torch.tensor([0, 1] * 4)
 
 
-@pytest.fixture
-def start_of(make_classifier, make_images):
-    """Return the network as it is before training, up to a step at a learning rate near zero."""
-
-    def start_of(**params):
-        classifier = make_classifier(learning_rate=1e-30, backbone_learning_rate=1e-30, **params)
-        classifier.set_params(weight_decay=0.0, max_epochs=1, batch_size=8, optimizer="sgd")
-        return classifier.fit(*make_images()).module_
-
-    return start_of
-
-
 # Against a bare loop ----------------------------------------------------------------------------
 
 

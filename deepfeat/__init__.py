@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import datasets as datasets
+    from . import plotting as plotting
     from ._backbones.find import list_backbones as list_backbones
     from ._cache.cache import FeatureCache as FeatureCache
     from ._cache.disk import CacheFormatError as CacheFormatError
@@ -48,11 +50,17 @@ __all__ = [
 ]
 
 
+# Modules that can be used after `import deepfeat` alone.
+_MODULES = ("datasets", "plotting")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_ROOM_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *_MODULES, "__version__"]

@@ -1,11 +1,12 @@
-"""Imports of optional packages, with errors that name the extra to install."""
+"""Imports of optional packages, with errors that say what to install."""
 
 import importlib
+from importlib import metadata
 from typing import Any
 
 
 def import_optional(name: str, *, extra: str) -> Any:
-    """Import the module `name`; if its package is missing, name the extra that installs it."""
+    """Import the module `name`; if its package is missing, say how to install the extra."""
     package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
@@ -14,7 +15,21 @@ def import_optional(name: str, *, extra: str) -> Any:
         if error.name != package:
             raise
         raise ModuleNotFoundError(
-            f"The package {package} is needed here, but it is not installed. "
-            f"Install it with `pip install 'deepfeat[{extra}]'`.",
+            f"The package {package} is needed here, but it is not installed. Install the extra "
+            f"`{extra}` of deepfeat: `pip install {_list_requirements(extra) or package}`.",
             name=error.name,
         ) from error
+
+
+def _list_requirements(extra: str) -> str:
+    """Return the requirements of an extra, as arguments of pip; they work with any deepfeat."""
+    try:
+        requirements = metadata.requires("deepfeat") or []
+    except metadata.PackageNotFoundError:  # the sources are imported without an installation
+        return ""
+    pairs = [requirement.split(";", 1) for requirement in requirements if ";" in requirement]
+    return " ".join(
+        f"'{required.strip()}'"
+        for required, marker in pairs
+        if marker.strip().replace('"', "'") == f"extra == '{extra}'"
+    )

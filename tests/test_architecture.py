@@ -29,8 +29,10 @@ PUBLIC = {
     "ImageError",
     "LayerNotFoundError",
     "__version__",
+    "datasets",
     "list_backbones",
     "list_layers",
+    "plotting",
     "predict_categories",
 }
 

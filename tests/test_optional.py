@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -34,11 +35,23 @@ def test_an_installed_package_is_imported():
 def test_a_missing_package_names_the_extra_that_installs_it(name):
     """The error says what to type, and is an ImportError for those who catch one."""
     expected = (
-        r"^The package no_such_package is needed here, .* `pip install 'deepfeat\[plot\]'`\.$"
+        r"^The package no_such_package is needed here, .* Install the extra `ray` of deepfeat: "
+        r"`pip install 'pyarrow>=\d+' 'ray\[data\]>=[\d.]+'`\.$"
     )
     with pytest.raises(ModuleNotFoundError, match=expected) as caught:
-        import_optional(name, extra="plot")
+        import_optional(name, extra="ray")
     assert caught.value.name == "no_such_package"
+
+
+def test_sources_that_are_not_installed_name_the_package(monkeypatch):
+    """Without metadata there are no requirements to look up."""
+
+    def raise_not_found(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", raise_not_found)
+    with pytest.raises(ModuleNotFoundError, match=r"`pip install no_such_package`\.$"):
+        import_optional("no_such_package", extra="plot")
 
 
 def test_a_missing_dependency_of_a_package_is_not_explained_away(make_package):

@@ -191,7 +191,7 @@ def test_categories_of_photographs_are_those_of_torchvision(folder, record_prope
     batch = torch.stack([entry.transforms()(Image.fromarray(one)) for one in photographs.images])
     with torch.inference_mode():
         probabilities, places = net(batch).softmax(dim=1).topk(5)
-    found = predict_categories(photographs.images, backbone, weights=weights)
+    found = predict_categories(backbone, photographs.images, weights=weights)
     names = [[entry.meta["categories"][place] for place in row] for row in places]
     assert [[name for name, _ in pairs] for pairs in found] == names
     values = [[probability for _, probability in pairs] for pairs in found]

@@ -4,7 +4,7 @@ import functools
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -36,12 +36,12 @@ class Preprocessing:
     tells other programs how to do the same, unless it is the user's own.
     """
 
-    prepare: Callable[[RGB], Tensor]
-    prepare_whole: Callable[[RGB], Tensor]
-    normalize: Callable[[Tensor], Tensor]
+    prepare: Callable[[RGB], Tensor] = field(repr=False)
+    prepare_whole: Callable[[RGB], Tensor] = field(repr=False)
+    normalize: Callable[[Tensor], Tensor] = field(repr=False)
     input_shape: tuple[int, ...]  # (C, H, W)
-    settings: Any
-    description: Mapping[str, Any] | None = None
+    settings: Any = field(repr=False)
+    description: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Turn an RGB image into what the network takes, of shape (C, H, W)."""

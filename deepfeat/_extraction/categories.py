@@ -17,8 +17,8 @@ from .readers import find_engine, make_logit_reader
 
 
 def predict_categories(
+    backbone: str,
     images: Any,
-    backbone: str = "vgg16",
     *,
     weights: Weights = "DEFAULT",
     top: int = 5,
@@ -37,10 +37,10 @@ def predict_categories(
 
     Parameters
     ----------
+    backbone : str
+        One of `list_backbones()`.
     images : sequence or array of n images
         Whatever `DeepFeatureExtractor` takes as X.
-    backbone : str, default="vgg16"
-        One of `list_backbones()`.
     weights : str, path or torchvision weights, default="DEFAULT"
         As for `DeepFeatureExtractor`, but not None: random weights have no categories. The outputs
         of a weights file are named like those of "DEFAULT" if there are as many.
@@ -82,19 +82,19 @@ def predict_categories(
     >>> from deepfeat import predict_categories
     >>> from sklearn.datasets import load_sample_images
     >>> photographs = load_sample_images().images
-    >>> for categories in predict_categories(photographs, top=1):  # doctest: +SKIP
+    >>> for categories in predict_categories("resnet50", photographs, top=1):  # doctest: +SKIP
     ...     print(categories)
 
     The backbone that comes with deepfeat needs no download, but does not know such categories:
 
-    >>> predictions = predict_categories(photographs, "resnet10_slim", top=3)
+    >>> predictions = predict_categories("resnet10_slim", photographs, top=3)
     >>> [len(pairs) for pairs in predictions]
     [3, 3]
     """
     if not isinstance(backbone, str):
         raise TypeError(
-            f"backbone must be a name; got a {type(backbone).__name__}: the categories of a module "
-            "of your own are not known."
+            f"backbone, the first argument, must be a name; got a {type(backbone).__name__}. (The "
+            "categories of a module of your own are not known.)"
         )
     params = {"top": top, "resize": resize, "batch_size": batch_size}
     check_parameters(

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import TransformerMixin
 from sklearn.preprocessing import normalize
 from sklearn.utils import Tags
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .._backbones.find import Backbone, find_backbone
 from .._backbones.fingerprint import UnknownContentError
@@ -31,6 +31,7 @@ from .._images.tables import find_records, tag_images
 from .._layers.index import LayerIndex, LayerTable, ResolvedLayer
 from .._layers.pooling import PooledLayer, Pooling, map_shape, pool_layer
 from .._parameters import check_device, check_parameters
+from .._representation import Representation
 from .readers import EngineName, check_engine, index_layers
 from .rows import MEMORY, ExtractionSpec, read_maps, read_rows
 
@@ -81,7 +82,7 @@ def list_layers(
     ).table
 
 
-class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
+class DeepFeatureExtractor(TransformerMixin, Representation):
     """Turn images into features of a pretrained convolutional network or vision transformer.
 
     Nothing is learned from X: `fit` checks the parameters and returns, and `transform` can be
@@ -89,7 +90,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
 
     Parameters
     ----------
-    backbone : str or torch.nn.Module, default="vgg16"
+    backbone : str or torch.nn.Module, default="resnet50"
         One of `list_backbones()`, or a network of your own, which needs `preprocessing`.
     layer : str, int or list of these, default="penultimate"
         The layer to read, or several, whose columns are concatenated in that order. A name or
@@ -205,7 +206,7 @@ class DeepFeatureExtractor(TransformerMixin, BaseEstimator):
 
     def __init__(
         self,
-        backbone: str | nn.Module = "vgg16",
+        backbone: str | nn.Module = "resnet50",
         layer: str | int | list[str | int] = "penultimate",
         *,
         weights: Weights = "DEFAULT",

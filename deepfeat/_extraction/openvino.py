@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .._backbones.fingerprint import UnknownContentError
 from .._backbones.preprocessing import Preprocessing

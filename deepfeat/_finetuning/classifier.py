@@ -13,11 +13,11 @@ import torch
 from numpy.random import RandomState
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import ClassifierMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .._backbones.find import Backbone, find_backbone
 from .._backbones.fingerprint import UnknownContentError
@@ -38,6 +38,7 @@ from .._images.records import Record
 from .._images.tables import find_records, tag_images
 from .._layers.index import LayerNotFoundError
 from .._parameters import check_device, check_parameter, check_parameters
+from .._representation import Representation
 from .augmentation import Augment, count_views
 from .callbacks import CallbackSupport, Tasks, with_callbacks
 from .checkpoints import Checkpoint, make_key
@@ -69,7 +70,7 @@ from .scoring import Scoring, make_score
 from .training import OptimizerName, ScheduleName, Score, TrainingConfig
 
 
-class FineTuneClassifier(ClassifierMixin, CallbackSupport, BaseEstimator):
+class FineTuneClassifier(ClassifierMixin, CallbackSupport, Representation):
     """Fine-tune a pretrained network, in full or in part, to classify images.
 
     The network gets a new head with one output per class. The head is trained, together with the

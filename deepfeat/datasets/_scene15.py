@@ -179,7 +179,7 @@ def fetch_scene15(
     ValueError
         See `load_scene15`.
     ModuleNotFoundError
-        If it must be downloaded and pooch is missing: `pip install 'deepfeat[datasets]'`.
+        If it must be downloaded and pooch is missing; the extra `datasets` installs it.
 
     Notes
     -----

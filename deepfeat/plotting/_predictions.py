@@ -184,7 +184,7 @@ class PredictionDisplay:
         display : PredictionDisplay
             The plotted display.
         """
-        predictions = predict_categories(images, backbone, weights=weights, top=top)
+        predictions = predict_categories(backbone, images, weights=weights, top=top)
         return cls.from_predictions(images, predictions, ax=ax, n_cols=n_cols)
 
     def plot(self, ax: Any = None, *, n_cols: int = 2) -> "PredictionDisplay":

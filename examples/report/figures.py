@@ -21,12 +21,13 @@ args = parse_arguments(__doc__, backbones=["vgg16"], quick_backbones=["vgg16", "
 images = load_images(args)
 one_of_each = np.unique(images.target, return_index=True)[1][:4]
 photographs = [*load_sample_images().images, *images.data[one_of_each]]
+captions = ["china.jpg", "flower.jpg", *images.target_names[images.target[one_of_each]]]
 
 rows = []
 for backbone in args.backbones:
     network = choose_network(args, backbone)
     display = ArchitectureDisplay.from_backbone(backbone)
-    save_figure(display.figure_, args.out / f"architecture_{backbone}.png")
+    save_figure(args, display.figure_, f"architecture_{backbone}.png")
     layers = list_layers(backbone)
     linear = sum(layer.parameters for layer in layers if layer.kind == "Linear")
     rows.append(
@@ -43,15 +44,17 @@ for backbone in args.backbones:
         display = ActivationMapDisplay.from_extractor(
             DeepFeatureExtractor(**network), photographs[0], layer=layer.name
         )
-        save_figure(display.figure_, args.out / f"maps_{backbone}_{layer.name}.png")
+        save_figure(args, display.figure_, f"maps_{backbone}_{layer.name}.png")
 
     if network["weights"] is None:
         print(f"{backbone} has random weights, so it predicts no categories")
         continue
-    predictions = predict_categories(photographs, **network)
+    predictions = predict_categories(images=photographs, **network)
     display = PredictionDisplay.from_predictions(photographs, predictions)
-    save_figure(display.figure_, args.out / f"predictions_{backbone}.png")
-    for pairs in predictions:
-        print("  ".join(f"{name} {probability:.1%}" for name, probability in pairs))
+    for ax, caption in zip(display.axes_[:, 0], captions, strict=True):
+        ax.set_title(caption, fontsize="medium")
+    save_figure(args, display.figure_, f"predictions_{backbone}.png")
+    for caption, pairs in zip(captions, predictions, strict=True):
+        print(f"{caption}:", ", ".join(f"{name} {share:.1%}" for name, share in pairs))
 
-write_table(rows, args.out / "figures.csv")
+write_table(args, rows, "figures.csv")

@@ -453,7 +453,7 @@ def test_without_pooch_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     """The error is raised before anything is downloaded."""
     monkeypatch.setitem(sys.modules, "pooch", None)
     monkeypatch.setattr(_optional.importlib, "import_module", missing_pooch)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'deepfeat\[datasets\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'pooch>="):
         fetch_scene15(tmp_path)
 
 

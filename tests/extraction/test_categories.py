@@ -40,7 +40,7 @@ def images(scene_paths):
 
 
 def classify(images, weights, **params):
-    return predict_categories(images, NAME, weights=weights, **{"image_size": 64} | params)
+    return predict_categories(NAME, images, weights=weights, **{"image_size": 64} | params)
 
 
 def classify_by_hand(net, name, images, top, **preset):
@@ -156,7 +156,7 @@ def test_weights_of_torchvision_bring_their_names(entry):
 def test_weights_without_categories_have_no_names(images):
     """VGG16's weights that were made for their features alone have no head to speak of."""
     with pytest.raises(ValueError, match=r"The outputs of vgg16 with .* have no category names"):
-        predict_categories(images, "vgg16", weights="IMAGENET1K_FEATURES")
+        predict_categories("vgg16", images, weights="IMAGENET1K_FEATURES")
 
 
 def test_random_weights_have_no_names(images):
@@ -179,8 +179,10 @@ def test_a_file_with_another_number_of_outputs_has_no_names(tmp_path, images):
 
 def test_a_module_of_ones_own_is_refused(images):
     """Nobody knows what its outputs stand for."""
-    with pytest.raises(TypeError, match=r"^backbone must be a name; got a Linear: "):
-        predict_categories(images, nn.Linear(3, 5))
+    with pytest.raises(
+        TypeError, match=r"^backbone, the first argument, must be a name; got a Linear\."
+    ):
+        predict_categories(nn.Linear(3, 5), images)
     module = models.get_model(NAME, weights=None)
     preprocessing = SqueezeNet1_1_Weights.DEFAULT.transforms()
     assert find_backbone(module, preprocessing=preprocessing).categories is None

@@ -387,7 +387,7 @@ NOT_FLOAT16 = (
     r"^precision must be 'float32' or 'bfloat16' if engine is 'openvino'; got 'float16'\.$"
 )
 NO_BFLOAT16 = r"'bfloat16' is not possible with engine='openvino' on this processor.*'float32'"
-NOT_INSTALLED = r"openvino is needed here.* `pip install 'deepfeat\[openvino\]'`\.$"
+NOT_INSTALLED = r"openvino is needed here.* `pip install 'openvino>=[\d.]+'`\.$"
 
 
 @pytest.fixture

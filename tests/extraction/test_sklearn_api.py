@@ -138,10 +138,10 @@ def test_a_joblib_file_is_small(scene_paths, tmp_path):
 
 def test_an_extractor_shows_its_parameters():
     """In text and in a notebook, alone and in a pipeline."""
-    extractor = DeepFeatureExtractor("resnet50", "layer3", norm=None)
-    text = "DeepFeatureExtractor(backbone='resnet50', layer='layer3', norm=None)"
+    extractor = DeepFeatureExtractor("vgg16", "relu7", norm=None)
+    text = "DeepFeatureExtractor(backbone='vgg16', layer='relu7', norm=None)"
     assert repr(extractor) == text
-    assert "resnet50" in extractor._repr_html_()
+    assert "vgg16" in extractor._repr_html_()
     assert "DeepFeatureExtractor" in make_pipeline(extractor, LinearSVC())._repr_html_()
 
 

@@ -179,7 +179,8 @@ def test_a_file_with_another_number_of_outputs_has_no_names(tmp_path, images):
 
 def test_a_module_of_ones_own_is_refused(images):
     """Nobody knows what its outputs stand for."""
-    with pytest.raises(
+    refusal = r"^backbone, the first argument, must be a name; got a Linear\."
+    with pytest.raises(TypeError, match=refusal):
         TypeError, match=r"^backbone, the first argument, must be a name; got a Linear\."
     ):
         predict_categories(nn.Linear(3, 5), images)

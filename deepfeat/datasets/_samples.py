@@ -58,7 +58,9 @@ def write_sample_folder(root: str | os.PathLike[str]) -> Path:
     """
     root = Path(root).expanduser()
     if root.exists() and any(root.iterdir()):
-        raise FileExistsError(f"root must be missing or empty; {str(root)!r} is a folder with files.")
+        raise FileExistsError(
+            f"root must be missing or empty; {str(root)!r} is a folder with files."
+        )
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     for name, regions in _REGIONS.items():
         folder = root / name

@@ -43,14 +43,16 @@ class ActivationMapDisplay:
 
     Examples
     --------
+    >>> import matplotlib.pyplot as plt
     >>> from deepfeat import DeepFeatureExtractor
     >>> from deepfeat.plotting import ActivationMapDisplay
     >>> from sklearn.datasets import load_sample_image
-    >>> extractor = DeepFeatureExtractor("squeezenet1_1", weights=None)
+    >>> extractor = DeepFeatureExtractor("resnet10_slim", "layer1", image_size=224)
     >>> display = ActivationMapDisplay.from_extractor(
-    ...     extractor, load_sample_image("china.jpg"), layer="stage2", channels=9)
+    ...     extractor, load_sample_image("china.jpg"), channels=9)
     >>> display.maps.shape
-    (9, 55, 55)
+    (9, 56, 56)
+    >>> plt.show()  # doctest: +SKIP
     """
 
     __module__ = "deepfeat.plotting"  # so that pickles outlive moves

@@ -43,10 +43,12 @@ class ArchitectureDisplay:
 
     Examples
     --------
+    >>> import matplotlib.pyplot as plt
     >>> from deepfeat.plotting import ArchitectureDisplay
     >>> display = ArchitectureDisplay.from_backbone("squeezenet1_1")
     >>> display.axes_[1].get_title(loc="left")
     '1,235,496 parameters'
+    >>> plt.show()  # doctest: +SKIP
     """
 
     __module__ = "deepfeat.plotting"  # so that pickles outlive moves

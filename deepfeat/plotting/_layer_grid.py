@@ -41,25 +41,27 @@ class LayerGridDisplay:
 
     Examples
     --------
+    >>> import matplotlib.pyplot as plt
     >>> from deepfeat import DeepFeatureExtractor
     >>> from deepfeat.plotting import LayerGridDisplay
     >>> from sklearn.datasets import load_digits
     >>> from sklearn.linear_model import LogisticRegression
     >>> from sklearn.model_selection import GridSearchCV
     >>> from sklearn.pipeline import make_pipeline
-    >>> digits = load_digits(n_class=2)
-    >>> extractor = DeepFeatureExtractor("squeezenet1_1", weights=None, image_size=32)
+    >>> digits = load_digits()
+    >>> extractor = DeepFeatureExtractor("resnet10_slim", image_size=32)
     >>> search = GridSearchCV(
     ...     make_pipeline(extractor, LogisticRegression()),
     ...     {
-    ...         "deepfeatureextractor__layer": ["stage1", "stage2"],
+    ...         "deepfeatureextractor__layer": ["layer1", "layer2", "layer3", "layer4"],
     ...         "logisticregression__C": [0.1, 1, 10],
     ...     },
     ...     cv=2,
     ... )
-    >>> search = search.fit(digits.images[:40] / 16, digits.target[:40])
+    >>> search = search.fit(digits.images[:200] / 16, digits.target[:200])
     >>> LayerGridDisplay.from_search(search).scores.shape
-    (2, 3)
+    (4, 3)
+    >>> plt.show()  # doctest: +SKIP
     """
 
     __module__ = "deepfeat.plotting"  # so that pickles outlive moves

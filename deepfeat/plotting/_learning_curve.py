@@ -39,16 +39,20 @@ class LearningCurveDisplay:
 
     Examples
     --------
+    >>> import matplotlib.pyplot as plt
     >>> from deepfeat.plotting import LearningCurveDisplay
     >>> history = [
     ...     {"epoch": 1, "train_loss": 1.2, "train_score": 0.6,
     ...      "validation_loss": 1.3, "validation_score": 0.5},
     ...     {"epoch": 2, "train_loss": 0.7, "train_score": 0.8,
     ...      "validation_loss": 0.9, "validation_score": 0.7},
+    ...     {"epoch": 3, "train_loss": 0.5, "train_score": 0.9,
+    ...      "validation_loss": 0.8, "validation_score": 0.75},
     ... ]
     >>> display = LearningCurveDisplay(history).plot()
     >>> display.lines_["validation_score"].get_ydata()
-    array([0.5, 0.7])
+    array([0.5 , 0.7 , 0.75])
+    >>> plt.show()  # doctest: +SKIP
     """
 
     __module__ = "deepfeat.plotting"  # so that pickles outlive moves

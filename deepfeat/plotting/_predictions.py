@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from sklearn.utils.validation import check_is_fitted
 
 from deepfeat import predict_categories
 
-from .._images.records import as_records
-from ._axes import SKY, find_axes
+from ._axes import GREEN, SKY, VERMILION, find_axes
+from ._pictures import open_pictures
 
 
 class PredictionDisplay:
@@ -27,6 +27,8 @@ class PredictionDisplay:
         The images.
     predictions : list of n lists of pairs (str, float)
         Class names with probabilities for each image, from top to bottom.
+    y_true : sequence of n class names or None
+        The class that each image belongs to, if known.
 
     Attributes
     ----------
@@ -37,6 +39,7 @@ class PredictionDisplay:
 
     Examples
     --------
+    >>> import matplotlib.pyplot as plt
     >>> from deepfeat.plotting import PredictionDisplay
     >>> from sklearn.datasets import load_sample_images
     >>> display = PredictionDisplay.from_predictions(
@@ -45,6 +48,7 @@ class PredictionDisplay:
     ... )
     >>> display.axes_.shape
     (2, 2)
+    >>> plt.show()  # doctest: +SKIP
     """
 
     __module__ = "deepfeat.plotting"  # so that pickles outlive moves
@@ -54,9 +58,11 @@ class PredictionDisplay:
         images: Sequence[Image.Image],
         *,
         predictions: Sequence[Sequence[tuple[Any, float]]],
+        y_true: Sequence[Any] | None = None,
     ):
         self.images = images
         self.predictions = predictions
+        self.y_true = y_true
 
     @classmethod
     def from_predictions(
@@ -90,7 +96,7 @@ class PredictionDisplay:
         ValueError
             If the numbers of predictions and images differ, or an image cannot be read.
         """
-        pictures = [Image.fromarray(record.open()) for record in as_records(images)]
+        pictures = open_pictures(images)
         if len(predictions) != len(pictures):
             raise ValueError(
                 "predictions must have one sequence of pairs (name, probability) per image; "
@@ -104,11 +110,13 @@ class PredictionDisplay:
         estimator: Any,
         images: Any,
         *,
+        y_true: ArrayLike | None = None,
         top: int = 5,
+        max_images: int | None = None,
         ax: Any = None,
         n_cols: int = 2,
     ) -> "PredictionDisplay":
-        """Plot the predictions of a fitted classifier of images.
+        """Plot the predictions of a fitted classifier of images, or the worst of them.
 
         Parameters
         ----------
@@ -117,8 +125,14 @@ class PredictionDisplay:
             `predict_proba` and `classes_`.
         images : sequence or array of n images
             As for the classifier, except for flattened rows.
+        y_true : array of shape (n,), default=None
+            The class of each image. If given, the images with the lowest probability of their
+            class come first ("top losses"), and its bar has another colour.
         top : int, default=5
-            Number of classes to show per image; at most those of the classifier.
+            Number of classes to show per image; at most those of the classifier. The class of an
+            image is shown in any case.
+        max_images : int, default=None
+            Number of images to show at most; by default 12 with `y_true`, and all without.
         ax : matplotlib Axes or sequence of Axes, default=None
             As for `plot`.
         n_cols : int, default=2
@@ -135,6 +149,9 @@ class PredictionDisplay:
             If the classifier is not fitted.
         TypeError
             If it has no `predict_proba`.
+        ValueError
+            If `y_true` has another length or holds a class that the classifier does not know, or
+            an image cannot be read.
         """
         check_is_fitted(estimator)
         if not hasattr(estimator, "predict_proba"):
@@ -143,11 +160,24 @@ class PredictionDisplay:
                 "classifier with probabilities, such as LogisticRegression, or wrap it in "
                 "CalibratedClassifierCV."
             )
+        probabilities = estimator.predict_proba(images)
+        shown, truth = np.arange(len(probabilities)), None
+        if y_true is not None:
+            truth = _find_classes(estimator.classes_, y_true, len(probabilities))
+            losses = -probabilities[np.arange(len(truth)), truth]
+            shown = np.argsort(losses, kind="stable")[::-1]
+            max_images = 12 if max_images is None else max_images
+        shown = shown[:max_images]
         predictions = []
-        for probabilities in estimator.predict_proba(images):
-            order = np.argsort(-probabilities, kind="stable")[:top]
-            predictions.append([(estimator.classes_[k], float(probabilities[k])) for k in order])
-        return cls.from_predictions(images, predictions, ax=ax, n_cols=n_cols)
+        for index in shown:
+            row = probabilities[index]
+            order = np.argsort(-row, kind="stable")[:top].tolist()
+            if truth is not None and truth[index] not in order:
+                order.append(truth[index])
+            predictions.append([(estimator.classes_[k], float(row[k])) for k in order])
+        classes = None if truth is None else estimator.classes_[truth[shown]]
+        display = cls(open_pictures(images, shown), predictions=predictions, y_true=classes)
+        return display.plot(ax, n_cols=n_cols)
 
     @classmethod
     def from_backbone(
@@ -218,18 +248,39 @@ class PredictionDisplay:
             width_ratios=(4, 5) * columns,
         )
         self.axes_: NDArray[Any] = np.array(axes, dtype=object).reshape(count, 2)
-        for (left, right), image, pairs in zip(
-            self.axes_, self.images, self.predictions, strict=True
+        truths = [None] * count if self.y_true is None else self.y_true
+        for (left, right), image, pairs, truth in zip(
+            self.axes_, self.images, self.predictions, truths, strict=True
         ):
             left.imshow(image)
             left.set_axis_off()
-            _draw_bars(right, pairs)
+            if truth is not None:
+                is_right = pairs[0][0] == truth
+                color = GREEN if is_right else VERMILION
+                left.set_title(f"true: {truth}", fontsize="medium", color=color)
+            _draw_bars(right, pairs, truth)
         return self
 
 
-def _draw_bars(axis: Any, pairs: Sequence[tuple[Any, float]]) -> None:
+def _find_classes(classes: NDArray[Any], y_true: ArrayLike, count: int) -> NDArray[np.intp]:
+    """Return the index of each label among the classes."""
+    labels = np.asarray(y_true)
+    if labels.shape != (count,):
+        raise ValueError(f"y_true must have shape ({count},); got {labels.shape}.")
+    known = np.isin(labels, classes)
+    if not known.all():
+        raise ValueError(
+            f"y_true must hold classes of the classifier ({classes.tolist()}); got "
+            f"{labels[~known].tolist()[0]!r}."
+        )
+    order = np.argsort(classes)
+    return order[np.searchsorted(classes, labels, sorter=order)]
+
+
+def _draw_bars(axis: Any, pairs: Sequence[tuple[Any, float]], truth: Any) -> None:
     indices = range(len(pairs))
-    axis.barh(indices, [probability for _, probability in pairs], color=SKY, alpha=0.6)
+    colors = [SKY if truth is None or name != truth else GREEN for name, _ in pairs]
+    axis.barh(indices, [probability for _, probability in pairs], color=colors, alpha=0.6)
     axis.set_xlim(0, 1)
     axis.set_ylim(len(pairs) - 0.4, -0.6)
     # On the bars instead of to their left, where long names would leave no space for the image.

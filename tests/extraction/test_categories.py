@@ -181,8 +181,6 @@ def test_a_module_of_ones_own_is_refused(images):
     """Nobody knows what its outputs stand for."""
     refusal = r"^backbone, the first argument, must be a name; got a Linear\."
     with pytest.raises(TypeError, match=refusal):
-        TypeError, match=r"^backbone, the first argument, must be a name; got a Linear\."
-    ):
         predict_categories(nn.Linear(3, 5), images)
     module = models.get_model(NAME, weights=None)
     preprocessing = SqueezeNet1_1_Weights.DEFAULT.transforms()

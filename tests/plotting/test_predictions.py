@@ -40,6 +40,52 @@ def test_bars_are_the_most_probable_classes(digits, classifier):
         assert_allclose(left.images[0].get_array()[..., 0], np.round(image * 255), atol=1)
 
 
+def test_with_labels_the_worst_predictions_come_first(digits, classifier):
+    """In order of the probability of the true class, which is named above and has its own bar."""
+    images, labels = digits[0][:40], digits[1][:40].copy()
+    labels[[3, 17]] = labels[[17, 3]]  # two wrong labels
+    display = PredictionDisplay.from_estimator(
+        classifier, images, y_true=labels, top=2, max_images=5
+    )
+    columns = [list(classifier.classes_).index(label) for label in labels]
+    truth = classifier.predict_proba(images)[range(40), columns]
+    worst = np.argsort(truth)[:5]
+    assert {3, 17} <= set(worst)
+    assert len(display.axes_) == 5
+    for index, (left, right) in zip(worst, display.axes_, strict=True):
+        assert_allclose(left.images[0].get_array()[..., 0], np.round(images[index] * 255), atol=1)
+        assert left.get_title() == f"true: {labels[index]}"
+        names = [tick.get_text().split(maxsplit=1)[1] for tick in right.get_yticklabels()]
+        assert len(names) == 2 + (index in (3, 17))  # the true class is shown in any case
+        colours = [bar.get_facecolor() for bar in right.patches]
+        true = names.index(labels[index])
+        assert right.patches[true].get_width() == pytest.approx(truth[index])
+        assert colours.count(colours[true]) == 1
+
+
+def test_a_dozen_of_many_labelled_images_is_shown(digits, classifier):
+    """A display of a whole test set would not fit on any page."""
+    shown = PredictionDisplay.from_estimator(classifier, digits[0], y_true=digits[1])
+    assert len(shown.axes_) == 12
+    unlabelled = PredictionDisplay.from_estimator(classifier, digits[0][:14])
+    assert len(unlabelled.axes_) == 14
+    assert len(PredictionDisplay.from_estimator(classifier, digits[0], max_images=3).axes_) == 3
+
+
+@pytest.mark.parametrize(
+    ("y_true", "message"),
+    [
+        (["digit 0"], r"^y_true must have shape \(2,\); got \(1,\)\.$"),
+        (["digit 0", "digit 11"], r"^y_true must hold classes of the classifier .* 'digit 11'"),
+        ([0, 1], r"^y_true must hold classes of the classifier .*; got 0\.$"),
+    ],
+)
+def test_labels_that_cannot_be_are_refused(digits, classifier, y_true, message):
+    """Another number of them, or others than the classes."""
+    with pytest.raises(ValueError, match=message):
+        PredictionDisplay.from_estimator(classifier, digits[0][:2], y_true=y_true)
+
+
 def test_a_backbone_predicts_its_own_categories(photograph, tmp_path):
     """Names and probabilities are those of torchvision's network, without a classifier."""
     with torch.random.fork_rng(devices=[]):

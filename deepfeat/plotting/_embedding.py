@@ -1,0 +1,234 @@
+"""`EmbeddingDisplay`: images as thumbnails on a plane."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from sklearn.decomposition import PCA
+
+from .._optional import import_optional
+from ._axes import find_axes
+from ._pictures import open_pictures
+
+_SIDE = 64  # pixels of a thumbnail
+
+
+class EmbeddingDisplay:
+    """Images on a plane: a point for each, and thumbnails where there is space for them.
+
+    It is recommended to use `from_extractor` or `from_embedding`. All parameters are stored as
+    attributes.
+
+    Parameters
+    ----------
+    embedding : ndarray of shape (n, 2)
+        Coordinates of the images.
+    thumbnails : dict of int to PIL image
+        Thumbnails, by the index of their image.
+    y : ndarray of shape (n,) or None
+        Classes of the images, or values, by which points and frames are coloured.
+
+    Attributes
+    ----------
+    figure_ : matplotlib Figure
+        Figure that contains the display.
+    ax_ : matplotlib Axes
+        Axes that contain the points.
+    points_ : matplotlib PathCollection
+        The points.
+
+    See Also
+    --------
+    NeighborsDisplay : Some images with their nearest neighbours.
+
+    Examples
+    --------
+    >>> import matplotlib.pyplot as plt
+    >>> from deepfeat import DeepFeatureExtractor
+    >>> from deepfeat.datasets import load_image_folder, write_sample_folder
+    >>> from deepfeat.plotting import EmbeddingDisplay
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as root:
+    ...     photos = load_image_folder(write_sample_folder(root))
+    ...     display = EmbeddingDisplay.from_extractor(
+    ...         DeepFeatureExtractor("resnet10_slim"), photos.data,
+    ...         y=photos.target_names[photos.target])
+    >>> display.embedding.shape
+    (126, 2)
+    >>> plt.show()  # doctest: +SKIP
+    """
+
+    __module__ = "deepfeat.plotting"  # so that pickles outlive moves
+
+    def __init__(
+        self,
+        embedding: NDArray[Any],
+        *,
+        thumbnails: dict[int, Image.Image],
+        y: NDArray[Any] | None = None,
+    ):
+        self.embedding = embedding
+        self.thumbnails = thumbnails
+        self.y = y
+
+    @classmethod
+    def from_extractor(
+        cls,
+        extractor: Any,
+        images: Any,
+        *,
+        reducer: Any = None,
+        y: ArrayLike | None = None,
+        max_thumbnails: int = 100,
+        ax: Any = None,
+    ) -> "EmbeddingDisplay":
+        """Extract features, reduce them to two dimensions and plot the images there.
+
+        Parameters
+        ----------
+        extractor : DeepFeatureExtractor or other transformer
+            Turns images into rows of features with `transform`; a fitted pipeline of transformers
+            does as well.
+        images : sequence or array of n images
+            As for `DeepFeatureExtractor`, except for flattened rows.
+        reducer : transformer, default=None
+            Has `fit_transform` and returns two columns, such as `sklearn.manifold.TSNE()` or
+            `umap.UMAP()`; None stands for `sklearn.decomposition.PCA(2)`. It is not cloned.
+        y : array of shape (n,), default=None
+            As for `from_embedding`.
+        max_thumbnails : int, default=100
+            As for `from_embedding`.
+        ax : matplotlib Axes, default=None
+            As for `plot`.
+
+        Returns
+        -------
+        display : EmbeddingDisplay
+            The plotted display.
+
+        Raises
+        ------
+        ValueError
+            If the reducer does not return two columns, or as for `from_embedding`.
+        """
+        reducer = PCA(2) if reducer is None else reducer
+        embedding = reducer.fit_transform(extractor.transform(images))
+        return cls.from_embedding(images, embedding, y=y, max_thumbnails=max_thumbnails, ax=ax)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        images: Any,
+        embedding: ArrayLike,
+        *,
+        y: ArrayLike | None = None,
+        max_thumbnails: int = 100,
+        ax: Any = None,
+    ) -> "EmbeddingDisplay":
+        """Plot images at given coordinates.
+
+        Parameters
+        ----------
+        images : sequence or array of n images
+            As for `DeepFeatureExtractor`, except for flattened rows. Only those that are shown are
+            opened.
+        embedding : array of shape (n, 2)
+            Coordinates of the images.
+        y : array of shape (n,), default=None
+            Classes of the images, or values (floats), by which points and frames are coloured.
+        max_thumbnails : int, default=100
+            Number of thumbnails at most. Those that are shown do not overlap.
+        ax : matplotlib Axes, default=None
+            As for `plot`.
+
+        Returns
+        -------
+        display : EmbeddingDisplay
+            The plotted display.
+
+        Raises
+        ------
+        ValueError
+            If the numbers of images, rows and classes differ, coordinates are not finite, or an
+            image cannot be read.
+        """
+        embedding = np.asarray(embedding, dtype=float)
+        if embedding.shape != (len(images), 2) or not np.isfinite(embedding).all():
+            raise ValueError(
+                f"embedding must be finite and of shape ({len(images)}, 2), with one row per "
+                f"image; got shape {embedding.shape}."
+            )
+        labels = None if y is None else np.asarray(y)
+        if labels is not None and labels.shape != (len(images),):
+            raise ValueError(f"y must have shape ({len(images)},); got {labels.shape}.")
+        shown = _choose_apart(embedding, max_thumbnails)
+        thumbnails = dict(zip(shown, open_pictures(images, shown, side=_SIDE), strict=True))
+        return cls(embedding, thumbnails=thumbnails, y=labels).plot(ax)
+
+    def plot(self, ax: Any = None, *, cmap: str | None = None) -> "EmbeddingDisplay":
+        """Plot the points and the thumbnails.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            The Axes to plot on. If None, a new figure is created.
+        cmap : str, default=None
+            Name of a matplotlib colour map; by default "tab10" or "tab20" for classes and
+            "viridis" for values.
+
+        Returns
+        -------
+        self : EmbeddingDisplay
+            The display itself.
+        """
+        self.figure_, (self.ax_,) = find_axes(ax, (1, 1), [np.s_[0, 0]], figsize=(8, 7))
+        colors = self._color(cmap)
+        self.points_ = self.ax_.scatter(
+            self.embedding[:, 0], self.embedding[:, 1], s=12, c=colors, linewidths=0
+        )
+        offsetbox: Any = import_optional("matplotlib.offsetbox", extra="plot")
+        for index, thumbnail in self.thumbnails.items():
+            picture = offsetbox.OffsetImage(thumbnail, zoom=30 / max(thumbnail.size))
+            frame = {"edgecolor": colors[index], "linewidth": 2}
+            self.ax_.add_artist(
+                offsetbox.AnnotationBbox(
+                    picture, self.embedding[index], pad=0, bboxprops=frame, zorder=3
+                )
+            )
+        self.ax_.set(xticks=[], yticks=[])
+        self.ax_.margins(0.06)
+        self.ax_.spines[:].set_color("lightgrey")
+        return self
+
+    def _color(self, cmap: str | None) -> NDArray[Any]:
+        """Return a colour for each image, and add a legend or a colour bar that explains it."""
+        pyplot = import_optional("matplotlib.pyplot", extra="plot")
+        if self.y is None:
+            return np.tile(pyplot.get_cmap("tab10")(7), (len(self.embedding), 1))
+        if self.y.dtype.kind == "f":
+            scale = pyplot.Normalize(self.y.min(), self.y.max())
+            mapping = pyplot.cm.ScalarMappable(scale, cmap or "viridis")
+            self.figure_.colorbar(mapping, ax=self.ax_)
+            return np.asarray(mapping.to_rgba(self.y))
+        classes, codes = np.unique(self.y, return_inverse=True)
+        palette = pyplot.get_cmap(cmap or ("tab10" if len(classes) <= 10 else "tab20"))
+        palette = palette(np.arange(len(classes)) % palette.N)
+        for name, color in zip(classes, palette, strict=True):
+            self.ax_.scatter([], [], s=40, color=color, label=str(name))
+        self.ax_.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        return np.asarray(palette[codes])
+
+
+def _choose_apart(embedding: NDArray[Any], count: int) -> list[int]:
+    """Choose up to `count` points whose thumbnails do not overlap, spread over all of them."""
+    # In widths of a thumbnail, of which 15 fit side by side.
+    extent = np.ptp(embedding, axis=0)
+    scaled = embedding / np.where(extent > 0, extent, 1) * 15
+    chosen: list[int] = []
+    for index in np.random.default_rng(0).permutation(len(embedding)):
+        if len(chosen) == count:
+            break
+        if not chosen or np.abs(scaled[chosen] - scaled[index]).max(axis=1).min() > 1:
+            chosen.append(int(index))
+    return chosen

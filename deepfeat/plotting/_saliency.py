@@ -1,10 +1,10 @@
 """`SaliencyDisplay`: where in an image a fine-tuned network sees a class."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.utils.validation import check_is_fitted
@@ -211,9 +211,6 @@ def _compute_maps(
     network: Any = extractor.backbone
     prepare: Any = extractor.preprocessing
     name, module, shape = _find_layer(network, prepare, layer)
-    for child in network.modules():
-        if hasattr(child, "inplace"):  # it would overwrite the maps that are read
-            child.inplace = False
     cam = captum.LayerGradCam(network.eval(), module)
     maps = []
     for picture, target in zip(pictures, targets, strict=True):
@@ -235,18 +232,17 @@ def _find_layer(
     """Return a layer's name and module, and the height and width of its maps."""
     table = list_layers(network, preprocessing=prepare)
     if layer is None:
-        candidates = [row for row in table if torch.Size(row.output_shape[1:]).numel() > 1]
-        row = candidates[-1]
+        row = [row for row in table if math.prod(row.output_shape[1:]) > 1][-1]
     else:
         found = [row for row in table if layer in (row.name, *row.aliases)]
         if not found:
             names = ", ".join(row.name for row in table)
             raise ValueError(f"layer must be one of {names}; got {layer!r}.")
         row = found[0]
-    if len(row.output_shape) != 3:
+    if len(row.output_shape) != 3 or row.output_shape[1:] == (1, 1):
         raise ValueError(
-            f"layer must return maps (C, H, W); {row.name!r} of {type(network).__name__} returns "
-            f"{row.output_shape}."
+            f"layer must return maps (C, H, W) with several positions; {row.name!r} of "
+            f"{type(network).__name__} returns {row.output_shape}."
         )
     modules = dict(network.named_modules())
     paths = [name for name in (row.name, *row.aliases) if name in modules]

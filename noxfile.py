@@ -112,12 +112,13 @@ def bench(session):
 
 @on_request()
 def docs(session):
-    """Build the documentation without warnings, check its links and run its examples."""
+    """Build the documentation without warnings, check its links, run its examples and README."""
     sphinx = ("-m", "sphinx", "--nitpicky", "--fail-on-warning", "-d", "docs/_build/doctrees")
     # Pages reused from an earlier build would not repeat their warnings.
     html = ("--fresh-env", "-b", "html", "docs", "docs/_build/html")
     run_python(session, *sphinx, *html, env=OFFLINE)
     run_python(session, "docs/check_links.py", "docs/_build/html")
+    run_python(session, "docs/draw_first_screen.py", "docs/_build/first_screen.png", env=OFFLINE)
     run_python(session, *sphinx, "-b", "doctest", "docs", "docs/_build/doctest", env=OFFLINE)
 
 

@@ -1,9 +1,11 @@
 """The axes that a display is plotted on, and its colours."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .._optional import import_optional
 
@@ -76,6 +78,36 @@ def find_axes(
     figure = given[0].figure
     grid = subplot.subgridspec(*shape, width_ratios=width_ratios, wspace=wspace)
     return figure, _add(figure, grid, cells)
+
+
+def find_pairs(
+    ax: Any,
+    count: int,
+    n_cols: int,
+    *,
+    size: tuple[float, float],
+    width_ratios: tuple[float, float] = (1, 1),
+    wspace: float | None = None,
+) -> "tuple[Figure | SubFigure, NDArray[Any]]":
+    """Return a figure, and the Axes of pairs, of shape (count, 2), with `n_cols` pairs per row.
+
+    `size` is that of a pair, in inches; everything else is as for `find_axes`.
+    """
+    columns = min(n_cols, count)
+    rows = math.ceil(count / columns)
+    cells = []
+    for index in range(count):
+        row, column = divmod(index, columns)
+        cells += [np.s_[row, 2 * column], np.s_[row, 2 * column + 1]]
+    figure, axes = find_axes(
+        ax,
+        (rows, 2 * columns),
+        cells,
+        figsize=(size[0] * columns, size[1] * rows),
+        width_ratios=width_ratios * columns,
+        wspace=wspace,
+    )
+    return figure, np.array(axes, dtype=object).reshape(count, 2)
 
 
 def _add(figure: "Figure | SubFigure", grid: Any, cells: Sequence[Any]) -> "list[Axes]":

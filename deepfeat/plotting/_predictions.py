@@ -1,6 +1,5 @@
 """`PredictionDisplay`: images with their most probable classes."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from deepfeat import predict_categories
 
-from ._axes import GREEN, SKY, VERMILION, find_axes
+from ._axes import GREEN, SKY, VERMILION, find_pairs
 from ._pictures import open_pictures
 
 
@@ -234,20 +233,11 @@ class PredictionDisplay:
             The display itself.
         """
         count = len(self.images)
-        columns = min(n_cols, count)
-        rows = math.ceil(count / columns)
-        cells = []
-        for index in range(count):
-            row, column = divmod(index, columns)
-            cells += [np.s_[row, 2 * column], np.s_[row, 2 * column + 1]]
-        self.figure_, axes = find_axes(
-            ax,
-            (rows, 2 * columns),
-            cells,
-            figsize=(5 * columns, rows * (0.5 + 0.28 * max(5, *map(len, self.predictions)))),
-            width_ratios=(4, 5) * columns,
+        height = 0.5 + 0.28 * max(5, *map(len, self.predictions))
+        self.axes_: NDArray[Any]
+        self.figure_, self.axes_ = find_pairs(
+            ax, count, n_cols, size=(5, height), width_ratios=(4, 5)
         )
-        self.axes_: NDArray[Any] = np.array(axes, dtype=object).reshape(count, 2)
         truths = [None] * count if self.y_true is None else self.y_true
         for (left, right), image, pairs, truth in zip(
             self.axes_, self.images, self.predictions, truths, strict=True

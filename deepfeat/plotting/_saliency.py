@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.utils.validation import check_is_fitted
-from torch import nn
 
 from deepfeat import DeepFeatureExtractor, FineTuneClassifier, list_layers
 
 from .._optional import import_optional
-from ._axes import find_axes
+from ._axes import find_pairs
 from ._pictures import open_pictures
 
 
@@ -157,17 +156,10 @@ class SaliencyDisplay:
         self : SaliencyDisplay
             The display itself.
         """
-        count = len(self.images)
-        columns = min(n_cols, count)
-        rows = -(-count // columns)
-        cells = []
-        for index in range(count):
-            row, column = divmod(index, columns)
-            cells += [np.s_[row, 2 * column], np.s_[row, 2 * column + 1]]
-        self.figure_, axes = find_axes(
-            ax, (rows, 2 * columns), cells, figsize=(4 * columns, 2.3 * rows), wspace=0.05
+        self.axes_: NDArray[Any]
+        self.figure_, self.axes_ = find_pairs(
+            ax, len(self.images), n_cols, size=(4, 2.3), wspace=0.05
         )
-        self.axes_: NDArray[Any] = np.array(axes, dtype=object).reshape(count, 2)
         for (left, right), image, values, title in zip(
             self.axes_, self.images, self.maps, self.titles, strict=True
         ):
@@ -226,9 +218,7 @@ def _compute_maps(
     return np.stack(maps)
 
 
-def _find_layer(
-    network: nn.Module, prepare: Any, layer: str | None
-) -> tuple[str, nn.Module, tuple[int, ...]]:
+def _find_layer(network: Any, prepare: Any, layer: str | None) -> tuple[str, Any, tuple[int, ...]]:
     """Return a layer's name and module, and the height and width of its maps."""
     table = list_layers(network, preprocessing=prepare)
     if layer is None:

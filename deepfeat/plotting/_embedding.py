@@ -12,6 +12,7 @@ from ._axes import find_axes
 from ._pictures import open_pictures
 
 _SIDE = 64  # pixels of a thumbnail
+_PER_SIDE = 13  # how many thumbnails fit side by side
 
 
 class EmbeddingDisplay:
@@ -188,8 +189,11 @@ class EmbeddingDisplay:
             self.embedding[:, 0], self.embedding[:, 1], s=12, c=colors, linewidths=0
         )
         offsetbox: Any = import_optional("matplotlib.offsetbox", extra="plot")
+        # The points do not reach the edges of the Axes, and thumbnails have frames: 1.2.
+        extent = self.ax_.get_window_extent()
+        side = min(extent.width, extent.height) / self.figure_.dpi * 72 / _PER_SIDE / 1.2  # points
         for index, thumbnail in self.thumbnails.items():
-            picture = offsetbox.OffsetImage(thumbnail, zoom=30 / max(thumbnail.size))
+            picture = offsetbox.OffsetImage(thumbnail, zoom=side / max(thumbnail.size))
             frame = {"edgecolor": colors[index], "linewidth": 2}
             self.ax_.add_artist(
                 offsetbox.AnnotationBbox(
@@ -222,9 +226,9 @@ class EmbeddingDisplay:
 
 def _choose_apart(embedding: NDArray[Any], count: int) -> list[int]:
     """Choose up to `count` points whose thumbnails do not overlap, spread over all of them."""
-    # In widths of a thumbnail, of which 15 fit side by side.
+    # In widths of a thumbnail.
     extent = np.ptp(embedding, axis=0)
-    scaled = embedding / np.where(extent > 0, extent, 1) * 15
+    scaled = embedding / np.where(extent > 0, extent, 1) * _PER_SIDE
     chosen: list[int] = []
     for index in np.random.default_rng(0).permutation(len(embedding)):
         if len(chosen) == count:

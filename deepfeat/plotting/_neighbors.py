@@ -206,7 +206,8 @@ class NeighborsDisplay:
                 axis.spines[:].set_visible(False)
             row[0].spines[:].set(visible=True, color=BLUE, linewidth=3)
             for axis, distance in zip(row[1:], distances, strict=True):
-                axis.set_title(f"{distance:.3g}", fontsize="medium", pad=3)
+                # Rounded, since duplicates are rarely at exactly zero.
+                axis.set_title(f"{round(distance, 6):.3g}", fontsize="medium", pad=3)
         self.axes_[0, 0].set_title("query", fontsize="medium", pad=3, color=BLUE)
         return self
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from matplotlib import colors, offsetbox
+from matplotlib import pyplot as plt
 from numpy.testing import assert_allclose
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -41,10 +42,12 @@ def test_points_are_where_the_reducer_puts_them(images, reducer):
     assert_allclose(display.points_.get_offsets(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_thumbnails_lie_on_their_points_and_do_not_overlap(images):
-    """Each shows its image, and as many are shown as there is space for."""
+@pytest.mark.parametrize("shape", [None, (2, 2), (1, 3), (1, 1)])
+def test_thumbnails_lie_on_their_points_and_do_not_overlap(images, shape):
+    """Each shows its image, and as many are shown as there is space for, whatever the Axes."""
     points = np.random.default_rng(1).normal(size=(100, 2))
-    display = EmbeddingDisplay.from_embedding(images, points)
+    ax = None if shape is None else plt.figure(figsize=(6, 5)).subplots(*shape, squeeze=False)[0, 0]
+    display = EmbeddingDisplay.from_embedding(images, points, ax=ax)
     assert 15 < len(display.thumbnails) < 100
     boxes = find_boxes(display)
     for index, (number, thumbnail) in enumerate(display.thumbnails.items()):

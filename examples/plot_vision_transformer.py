@@ -6,7 +6,7 @@ A transformer cuts an image into patches and computes one token for each of them
 networks, a class token for the whole image. This example lists the layers of a transformer,
 searches over the ways to turn its tokens into one row, and draws the tokens as a picture.
 
-timm has hundreds of transformers (``pip install 'deepfeat[timm]'``), but their weights have to be
+timm has hundreds of transformers (``pip install ".[timm]"``), but their weights have to be
 downloaded. So that this page can be built offline, a tiny transformer with random weights stands in
 for a real one: the code is the same, but its scores say nothing about transformers. For real
 features, leave out ``weights=None`` and choose one of the

@@ -2,7 +2,7 @@
 
 import argparse
 import csv
-import functools
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,12 +12,18 @@ from sklearn.feature_extraction.image import extract_patches_2d
 from sklearn.utils import Bunch
 
 from deepfeat import list_layers
-from deepfeat.datasets._folders import load_image_folder
-from deepfeat.datasets._scene15 import fetch_scene15, load_scene15
+from deepfeat.datasets import fetch_scene15, load_image_folder, load_scene15
 
 BUNDLED = "resnet10_slim"  # its weights come with deepfeat
 QUICK_PER_CLASS = 10
 QUICK_SIZE = 96
+QUICK_NOTE = "quick trial: the results are meaningless"
+
+# Columns of accuracies, and how figures name and draw them.
+STYLES = {
+    "accuracy %": {"label": "● here", "marker": "o", "color": "#0072B2"},
+    "report %": {"label": "◆ report", "marker": "D", "color": "#D55E00"},
+}
 
 
 def parse_arguments(description, *, backbones, quick_backbones=(BUNDLED,)):
@@ -48,10 +54,16 @@ def parse_arguments(description, *, backbones, quick_backbones=(BUNDLED,)):
         "--quick",
         action="store_true",
         help="try the script on a few small images, with random weights unless some are given; the "
-        "results are meaningless",
+        "results are meaningless, which the figures and the names of the files say",
     )
-    parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for tables and figures, by default report, or report-quick with --quick",
+    )
     args = parser.parse_args()
+    args.out = args.out or Path("report-quick" if args.quick else "report")
     args.backbones = args.backbones or list(quick_backbones if args.quick else backbones)
     unclear = [entry for entry in args.weights if not all(entry.partition("="))]
     if unclear:
@@ -68,7 +80,7 @@ def load_images(args):
     """Load images with a split: 15-Scene, or with --quick a few images."""
     if args.quick:
         images = load_few(args.data)
-        name = "--quick, meaningless results"
+        name = QUICK_NOTE
     elif args.data is None:
         images = fetch_scene15(split=args.split or "random", random_state=0)
         name = f"15-Scene, {args.split or 'random'} split"
@@ -129,7 +141,7 @@ def make_row(names, accuracy, reported):
     }
 
 
-def write_table(rows, path):
+def write_table(args, rows, file):
     """Print rows (dicts with the same keys) as a table, and write them to a CSV file."""
     columns = list(rows[0])
     cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
@@ -137,41 +149,56 @@ def write_table(rows, path):
     print()
     for line in cells:
         print("  ".join(map(str.ljust, line, widths)).rstrip())
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(cells)
+    with find_path(args, file).open("w", newline="", encoding="utf-8") as opened:
+        csv.writer(opened).writerows(cells)
 
 
-def save_figure(figure, path):
-    figure.savefig(path, dpi=150)
+def save_figure(args, figure, file):
+    """Save a figure, with a note above it if it is of a quick trial."""
+    if args.quick:
+        note = {"color": "white", "backgroundcolor": "firebrick", "weight": "bold"}
+        figure.text(0.5, 1.03, QUICK_NOTE, ha="center", va="bottom", **note)
+    path = find_path(args, file)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     print(f"wrote {path}")
 
 
+def find_path(args, file):
+    """Return the path of a file to write, whose name says so if it is of a quick trial."""
+    path = args.out / file
+    return path.with_stem(f"{path.stem}-quick") if args.quick else path
+
+
 def draw_rows(rows, title):
-    """Draw the accuracy of each row as a bar, with the report's as a mark; return the figure."""
-    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.35 * len(rows)), layout="constrained")
-    for column, draw in (
-        (
-            "accuracy %",
-            functools.partial(axes.barh, height=0.6, color="lightsteelblue", label="here"),
-        ),
-        ("report %", functools.partial(_mark, axes)),
-    ):
-        known = [i for i, row in enumerate(rows) if row[column]]
-        if known:
-            draw(known, [float(rows[i][column]) for i in known])
-    for i, row in enumerate(rows):
-        if row["accuracy %"]:
-            axes.text(1, i, row["accuracy %"], va="center")
+    """Draw the accuracy of each row, here and in the report, as dots; return the figure."""
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.3 * len(rows)), layout="constrained")
+    drawn = []
+    for column, style in STYLES.items():
+        known = {i: float(row[column]) for i, row in enumerate(rows) if row[column]}
+        axes.plot(known.values(), known.keys(), linestyle="", clip_on=False, zorder=3, **style)
+        drawn += known.values()
     names = [
-        ", ".join(str(value) for column, value in row.items() if not column.endswith("%") and value)
+        ", ".join(str(value) for column, value in row.items() if column not in STYLES and value)
         for row in rows
     ]
     axes.set_yticks(range(len(rows)), names)
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel="accuracy in %", title=title)
-    figure.legend(loc="outside right upper")
+    axes.set(xlim=find_limits(drawn), ylim=(len(rows) - 0.5, -0.5))
+    axes.locator_params(axis="x", nbins=15, steps=[1, 5, 10])
+    axes.set(xlabel="accuracy in %", title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    write_beside(axes, rows)
     return figure
 
 
-def _mark(axes, positions, values):
-    axes.plot(values, positions, "D", color="black", label="report")
+def find_limits(accuracies):
+    """Return the limits of an axis: 85 to 95 %, and as much more as the accuracies need."""
+    return 5 * math.floor(min([85, *accuracies]) / 5), 5 * math.ceil(max([95, *accuracies]) / 5)
+
+
+def write_beside(axes, rows):
+    """Write the accuracies to the right of the axes, in columns whose heads are the legend."""
+    for x, (column, style) in zip((1.14, 1.3), STYLES.items(), strict=True):
+        for y, text in enumerate([style["label"], *(row[column] for row in rows)], start=-1):
+            beside = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
+            axes.text(x, y, text, color=style["color"], **beside)

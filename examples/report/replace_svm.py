@@ -35,10 +35,10 @@ for backbone in args.backbones:
     rows.append(make_row({"backbone": backbone}, accuracy, REPORT.get(backbone)))
     display = LearningCurveDisplay.from_estimator(classifier)
     display.figure_.suptitle(f"{backbone}, ReLU and a linear layer appended")
-    save_figure(display.figure_, args.out / f"replace_svm_{backbone}.png")
+    save_figure(args, display.figure_, f"replace_svm_{backbone}.png")
 for backbone in [name for name in REPORT if name not in args.backbones]:
     rows.append(make_row({"backbone": backbone}, None, REPORT[backbone]))
 
-write_table(rows, args.out / "replace_svm.csv")
+write_table(args, rows, "replace_svm.csv")
 figure = draw_rows(rows, f"ReLU and a linear layer after the scores, {epochs} epochs")
-save_figure(figure, args.out / "replace_svm.png")
+save_figure(args, figure, "replace_svm.png")

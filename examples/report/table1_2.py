@@ -78,11 +78,11 @@ for backbone in args.backbones:
             best_c = {"best C": f"{CS[scores.argmax()]:g}"}
             reported = REPORT.get((backbone, table, layer))
             best.append(make_row(names | best_c, scores.max(), reported))
-        write_table(grid, args.out / f"table{table}_{backbone}.csv")
-    save_figure(figure, args.out / f"table1_2_{backbone}.png")
+        write_table(args, grid, f"table{table}_{backbone}.csv")
+    save_figure(args, figure, f"table1_2_{backbone}.png")
 
 if "vgg16" not in args.backbones:
     for (backbone, table, layer), reported in REPORT.items():
         names = {"backbone": backbone, "table": table, "layer": layer, "best C": ""}
         best.append(make_row(names, None, reported))
-write_table(best, args.out / "table1_2.csv")
+write_table(args, best, "table1_2.csv")

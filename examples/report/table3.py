@@ -43,6 +43,6 @@ for backbone in [name for name in REPORT if name not in args.backbones]:
     names = {"backbone": backbone, "layer": find_penultimate(backbone)}
     rows.append(make_row(names, None, REPORT[backbone]))
 
-write_table(rows, args.out / "table3.csv")
+write_table(args, rows, "table3.csv")
 figure = draw_rows(rows, "LinearSVC (C = 1) on penultimate features, L2 norm")
-save_figure(figure, args.out / "table3.png")
+save_figure(args, figure, "table3.png")

@@ -1,5 +1,7 @@
 """Table 4 of the report: networks fine-tuned from different blocks on."""
 
+import time
+
 from _report import (
     choose_network,
     draw_rows,
@@ -52,15 +54,16 @@ for backbone in args.backbones:
             verbose=not args.quick,
             **choose_network(args, backbone),
         )
+        start = time.perf_counter()
         classifier.fit(X[images.train], y[images.train])
         accuracy = classifier.score(X[images.test], y[images.test])
-        print(
-            f"{backbone}, {block}: {100 * accuracy:.2f} %"
-        )  # at once, as the next one may take long
+        seconds = time.perf_counter() - start
+        # At once, as the next one may take long.
+        print(f"{backbone}, {block}: {100 * accuracy:.2f} % in {seconds:.0f} s", flush=True)
         rows.append(make_row({"backbone": backbone, "unfrozen from": block}, accuracy, figure))
 for backbone in [name for name in REPORT if name not in args.backbones]:
     for block, figure in zip(BLOCKS, REPORT[backbone], strict=True):
         rows.append(make_row({"backbone": backbone, "unfrozen from": block}, None, figure))
 
-write_table(rows, args.out / "table4.csv")
-save_figure(draw_rows(rows, f"Fine-tuned, {epochs} epochs"), args.out / "table4.png")
+write_table(args, rows, "table4.csv")
+save_figure(args, draw_rows(rows, f"Fine-tuned, {epochs} epochs"), "table4.png")

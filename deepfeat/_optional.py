@@ -1,6 +1,7 @@
 """Imports of optional packages, with errors that say what to install."""
 
 import importlib
+import re
 from importlib import metadata
 from typing import Any
 
@@ -31,5 +32,5 @@ def _list_requirements(extra: str) -> str:
     return " ".join(
         f"'{required.strip()}'"
         for required, marker in pairs
-        if marker.strip().replace('"', "'") == f"extra == '{extra}'"
+        if re.search(rf"extra\s*==\s*['\"]{extra}['\"]", marker)
     )

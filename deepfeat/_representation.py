@@ -1,5 +1,6 @@
 """How estimators present themselves: a short text, and a link from HTML to the documentation."""
 
+import contextlib
 import functools
 from importlib import metadata
 from typing import Any
@@ -16,14 +17,9 @@ class Representation(BaseEstimator):
         backbone = params.get("backbone")
         if isinstance(backbone, nn.Module):
             params["backbone"] = _Plain(f"{type(backbone).__name__}(...)")
-
-        @functools.wraps(type(self).__init__)
-        def keep(shown: Any, **params: Any) -> None:
-            vars(shown).update(params)
-
-        # scikit-learn breaks the lines only of classes that leave `__repr__` as it is.
-        kind = type(type(self).__name__, (BaseEstimator,), {"__init__": keep})
-        return str(BaseEstimator.__repr__(kind(**params), N_CHAR_MAX))
+        shown: Any = object.__new__(type(self))
+        vars(shown).update(params)
+        return str(BaseEstimator.__repr__(shown, N_CHAR_MAX))
 
     def _get_doc_link(self) -> str:
         """Return the address of the page of this class, for which scikit-learn asks."""
@@ -31,6 +27,14 @@ class Representation(BaseEstimator):
         if not root or type(self).__module__ != "deepfeat":  # a class of the user has no page
             return ""
         return f"{root.rstrip('/')}/_generated/deepfeat.{type(self).__name__}.html"
+
+
+with contextlib.suppress(ImportError, AttributeError):
+    # scikit-learn breaks the lines of estimators that have the method of BaseEstimator, which it
+    # looks up here; without this, parts of pipelines and searches would be shown on one line.
+    from sklearn.utils._pprint import _EstimatorPrettyPrinter as _Printer
+
+    _Printer._dispatch[Representation.__repr__] = _Printer._pprint_estimator
 
 
 class _Plain(str):

@@ -10,6 +10,7 @@ For more images than fit into memory, :class:`~deepfeat.arrow.FeatureBatch` adds
 batch by batch, and :func:`deepfeat.ray.extract` does so on many machines.
 """
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -43,10 +44,10 @@ table = pa.table(
         "class": photos.target_names[photos.target],
         "features": pa.FixedSizeListArray.from_arrays(features.ravel(), features.shape[1]),
     }
-).replace_schema_metadata({"extractor": repr(extractor)})
+).replace_schema_metadata({"extractor": json.dumps(extractor.get_params(), default=str)})
 file = Path(folder.name, "features.parquet")
 pq.write_table(table, file)
-print(table.schema)
+print(table.schema.to_string(show_schema_metadata=False))
 print(f"{len(table)} rows, {file.stat().st_size:,} bytes")
 
 # %%
@@ -57,7 +58,8 @@ print(f"{len(table)} rows, {file.stat().st_size:,} bytes")
 
 again = pq.read_table(file)
 rows = again["features"].combine_chunks().flatten().to_numpy().reshape(len(again), -1)
-print(again.schema.metadata[b"extractor"].decode())
+params = json.loads(again.schema.metadata[b"extractor"])
+print({name: params[name] for name in ("backbone", "layer", "pooling", "norm")})
 print("the same:", np.array_equal(rows, features))
 
 # %%

@@ -52,6 +52,7 @@ def parse_arguments():
     parser.add_argument("--jobs", type=int, default=1, help="processes, with a folder as --cache")
     parser.add_argument("--cache", default="memory", help="a folder keeps the features")
     args = parser.parse_args()
+    args.backbones = list(dict.fromkeys(args.backbones))  # each once
     unclear = [entry for entry in args.weights if not all(entry.partition("="))]
     if unclear:
         parser.error(f"--weights must have the form BACKBONE=WEIGHTS; got {unclear[0]}.")
@@ -84,7 +85,9 @@ def find_choices(extractor, images):
     blocks = [layer.name for layer in layers if layer.kind == kind][-BLOCKS:]
     try:
         extractor.set_params(layer=last, pooling="cls").fit(images[:1])
-    except ValueError:  # there is no class token
+    except ValueError as error:
+        if "class token" not in str(error):
+            raise
         return [last, blocks], ["avg"]
     return [last, blocks], ["cls", ["cls", "avg"]]
 
@@ -137,10 +140,11 @@ with tempfile.TemporaryDirectory() as samples:
     print(f"{len(split[0])} training and {len(split[1])} test images of {len(set(labels))} classes")
     rows = [row for backbone in args.backbones for row in probe(backbone, args, split)]
 
-widths = [max(len(row[column]) for row in rows) for column in (1, 2, 3)]
 titles = ("backbone", "layer", "pooling")
-head = "  ".join(title.ljust(width) for title, width in zip(titles, widths, strict=True))
-print(f"\n{head}  {'C':>8}  accuracy in {args.folds} folds")
+lines = [(*titles, "C", f"accuracy in {args.folds} folds")]
 for score, *names, c in sorted(rows, reverse=True):
-    line = "  ".join(name.ljust(width) for name, width in zip(names, widths, strict=True))
-    print(f"{line}  {c:8.3g}  {score:.1%}")
+    lines.append((*names, f"{c:.3g}", f"{score:.1%}"))
+widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+print()
+for line in lines:
+    print("  ".join(map(str.ljust, line, widths)).rstrip())

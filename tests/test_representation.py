@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 from torch import nn
@@ -45,6 +46,21 @@ def test_the_text_of_a_trained_extractor_is_short():
         "DeepFeatureExtractor(backbone=SlimResNet(...),"
         "preprocessing=Preprocessing(input_shape=(3,32,32)))"
     )
+
+
+def test_parts_of_pipelines_and_searches_are_broken_into_lines():
+    """As those of scikit-learn are."""
+    extractor = DeepFeatureExtractor(
+        "resnet18", ["layer1", "layer2", "layer3"], pooling=["avg", "max"], norm="max"
+    )
+    grid = {"deepfeatureextractor__norm": ["l2", None]}
+    for whole in (
+        make_pipeline(extractor, LinearSVC()),
+        GridSearchCV(make_pipeline(extractor, LinearSVC()), grid),
+        GridSearchCV(extractor, {"layer": [1]}),
+    ):
+        assert all(len(line) <= 82 for line in repr(whole).splitlines())
+    assert "estimator=DeepFeatureExtractor(" in repr(whole)
 
 
 def test_subclasses_are_shown_by_their_own_name_and_parameters():

@@ -16,7 +16,6 @@ from sklearn.base import TransformerMixin
 from sklearn.preprocessing import normalize
 from sklearn.utils import Tags
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .._backbones.find import Backbone, find_backbone
 from .._backbones.fingerprint import UnknownContentError
@@ -31,6 +30,7 @@ from .._images.tables import find_records, tag_images
 from .._layers.index import LayerIndex, LayerTable, ResolvedLayer
 from .._layers.pooling import PooledLayer, Pooling, map_shape, pool_layer
 from .._parameters import check_device, check_parameters
+from .._progress import tqdm
 from .._representation import Representation
 from .readers import EngineName, check_engine, index_layers
 from .rows import MEMORY, ExtractionSpec, read_maps, read_rows

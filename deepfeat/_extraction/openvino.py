@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from .._backbones.fingerprint import UnknownContentError
 from .._backbones.preprocessing import Preprocessing
 from .._engine.devices import Outputs, Precision, limit_part
 from .._layers.inference import is_close
 from .._optional import import_optional
+from .._progress import tqdm
 
 # A folder in which converted networks are kept for other processes.
 FOLDER_VARIABLE = "DEEPFEAT_OPENVINO_DIR"

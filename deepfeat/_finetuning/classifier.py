@@ -17,7 +17,6 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .._backbones.find import Backbone, find_backbone
 from .._backbones.fingerprint import UnknownContentError
@@ -38,6 +37,7 @@ from .._images.records import Record
 from .._images.tables import find_records, tag_images
 from .._layers.index import LayerNotFoundError
 from .._parameters import check_device, check_parameter, check_parameters
+from .._progress import tqdm
 from .._representation import Representation
 from .augmentation import Augment, count_views
 from .callbacks import CallbackSupport, Tasks, with_callbacks

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .._backbones.preprocessing import Preprocessing
 from .._engine.threads import attempt
 from .._images.records import Record
 from .._layers.index import LayerIndex
+from .._progress import tqdm
 from .augmentation import Augment, count_views
 from .checkpoints import Checkpoint
 from .cutting import Cut, find_cut

@@ -1,6 +1,7 @@
 """A small folder of photographs that needs no download."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from PIL import Image
@@ -56,11 +57,21 @@ def write_sample_folder(root: str | os.PathLike[str]) -> Path:
     >>> len(photos.data), photos.target_names.tolist()
     (126, ['leaves', 'palace', 'petals', 'sky', 'trees'])
     """
-    root = Path(root).expanduser()
-    if root.exists() and any(root.iterdir()):
-        raise FileExistsError(
-            f"root must be missing or empty; {str(root)!r} is a folder with files."
-        )
+    root = Path(root).expanduser().resolve()
+    if root.exists():
+        if any(root.iterdir()):
+            raise FileExistsError(f"root must be missing or empty; {str(root)!r} has files.")
+        root.rmdir()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # The folder appears once it is complete.
+    with tempfile.TemporaryDirectory(prefix=".deepfeat-", dir=root.parent) as scratch:
+        photos = Path(scratch, "photos")
+        _write(photos)
+        photos.rename(root)
+    return root
+
+
+def _write(root: Path) -> None:
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     for name, regions in _REGIONS.items():
         folder = root / name
@@ -68,7 +79,6 @@ def write_sample_folder(root: str | os.PathLike[str]) -> Path:
         boxes = [(number, box) for number, region in regions for box in _divide(*region)]
         for index, (number, box) in enumerate(boxes):
             photographs[number].crop(box).save(folder / f"{index:02}.png")
-    return root
 
 
 def _divide(left: int, top: int, right: int, bottom: int) -> list[tuple[int, int, int, int]]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._optional import import_optional
+from ._checks import check_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,6 +94,7 @@ def find_pairs(
 
     `size` is that of a pair, in inches; everything else is as for `find_axes`.
     """
+    check_count("n_cols", n_cols)
     columns = min(n_cols, count)
     rows = math.ceil(count / columns)
     cells = []

@@ -1,5 +1,7 @@
 """`EmbeddingDisplay`: images as thumbnails on a plane."""
 
+import math
+import re
 from typing import Any
 
 import numpy as np
@@ -7,11 +9,15 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from sklearn.decomposition import PCA
 
+from .._images.records import as_records
 from .._optional import import_optional
-from ._axes import find_axes
+from ._axes import GREY, find_axes
+from ._checks import check_count, extract_rows
 from ._pictures import open_pictures
 
 _SIDE = 64  # pixels of a thumbnail
+_MOST_COLORS = 20  # of classes that a palette tells apart
+_MOST_ENTRIES = 60  # of a legend
 _PER_SIDE = 13  # how many thumbnails fit side by side
 
 
@@ -114,7 +120,7 @@ class EmbeddingDisplay:
             If the reducer does not return two columns, or as for `from_embedding`.
         """
         reducer = PCA(2) if reducer is None else reducer
-        embedding = reducer.fit_transform(extractor.transform(images))
+        embedding = reducer.fit_transform(extract_rows(extractor, images))
         return cls.from_embedding(images, embedding, y=y, max_thumbnails=max_thumbnails, ax=ax)
 
     @classmethod
@@ -137,7 +143,8 @@ class EmbeddingDisplay:
         embedding : array of shape (n, 2)
             Coordinates of the images.
         y : array of shape (n,), default=None
-            Classes of the images, or values (floats), by which points and frames are coloured.
+            Classes of the images, or values (floats, or more than 20 different ints), by which
+            points and frames are coloured. Those without one (None or NaN) are grey.
         max_thumbnails : int, default=100
             Number of thumbnails at most. Those that are shown do not overlap.
         ax : matplotlib Axes, default=None
@@ -154,15 +161,17 @@ class EmbeddingDisplay:
             If the numbers of images, rows and classes differ, coordinates are not finite, or an
             image cannot be read.
         """
+        check_count("max_thumbnails", max_thumbnails, smallest=0)
+        count = len(as_records(images))
         embedding = np.asarray(embedding, dtype=float)
-        if embedding.shape != (len(images), 2) or not np.isfinite(embedding).all():
+        if embedding.shape != (count, 2) or not np.isfinite(embedding).all():
             raise ValueError(
-                f"embedding must be finite and of shape ({len(images)}, 2), with one row per "
-                f"image; got shape {embedding.shape}."
+                f"embedding must be finite and of shape ({count}, 2), with one row per image; got "
+                f"shape {embedding.shape}."
             )
         labels = None if y is None else np.asarray(y)
-        if labels is not None and labels.shape != (len(images),):
-            raise ValueError(f"y must have shape ({len(images)},); got {labels.shape}.")
+        if labels is not None and labels.shape != (count,):
+            raise ValueError(f"y must have shape ({count},); got {labels.shape}.")
         shown = _choose_apart(embedding, max_thumbnails)
         thumbnails = dict(zip(shown, open_pictures(images, shown, side=_SIDE), strict=True))
         return cls(embedding, thumbnails=thumbnails, y=labels).plot(ax)
@@ -206,22 +215,50 @@ class EmbeddingDisplay:
         return self
 
     def _color(self, cmap: str | None) -> NDArray[Any]:
-        """Return a colour for each image, and add a legend or a colour bar that explains it."""
+        """Return a colour for each image, and add a legend or a colour bar that explains them."""
         pyplot = import_optional("matplotlib.pyplot", extra="plot")
+        colors = np.tile(pyplot.cm.colors.to_rgba(GREY), (len(self.embedding), 1))
         if self.y is None:
-            return np.tile(pyplot.get_cmap("tab10")(7), (len(self.embedding), 1))
-        if self.y.dtype.kind == "f":
-            scale = pyplot.Normalize(self.y.min(), self.y.max())
-            mapping = pyplot.cm.ScalarMappable(scale, cmap or "viridis")
-            self.figure_.colorbar(mapping, ax=self.ax_)
-            return np.asarray(mapping.to_rgba(self.y))
-        classes, codes = np.unique(self.y, return_inverse=True)
-        palette = pyplot.get_cmap(cmap or ("tab10" if len(classes) <= 10 else "tab20"))
-        palette = palette(np.arange(len(classes)) % palette.N)
-        for name, color in zip(classes, palette, strict=True):
-            self.ax_.scatter([], [], s=40, color=color, label=str(name))
-        self.ax_.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-        return np.asarray(palette[codes])
+            return colors
+        known = np.array([value is not None and value == value for value in self.y.tolist()])
+        classes, codes = np.unique(self.y[known], return_inverse=True)
+        if self.y.dtype.kind == "f" or (self.y.dtype.kind in "iu" and len(classes) > _MOST_COLORS):
+            colors[known] = self._color_values(classes, cmap or "viridis")[codes]
+        else:
+            colors[known] = self._color_classes(classes, cmap)[codes]
+        return colors
+
+    def _color_values(self, values: NDArray[Any], cmap: str) -> NDArray[Any]:
+        """Return a colour for each value, in ascending order, and add a colour bar."""
+        pyplot = import_optional("matplotlib.pyplot", extra="plot")
+        finite = values[np.isfinite(values)]
+        scale = pyplot.Normalize(*finite[[0, -1]]) if len(finite) else None
+        mapping = pyplot.cm.ScalarMappable(scale, cmap)
+        self.figure_.colorbar(mapping, ax=self.ax_)
+        return np.asarray(mapping.to_rgba(values))
+
+    def _color_classes(self, classes: NDArray[Any], cmap: str | None) -> NDArray[Any]:
+        """Return a colour for each class, and add a legend, unless there are very many."""
+        pyplot = import_optional("matplotlib.pyplot", extra="plot")
+        count = len(classes)
+        few = "tab10" if count <= 10 else "tab20"
+        palette = pyplot.get_cmap(cmap or (few if count <= _MOST_COLORS else "turbo"))
+        steps = np.arange(count)
+        is_list = palette.N <= _MOST_COLORS
+        colors = palette(steps % palette.N if is_list else steps / max(1, count - 1))
+        if count <= _MOST_ENTRIES:
+            legend = self.ax_.legend(
+                [self.ax_.scatter([], [], s=40, color=color) for color in colors],
+                # A label that begins with an underscore would be left out.
+                [re.sub("^_", "\N{ZERO WIDTH SPACE}_", str(name)) for name in classes],
+                loc="upper left",
+                bbox_to_anchor=(1, 1),
+                frameon=False,
+                ncols=math.ceil(count / 30),
+            )
+            for text in legend.get_texts():
+                text.set_parse_math(False)
+        return np.asarray(colors)
 
 
 def _choose_apart(embedding: NDArray[Any], count: int) -> list[int]:

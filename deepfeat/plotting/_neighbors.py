@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
 from ._axes import BLUE, find_axes
+from ._checks import check_count, extract_rows
 from ._pictures import open_pictures
 
 _SIDE = 224  # pixels of a picture
@@ -26,7 +27,7 @@ class NeighborsDisplay:
     queries : list of n PIL images
         The query images.
     neighbors : list of n lists of k PIL images
-        The neighbours of each query, the nearest first.
+        The neighbours of each query, the nearest first; None for none.
     distances : ndarray of shape (n, k)
         Their distances.
     indices : ndarray of shape (n, k)
@@ -65,7 +66,7 @@ class NeighborsDisplay:
         self,
         queries: Sequence[Image.Image],
         *,
-        neighbors: Sequence[Sequence[Image.Image]],
+        neighbors: Sequence[Sequence[Image.Image | None]],
         distances: NDArray[Any],
         indices: NDArray[Any],
     ):
@@ -95,7 +96,8 @@ class NeighborsDisplay:
         images : sequence or array of n images
             As for `DeepFeatureExtractor`, except for flattened rows. The neighbours are among them.
         queries : sequence of int, or sequence or array of images
-            Indices of images, each of which is not its own neighbour, or other images.
+            Indices of images, each of which is not its own neighbour; or other images, as for
+            `images`.
         n_neighbors : int, default=5
             Number of neighbours.
         metric : str, default="cosine"
@@ -113,12 +115,19 @@ class NeighborsDisplay:
         ValueError
             If there are fewer than `n_neighbors` neighbours, or an index or image is invalid.
         """
-        rows = extractor.transform(images)
+        check_count("n_neighbors", n_neighbors)
+        rows = extract_rows(extractor, images)
         chosen = _as_indices(queries, len(rows))
+        most = len(rows) - (chosen is not None)
+        if n_neighbors > most:
+            raise ValueError(
+                f"n_neighbors must be at most {most}, the number of other images; got "
+                f"{n_neighbors}."
+            )
         search = NearestNeighbors(metric=metric).fit(rows)
         if chosen is None:
-            pictures = open_pictures(queries, side=_SIDE)
-            found = search.kneighbors(extractor.transform(queries), n_neighbors)
+            pictures = open_pictures(queries, side=_SIDE, name="queries")
+            found = search.kneighbors(extract_rows(extractor, queries), n_neighbors)
             distances, indices = found
         else:
             pictures = open_pictures(images, chosen, side=_SIDE)
@@ -140,8 +149,8 @@ class NeighborsDisplay:
             The images among which the neighbours were searched; only those found are opened.
         distances : array of shape (n, k)
             Distances of the neighbours, as `NearestNeighbors.kneighbors` returns them.
-        indices : array of shape (n, k)
-            Indices of the neighbours.
+        indices : int array of shape (n, k)
+            Indices of the neighbours; -1 for none, as in FAISS.
         ax : matplotlib Axes or sequence of Axes, default=None
             As for `plot`.
 
@@ -153,14 +162,18 @@ class NeighborsDisplay:
         Raises
         ------
         ValueError
-            If the shapes do not match, or an image cannot be read.
+            If the shapes do not match, an index is not one of an image, or an image cannot be read.
         """
-        pictures = open_pictures(queries, side=_SIDE)
+        pictures = open_pictures(queries, side=_SIDE, name="queries")
         distances, indices = np.asarray(distances), np.asarray(indices)
         if distances.shape != indices.shape or indices.ndim != 2 or len(indices) != len(pictures):
             raise ValueError(
                 f"distances and indices must both have shape ({len(pictures)}, k), with one row "
                 f"per query; got {distances.shape} and {indices.shape}."
+            )
+        if indices.dtype.kind not in "iu" or not ((indices >= -1) & (indices < len(images))).all():
+            raise ValueError(
+                f"indices must be ints from 0 to {len(images) - 1}, or -1; got {indices.tolist()}."
             )
         return cls._open(pictures, images, distances, indices).plot(ax)
 
@@ -173,9 +186,9 @@ class NeighborsDisplay:
         indices: NDArray[Any],
     ) -> "NeighborsDisplay":
         """Open the neighbours, each once."""
-        needed = np.unique(indices)
+        needed = np.unique(indices[indices >= 0])
         opened = dict(zip(needed, open_pictures(images, needed, side=_SIDE), strict=True))
-        neighbors = [[opened[index] for index in row] for row in indices]
+        neighbors = [[opened.get(index) for index in row] for row in indices]
         return cls(queries, neighbors=neighbors, distances=distances, indices=indices)
 
     def plot(self, ax: Any = None) -> "NeighborsDisplay":
@@ -200,12 +213,15 @@ class NeighborsDisplay:
         for row, query, neighbors, distances in zip(
             self.axes_, self.queries, self.neighbors, self.distances, strict=True
         ):
-            for axis, picture in zip(row, [query, *neighbors], strict=True):
-                axis.imshow(picture)
+            for axis in row:
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
+            row[0].imshow(query)
             row[0].spines[:].set(visible=True, color=BLUE, linewidth=3)
-            for axis, distance in zip(row[1:], distances, strict=True):
+            for axis, picture, distance in zip(row[1:], neighbors, distances, strict=True):
+                if picture is None:
+                    continue
+                axis.imshow(picture)
                 # Rounded, since duplicates are rarely at exactly zero.
                 axis.set_title(f"{round(distance, 6):.3g}", fontsize="medium", pad=3)
         self.axes_[0, 0].set_title("query", fontsize="medium", pad=3, color=BLUE)
@@ -214,15 +230,21 @@ class NeighborsDisplay:
 
 def _as_indices(queries: Any, count: int) -> NDArray[np.intp] | None:
     """Return queries as indices, or None if they are images."""
-    is_index = [isinstance(query, numbers.Integral) for query in queries]
-    if not is_index:
-        raise ValueError("queries must not be empty.")
-    if not all(is_index):
+    # Not any sequence: a dataset would open its images to tell that they are no indices.
+    if isinstance(queries, (list, tuple, range)):
+        is_index = [isinstance(query, numbers.Integral) for query in queries]
+        if not all(is_index) or not is_index:
+            return None
+    elif not (np.ndim(queries) == 1 and getattr(queries, "dtype", None) is not None):
         return None
-    wrong = [query for query in queries if not 0 <= query < count]
-    if wrong:
-        raise ValueError(f"queries must be indices from 0 to {count - 1}, or images; got {wrong}.")
-    return np.asarray(queries, dtype=np.intp)
+    indices = np.asarray(queries)
+    if indices.dtype.kind in "OUS":  # images in an array or a Series
+        return None
+    if indices.dtype.kind not in "iu" or not ((indices >= 0) & (indices < count)).all():
+        raise ValueError(
+            f"queries must be indices from 0 to {count - 1}, or images; got {indices.tolist()}."
+        )
+    return indices.astype(np.intp)
 
 
 def _leave_out(

@@ -9,10 +9,18 @@ from .._images.records import as_records
 
 
 def open_pictures(
-    images: Any, indices: Iterable[int] | None = None, *, side: int | None = None
+    images: Any,
+    indices: Iterable[int] | None = None,
+    *,
+    side: int | None = None,
+    name: str = "X",
+    image_shape: tuple[int, ...] | None = None,
 ) -> list[Image.Image]:
-    """Open images, or those with some indices, as RGB; the longer side is at most `side` pixels."""
-    records = as_records(images)
+    """Open images, or those with some indices, as RGB; the longer side is at most `side` pixels.
+
+    Errors call them `name`.
+    """
+    records = as_records(images, image_shape, input_name=name)
     pictures = []
     for index in range(len(records)) if indices is None else indices:
         picture = Image.fromarray(records[index].open())

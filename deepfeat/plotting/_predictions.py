@@ -11,6 +11,7 @@ from sklearn.utils.validation import check_is_fitted
 from deepfeat import predict_categories
 
 from ._axes import GREEN, SKY, VERMILION, find_pairs
+from ._checks import check_count
 from ._pictures import open_pictures
 
 
@@ -149,8 +150,8 @@ class PredictionDisplay:
         TypeError
             If it has no `predict_proba`.
         ValueError
-            If `y_true` has another length or holds a class that the classifier does not know, or
-            an image cannot be read.
+            If `y_true` has another length or holds a class that the classifier does not know, the
+            classifier predicts several labels per image, or an image cannot be read.
         """
         check_is_fitted(estimator)
         if not hasattr(estimator, "predict_proba"):
@@ -159,12 +160,20 @@ class PredictionDisplay:
                 "classifier with probabilities, such as LogisticRegression, or wrap it in "
                 "CalibratedClassifierCV."
             )
-        probabilities = estimator.predict_proba(images)
+        check_count("top", top)
+        if max_images is not None:
+            check_count("max_images", max_images)
+        probabilities = np.asarray(estimator.predict_proba(images))
+        classes = np.asarray(estimator.classes_)
+        if probabilities.ndim != 2 or classes.shape != probabilities.shape[1:]:
+            raise ValueError(
+                f"estimator must predict one class per image; {type(estimator).__name__} predicts "
+                "several labels."
+            )
         shown, truth = np.arange(len(probabilities)), None
         if y_true is not None:
-            truth = _find_classes(estimator.classes_, y_true, len(probabilities))
-            losses = -probabilities[np.arange(len(truth)), truth]
-            shown = np.argsort(losses, kind="stable")[::-1]
+            truth = _find_classes(classes, y_true, len(probabilities))
+            shown = np.argsort(probabilities[np.arange(len(truth)), truth], kind="stable")
             max_images = 12 if max_images is None else max_images
         shown = shown[:max_images]
         predictions = []
@@ -173,9 +182,9 @@ class PredictionDisplay:
             order = np.argsort(-row, kind="stable")[:top].tolist()
             if truth is not None and truth[index] not in order:
                 order.append(truth[index])
-            predictions.append([(estimator.classes_[k], float(row[k])) for k in order])
-        classes = None if truth is None else estimator.classes_[truth[shown]]
-        display = cls(open_pictures(images, shown), predictions=predictions, y_true=classes)
+            predictions.append([(classes[k], float(row[k])) for k in order])
+        truths = None if truth is None else list(classes[truth[shown]])
+        display = cls(open_pictures(images, shown), predictions=predictions, y_true=truths)
         return display.plot(ax, n_cols=n_cols)
 
     @classmethod
@@ -247,7 +256,7 @@ class PredictionDisplay:
             if truth is not None:
                 is_right = pairs[0][0] == truth
                 color = GREEN if is_right else VERMILION
-                left.set_title(f"true: {truth}", fontsize="medium", color=color)
+                left.set_title(f"true: {truth}", fontsize="medium", color=color, parse_math=False)
             _draw_bars(right, pairs, truth)
         return self
 
@@ -274,7 +283,8 @@ def _draw_bars(axis: Any, pairs: Sequence[tuple[Any, float]], truth: Any) -> Non
     axis.set_xlim(0, 1)
     axis.set_ylim(len(pairs) - 0.4, -0.6)
     # On the bars instead of to their left, where long names would leave no space for the image.
-    axis.set_yticks(indices, [_label(*pair) for pair in pairs], ha="left", fontsize="small")
+    labels = [_label(*pair) for pair in pairs]
+    axis.set_yticks(indices, labels, ha="left", fontsize="small", parse_math=False)
     axis.tick_params(axis="y", length=0, pad=-4)
     axis.set_xticks([])
     axis.spines[["top", "right", "bottom"]].set_visible(False)

@@ -79,7 +79,7 @@ class SaliencyDisplay:
         images: Any,
         *,
         target: Any = None,
-        layer: str | None = None,
+        layer: str | int | None = None,
         ax: Any = None,
         n_cols: int = 2,
     ) -> "SaliencyDisplay":
@@ -90,11 +90,11 @@ class SaliencyDisplay:
         estimator : FineTuneClassifier
             A fitted classifier. It is not changed.
         images : sequence or array of n images
-            As for the classifier, except for flattened rows.
+            As for the classifier.
         target : class label, default=None
-            The class to look for, one of the classifier's `classes_`; by default the most probable
-            class of each image.
-        layer : str, default=None
+            The class to look for in all images, one of the classifier's `classes_`; by default the
+            most probable class of each image.
+        layer : str or int, default=None
             A layer that returns maps, one of `list_layers`; by default the last one whose output
             has positions.
         ax : matplotlib Axes or sequence of Axes, default=None
@@ -119,13 +119,15 @@ class SaliencyDisplay:
         """
         if not isinstance(estimator, FineTuneClassifier):
             raise TypeError(
-                f"estimator must be a FineTuneClassifier; got {type(estimator).__name__}."
+                f"estimator must be a FineTuneClassifier; got {type(estimator).__name__}. Of a "
+                "search, pass best_estimator_."
             )
         check_is_fitted(estimator)
         probabilities = estimator.predict_proba(images)
         chosen = _find_targets(estimator.classes_, probabilities, target)
-        extractor = estimator.to_extractor().set_params(device="cpu", precision="float32")
-        maps = _compute_maps(extractor, open_pictures(images), chosen, layer)
+        extractor = estimator.to_extractor()
+        pictures = open_pictures(images, image_shape=estimator.image_shape)
+        maps = _compute_maps(extractor, pictures, chosen, layer)
         titles = [
             f"{estimator.classes_[k]}  {row[k]:.0%}"
             for k, row in zip(chosen, probabilities, strict=True)
@@ -176,7 +178,7 @@ class SaliencyDisplay:
                 vmax=values.max() or 1,
                 interpolation="bilinear",
             )
-            left.set_title(title, fontsize="medium", loc="left")
+            left.set_title(title, fontsize="medium", loc="left", parse_math=False)
         return self
 
 
@@ -186,8 +188,8 @@ def _find_targets(
     """Return the index of the class to look for in each image."""
     if target is None:
         return np.asarray(probabilities.argmax(axis=1))
-    (found,) = np.nonzero(classes == target)
-    if len(found) != 1:
+    found = np.flatnonzero([name == target for name in classes.tolist()])
+    if np.ndim(target) or len(found) != 1:
         raise ValueError(f"target must be one of {classes.tolist()}; got {target!r}.")
     return np.repeat(found, len(probabilities))
 
@@ -196,19 +198,27 @@ def _compute_maps(
     extractor: DeepFeatureExtractor,
     pictures: Sequence[Image.Image],
     targets: NDArray[np.intp],
-    layer: str | None,
+    layer: str | int | None,
 ) -> NDArray[np.float32]:
     """Compute Grad-CAM of each picture, for the network that an extractor has to itself."""
     captum = import_optional("captum.attr", extra="plot")
     network: Any = extractor.backbone
     prepare: Any = extractor.preprocessing
     name, module, shape = _find_layer(network, prepare, layer)
+    calls: list[None] = []
+    module.register_forward_hook(lambda *_: calls.append(None))
     cam = captum.LayerGradCam(network.eval(), module)
     maps = []
     for picture, target in zip(pictures, targets, strict=True):
         attributed = cam.attribute(
             prepare(picture)[None].requires_grad_(), int(target), relu_attributions=True
         )
+        if len(calls) > 1:
+            raise ValueError(
+                f"layer must be a module that is called once; {name!r} of "
+                f"{type(network).__name__} is called {len(calls)} times."
+            )
+        calls.clear()
         if tuple(attributed.shape[2:]) != shape:
             raise ValueError(
                 f"layer must return maps with their channels first; {name!r} of "
@@ -218,11 +228,15 @@ def _compute_maps(
     return np.stack(maps)
 
 
-def _find_layer(network: Any, prepare: Any, layer: str | None) -> tuple[str, Any, tuple[int, ...]]:
+def _find_layer(
+    network: Any, prepare: Any, layer: str | int | None
+) -> tuple[str, Any, tuple[int, ...]]:
     """Return a layer's name and module, and the height and width of its maps."""
     table = list_layers(network, preprocessing=prepare)
     if layer is None:
-        row = [row for row in table if math.prod(row.output_shape[1:]) > 1][-1]
+        row = [table[0], *(row for row in table if math.prod(row.output_shape[1:]) > 1)][-1]
+    elif isinstance(layer, int):
+        row = table[layer]
     else:
         found = [row for row in table if layer in (row.name, *row.aliases)]
         if not found:

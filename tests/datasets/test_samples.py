@@ -64,3 +64,20 @@ def test_the_photographs_are_the_same_everywhere(photos, tmp_path):
     for first, second in itertools.zip_longest(photos.data, again.data):
         with open(first, "rb") as one, open(second, "rb") as other:
             assert one.read() == other.read()
+
+
+def test_an_interruption_leaves_nothing_behind(tmp_path, monkeypatch):
+    """A part of the folder would pass for the whole."""
+    save, saved = Image.Image.save, []
+
+    def interrupt(self, *args, **kwargs):
+        saved.append(args)
+        if len(saved) == 50:
+            raise KeyboardInterrupt
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_sample_folder(tmp_path / "photos")
+    assert not list(tmp_path.iterdir())
+    assert len(load_image_folder(write_sample_folder(tmp_path / "photos")).data) == 126

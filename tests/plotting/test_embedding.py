@@ -1,6 +1,7 @@
 """EmbeddingDisplay: points, thumbnails and colours, compared with what was passed."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import colors, offsetbox
 from matplotlib import pyplot as plt
@@ -86,7 +87,7 @@ def test_classes_have_colours_and_a_legend(images, grid, n_classes):
     found = [handle.get_facecolor()[0] for handle in legend.legend_handles]
     point_colors = display.points_.get_facecolors()
     assert_allclose(point_colors, [found[names.index(name)] for name in y])
-    assert len(np.unique(found, axis=0)) == min(n_classes, 20)
+    assert len(np.unique(found, axis=0)) == n_classes
 
 
 def test_values_have_a_colour_bar(images, grid):
@@ -129,3 +130,70 @@ def test_other_shapes_are_refused(images, embedding, params, message):
     """The error says what was expected and what came."""
     with pytest.raises(ValueError, match=message):
         EmbeddingDisplay.from_embedding(images, embedding, **params)
+
+
+def test_frames_have_the_colours_of_their_points(images, grid):
+    """By class."""
+    y = np.array(["a", "b"])[np.arange(100) % 2]
+    display = EmbeddingDisplay.from_embedding(images, grid, y=y, max_thumbnails=20)
+    frames = [box.patch.get_edgecolor() for box in display.ax_.findobj(offsetbox.AnnotationBbox)]
+    expected = display.points_.get_facecolors()[list(display.thumbnails)]
+    assert len(np.unique(expected, axis=0)) == 2
+    assert_allclose(frames, expected)
+
+
+@pytest.mark.parametrize("missing", [np.nan, None])
+def test_images_without_a_class_or_value_are_grey(images, grid, missing):
+    """The others have colours as without them."""
+    values = np.arange(100.0).astype(object if missing is None else float)
+    names = np.array([f"class {k % 3}" for k in range(100)], dtype=object)
+    for y in (values, names):
+        y[[0, 7]] = missing
+        display = EmbeddingDisplay.from_embedding(images, grid, y=y, max_thumbnails=0)
+        found = display.points_.get_facecolors()
+        assert len({*found[0, :3], *found[7, :3]}) == 1
+        assert len(np.unique(found, axis=0)) == 1 + len(set(y[1:7]) | set(y[8:]))
+        plt.close("all")
+
+
+def test_many_different_ints_are_values(images, grid):
+    """A legend of a hundred entries would not fit; twenty are classes."""
+    values = EmbeddingDisplay.from_embedding(images, grid, y=np.arange(100))
+    assert len(values.figure_.axes) == 2
+    classes = EmbeddingDisplay.from_embedding(images, grid, y=np.arange(100) % 20)
+    assert len(classes.ax_.get_legend().get_texts()) == 20
+
+
+def test_any_name_is_shown_as_it_is(images, grid):
+    """Neither are underscores hidden nor dollars read as mathematics."""
+    names = ["_background", "$10_", "$20_$"]
+    y = np.array(names)[np.arange(100) % 3]
+    display = EmbeddingDisplay.from_embedding(images, grid, y=y, max_thumbnails=0)
+    display.figure_.canvas.draw()
+    shown = [text.get_text() for text in display.ax_.get_legend().get_texts()]
+    assert [name.lstrip("\N{ZERO WIDTH SPACE}") for name in shown] == sorted(names)
+
+
+def test_thumbnails_and_classes_can_be_passed_with_an_extractor(images, grid):
+    """As for `from_embedding`; features may be a DataFrame."""
+    _, ax = plt.subplots()
+    flat = FunctionTransformer(lambda images: pd.DataFrame(flatten(images)))
+    display = EmbeddingDisplay.from_extractor(
+        flat, images, y=np.arange(100) % 2, max_thumbnails=5, ax=ax
+    )
+    assert display.ax_ is ax
+    assert len(display.thumbnails) == 5
+    assert len(display.ax_.get_legend().get_texts()) == 2
+
+
+@pytest.mark.parametrize("count", [-1, None, 2.5])
+def test_the_number_of_thumbnails_is_a_count(images, grid, count):
+    """Of at least zero."""
+    with pytest.raises(ValueError, match=r"^max_thumbnails must be an int of at least 0; got "):
+        EmbeddingDisplay.from_embedding(images, grid, max_thumbnails=count)
+
+
+def test_no_images_are_refused():
+    """The error says so."""
+    with pytest.raises(ValueError, match=r"^X is empty"):
+        EmbeddingDisplay.from_embedding([], np.zeros((0, 2)))

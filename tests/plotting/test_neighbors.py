@@ -1,7 +1,9 @@
 """NeighborsDisplay: neighbours and distances, compared with those computed by hand."""
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from scipy.spatial.distance import cdist
@@ -76,8 +78,8 @@ def test_queries_may_be_other_images(pixels, images, tmp_path):
 @pytest.mark.parametrize(
     ("queries", "message"),
     [
-        ([], r"^queries must not be empty\.$"),
-        ([0, 100], r"^queries must be indices from 0 to 99, or images; got \[100\]\.$"),
+        ([], r"^X is empty: at least one image is needed\.$"),
+        ([0, 100], r"^queries must be indices from 0 to 99, or images; got \[0, 100\]\.$"),
         ([-1], r"^queries must be indices from 0 to 99, or images; got \[-1\]\.$"),
     ],
 )
@@ -88,8 +90,9 @@ def test_bad_queries_are_refused(pixels, images, queries, message):
 
 
 def test_more_neighbours_than_images_are_refused(pixels, images):
-    """By scikit-learn."""
-    with pytest.raises(ValueError, match="n_neighbors"):
+    """An image is not its own neighbour."""
+    message = r"^n_neighbors must be at most 2, the number of other images; got 3\.$"
+    with pytest.raises(ValueError, match=message):
         NeighborsDisplay.from_extractor(pixels, images[:3], [0], n_neighbors=3)
 
 
@@ -98,3 +101,65 @@ def test_neighbours_of_another_shape_are_refused(images, indices):
     """Distances and indices have one row per query."""
     with pytest.raises(ValueError, match=r"^distances and indices must both have shape \(1, k\)"):
         NeighborsDisplay.from_neighbors(images[:1], images, [[0.1]], indices)
+
+
+@pytest.mark.parametrize(
+    "queries",
+    [(3, 50), np.array([3, 50]), torch.tensor([3, 50]), pd.Series([3, 50]), range(3, 51, 47)],
+    ids=["tuple", "array", "tensor", "Series", "range"],
+)
+def test_indices_may_be_any_sequence_of_ints(pixels, images, queries):
+    """All are read as indices, and not as images."""
+    display = NeighborsDisplay.from_extractor(pixels, images, queries, n_neighbors=1)
+    expected = NeighborsDisplay.from_extractor(pixels, images, [3, 50], n_neighbors=1)
+    assert_array_equal(display.indices, expected.indices)
+
+
+@pytest.mark.parametrize("queries", [np.array([True] * 100), np.array([3.0, 5.0])])
+def test_masks_and_floats_are_no_indices(pixels, images, queries):
+    """A mask would be read as the indices 0 and 1."""
+    with pytest.raises(ValueError, match=r"^queries must be indices from 0 to 99, or images"):
+        NeighborsDisplay.from_extractor(pixels, images, queries)
+
+
+def test_features_may_come_as_a_dataframe(pixels, images):
+    """As with `set_output`."""
+    expected = NeighborsDisplay.from_extractor(pixels, images, [3, 50])
+    frames = FunctionTransformer(lambda images: pd.DataFrame(flatten(images)))
+    display = NeighborsDisplay.from_extractor(frames, images, [3, 50])
+    assert_array_equal(display.indices, expected.indices)
+
+
+def test_images_without_features_are_named(images):
+    """NaN has no neighbours."""
+    with_nan = FunctionTransformer(lambda X: np.where(np.arange(len(X))[:, None] == 4, np.nan, 1))
+    with pytest.raises(ValueError, match=r"those of images \[4\] are not\."):
+        NeighborsDisplay.from_extractor(with_nan, images, [0])
+
+
+def test_a_missing_neighbour_leaves_its_axes_empty(images):
+    """-1 is FAISS's sign of fewer neighbours than were asked for, and not the last image."""
+    display = NeighborsDisplay.from_neighbors(images[:1], images, [[0.1, 3.4e38]], [[3, -1]])
+    assert len(display.axes_[0, 1].images) == 1
+    assert not display.axes_[0, 2].images
+    assert display.axes_[0, 2].get_title() == ""
+
+
+@pytest.mark.parametrize("indices", [[[100]], [[-2]], [[0.5]]])
+def test_indices_of_no_image_are_refused(images, indices):
+    """The error says which there are."""
+    with pytest.raises(ValueError, match=r"^indices must be ints from 0 to 99, or -1; got "):
+        NeighborsDisplay.from_neighbors(images[:1], images, [[0.1]], indices)
+
+
+def test_only_the_neighbours_are_opened(images, tmp_path):
+    """Of a million images, few are found."""
+    mixed = [images[i] if i in (3, 5) else tmp_path / "missing.png" for i in range(10)]
+    NeighborsDisplay.from_neighbors(images[:1], mixed, [[0.1, 0.2]], [[3, 5]])
+
+
+@pytest.mark.parametrize("n_neighbors", [0, -1, 2.5, True])
+def test_the_number_of_neighbours_is_a_count(pixels, images, n_neighbors):
+    """At least one."""
+    with pytest.raises(ValueError, match=r"^n_neighbors must be an int of at least 1; got "):
+        NeighborsDisplay.from_extractor(pixels, images, [0], n_neighbors=n_neighbors)

@@ -5,8 +5,10 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
+from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import LinearSVC
@@ -70,6 +72,50 @@ def test_a_dozen_of_many_labelled_images_is_shown(digits, classifier):
     unlabelled = PredictionDisplay.from_estimator(classifier, digits[0][:14])
     assert len(unlabelled.axes_) == 14
     assert len(PredictionDisplay.from_estimator(classifier, digits[0], max_images=3).axes_) == 3
+
+
+def test_the_order_of_the_classes_does_not_matter(digits):
+    """A classifier may have its classes in any order; equal probabilities keep that of images."""
+
+    class Fixed(BaseEstimator):
+        def fit(self, X, y):
+            self.classes_ = ["z", "a", "m"]
+            return self
+
+        def predict_proba(self, X):
+            return [[0.2, 0.7, 0.1], [0.2, 0.7, 0.1], [0.9, 0.05, 0.05]]
+
+    display = PredictionDisplay.from_estimator(
+        Fixed().fit([], []), digits[0][:3], y_true=["m", "m", "z"]
+    )
+    for number, (left, right) in enumerate(display.axes_):
+        assert_allclose(left.images[0].get_array()[..., 0], digits[0][number] * 255, atol=1)
+        widths = [bar.get_width() for bar in right.patches]
+        assert widths == sorted([[0.2, 0.7, 0.1], [0.9, 0.05, 0.05]][number == 2], reverse=True)
+    titles = [left.title.get_color() for left, _ in display.axes_]
+    assert titles[0] == titles[1] != titles[2]  # two are wrong, one is right
+
+
+def test_several_labels_per_image_are_refused(digits):
+    """They have no single true class."""
+    y = np.stack([digits[1] == "digit 0", digits[1] == "digit 1"], axis=1)
+    flat = FunctionTransformer(lambda images: np.asarray(images).reshape(len(images), -1))
+    several = make_pipeline(flat, KNeighborsClassifier()).fit(digits[0], y)
+    with pytest.raises(ValueError, match=r"^estimator must predict one class per image; Pipeline"):
+        PredictionDisplay.from_estimator(several, digits[0][:3])
+
+
+@pytest.mark.parametrize("name", ["max_images", "top", "n_cols"])
+def test_counts_are_at_least_one(digits, classifier, name):
+    """Zero and negative numbers would drop images without a word."""
+    with pytest.raises(ValueError, match=rf"^{name} must be an int of at least 1; got 0\.$"):
+        PredictionDisplay.from_estimator(classifier, digits[0][:3], **{name: 0})
+
+
+def test_class_names_are_not_read_as_mathematics(photograph):
+    """Dollars and underscores are shown."""
+    display = PredictionDisplay.from_predictions([photograph], [[("$\\frac$", 0.5)]])
+    display.figure_.canvas.draw()
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from numpy.testing import assert_allclose
 from PIL import Image
 from sklearn.exceptions import NotFittedError
 from sklearn.svm import LinearSVC
+from torch import nn
 from torchvision import models
 
-from deepfeat import FineTuneClassifier
+from deepfeat import FineTuneClassifier, list_layers
 from deepfeat.plotting import SaliencyDisplay
 
 
@@ -37,7 +38,7 @@ def classifier(request, images, classes):
         weights=None,
         unfreeze=None,
         image_size=64,
-        max_epochs=1,
+        max_epochs=20,
         head_epochs=0,
         random_state=0,
     )
@@ -83,6 +84,7 @@ def test_maps_are_those_of_grad_cam(classifier, images):
     """Of the last layer with positions, for the most probable class of each image."""
     display = SaliencyDisplay.from_estimator(classifier, images[:5])
     targets = classifier.predict_proba(images[:5]).argmax(axis=1)
+    assert len(set(targets)) > 1
     for image, target, found in zip(images, targets, display.maps, strict=False):
         expected = compute_by_hand(classifier, image, target, LAST[classifier.backbone])
         assert_allclose(found, expected, atol=0.1 * expected.max())
@@ -156,3 +158,49 @@ def test_other_estimators_are_refused(images):
         SaliencyDisplay.from_estimator(LinearSVC(), images)
     with pytest.raises(NotFittedError):
         SaliencyDisplay.from_estimator(FineTuneClassifier(), images)
+
+
+def test_a_layer_may_be_an_index(resnet, images):
+    """Into the table of layers, as for an extractor."""
+    table = [row.name for row in list_layers("resnet18", image_size=64)]
+    by_index = SaliencyDisplay.from_estimator(resnet, images[:2], layer=table.index("layer2.1"))
+    by_name = SaliencyDisplay.from_estimator(resnet, images[:2], layer="layer2.1")
+    assert_allclose(by_index.maps, by_name.maps)
+
+
+def test_a_module_that_is_called_twice_is_refused(images, classes):
+    """Which of its outputs is meant is unclear, and Captum would take the last."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.relu, self.fc = nn.ReLU(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            maps = self.relu(self.second(self.relu(self.first(x))))
+            return self.fc(maps.mean((2, 3)))
+
+    made = FineTuneClassifier(
+        Twice(), preprocessing=preprocess, unfreeze="all", max_epochs=1, head_epochs=0
+    )
+    made.fit(images, classes)
+    with pytest.raises(ValueError, match=r"^layer must be a module that is called once; 'relu'"):
+        SaliencyDisplay.from_estimator(made, images[:1], layer="relu")
+    assert SaliencyDisplay.from_estimator(made, images[:1], layer="second").maps.shape[0] == 1
+
+
+def preprocess(image):
+    return torch.from_numpy(np.array(image.resize((64, 64)))).permute(2, 0, 1) / 255
+
+
+def test_rows_of_a_table_are_images_too(images, classes):
+    """As for the classifier, if it has an `image_shape`."""
+    params = {"weights": None, "image_size": 64, "max_epochs": 1, "head_epochs": 0}
+    made = FineTuneClassifier(
+        "resnet18", unfreeze=None, random_state=0, image_shape=(64, 64, 3), **params
+    )
+    rows = images.reshape(len(images), -1)
+    made.fit(rows, classes)
+    display = SaliencyDisplay.from_estimator(made, rows[:2])
+    assert_allclose(np.asarray(display.images[0]).shape, (64, 64, 3))

@@ -54,6 +54,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": r"/(plot_|quickstart)",
+    "within_subsection_order": "gallery_order.GalleryOrder",
     "show_memory": False,
     "remove_config_comments": True,
     "download_all_examples": False,

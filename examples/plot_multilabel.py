@@ -78,7 +78,7 @@ linear = make_pipeline(
     StandardScaler(),
     OneVsRestClassifier(LogisticRegression(C=0.1, max_iter=1000)),
 )
-linear.fit(train, y_train)
+_ = linear.fit(train, y_train)
 
 # %%
 # Fine-tuning
@@ -96,7 +96,7 @@ fine_tuned = FineTuneClassifier(
     image_size=64,
     random_state=0,
 )
-fine_tuned.fit(train, y_train)
+_ = fine_tuned.fit(train, y_train)
 
 # %%
 # Comparison

@@ -8,8 +8,6 @@ confusion matrix, and the same task by fine-tuning. It takes about a minute and 
 For photographs, use a larger network such as ``"resnet50"``; its weights are downloaded once.
 """
 
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 from sklearn.datasets import load_digits
 from sklearn.metrics import ConfusionMatrixDisplay
@@ -55,7 +53,7 @@ ConfusionMatrixDisplay.from_estimator(search, test, y_test, cmap="Blues", colorb
 plt.title("Features and a linear classifier")
 plt.tight_layout()
 plt.savefig("confusion_matrix.png", dpi=150)
-print(f"confusion matrix:             {Path('confusion_matrix.png').resolve()}")
+print("confusion matrix:             confusion_matrix.png")
 
 # %%
 # Fine-tuning

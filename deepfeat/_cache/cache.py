@@ -38,9 +38,12 @@ class CacheInfo:
     bytes : int
         Size of their values, without keys and the overhead of the file.
     namespaces : int
-        Number of namespaces with at least one row.
+        Number of namespaces with at least one row: one per network, preprocessing, layer, pooling,
+        precision and engine.
     hits, misses : int
-        Number of images that this process has found and not found.
+        Number of rows that this process has looked for and found, or not found. Each layer and each
+        pooling of an image is a row, so a list of them counts an image several times, although it
+        goes through the network once.
     """
 
     rows: int

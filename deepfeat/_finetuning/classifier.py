@@ -206,7 +206,8 @@ class FineTuneClassifier(ClassifierMixin, CallbackSupport, Representation):
     n_iter_ : int
         Number of epochs.
     best_validation_score_ : float or None
-        Best validation score of the last `fit`; None without validation images.
+        Best validation score of the last `fit`, of the epochs after those of the head alone; None
+        without validation images.
     n_features_in_ : int
         Number of columns of X, if X was a table.
     feature_names_in_ : ndarray of str

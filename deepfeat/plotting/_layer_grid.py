@@ -27,6 +27,8 @@ class LayerGridDisplay:
         Row and column of the best candidate.
     score_name : str, default="score"
         Name of the score.
+    others : sequence of str, default=()
+        Names of the other parameters that were searched, of whose values a cell has the best.
 
     Attributes
     ----------
@@ -74,12 +76,14 @@ class LayerGridDisplay:
         C: Sequence[float],
         best: tuple[int, int],
         score_name: str = "score",
+        others: Sequence[str] = (),
     ):
         self.scores = scores
         self.layers = layers
         self.C = C
         self.best = best
         self.score_name = score_name
+        self.others = others
 
     @classmethod
     def from_search(
@@ -155,6 +159,7 @@ class LayerGridDisplay:
             C=Cs,
             best=(layers.index(best[0]), Cs.index(best[1])),
             score_name=score_name,
+            others=_find_others(candidates, layer_param, C_param),
         )
         return display.plot(ax, cmap=cmap, values_format=values_format, colorbar=colorbar)
 
@@ -207,6 +212,8 @@ class LayerGridDisplay:
         self.ax_.set_yticks(range(n_layers), self.layers)
         self.ax_.set(xlabel="C", ylabel="layer")
         label = "mean test " + self.score_name.removeprefix("neg_").replace("_", " ")
+        if self.others:
+            label += "\n(best " + " and ".join(self.others) + ")"
         if colorbar:
             self.figure_.colorbar(self.im_, ax=self.ax_, label=label)
         else:
@@ -237,6 +244,16 @@ def _check_results(search: Any) -> Mapping[str, Any]:
     raise TypeError(
         f"search must be a fitted search such as GridSearchCV; got {type(search).__name__}."
     )
+
+
+def _find_others(candidates: Sequence[Mapping[str, Any]], *known: str) -> list[str]:
+    """Return the short names of parameters that differ between candidates, except those known."""
+    names = dict.fromkeys(name for params in candidates for name in params if name not in known)
+    return [
+        name.rpartition("__")[2]
+        for name in names
+        if len({repr(params.get(name)) for params in candidates}) > 1
+    ]
 
 
 def _find_score(search: Any, score_name: str | None) -> str:

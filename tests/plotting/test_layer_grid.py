@@ -72,6 +72,7 @@ def test_the_heat_map_holds_the_mean_scores(search):
         assert_allclose([line.get_ydata().mean(), line.get_xdata().mean()], cell, atol=0.2)
     written = [[text.get_text() for text in row] for row in display.text_]
     assert written == [[f"{score:.3f}" for score in row] for row in expected]
+    assert display.figure_.axes[1].get_ylabel() == "mean test score"
 
 
 def test_a_cell_has_the_best_score_over_other_parameters():
@@ -81,6 +82,7 @@ def test_a_cell_has_the_best_score_over_other_parameters():
     display = LayerGridDisplay.from_search(make_search(params, scores))
     assert_array_equal(display.scores, [[0.5, 0.3], [0.9, 0.8]])
     assert display.best == (1, 0)
+    assert display.figure_.axes[1].get_ylabel() == "mean test score\n(best norm)"
 
 
 def test_a_cell_without_a_candidate_is_empty():

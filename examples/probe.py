@@ -10,11 +10,11 @@ for a folder of images with one folder per class, and prints a table::
 The choices are those of DINOv2's own evaluation (Oquab et al., 2023): of a transformer the class
 token of the last block or of the last four, with and without the mean of the patches, scaled to
 unit length. C is searched from 0.01 to 10,000; DINOv2's range is wider. Of a convolutional network,
-the last layer with maps, or the last two stages, with their means, their maxima or both. C is chosen
-by cross-validation on three quarters of the images; the others test the best candidate of each
-backbone. Each image goes through a network once or twice, whatever the number of candidates; with
-many images, fitting the regressions takes longer (five minutes for 900 photographs, 15 classes and
-two networks on two cores), and ``--jobs`` with a folder as ``--cache`` shares the work.
+the last layer with maps, or the last two stages, with their means, their maxima or both. C is
+chosen by cross-validation on three quarters of the images; the others test the best candidate of
+each backbone. Each image goes through a network once or twice, whatever the number of candidates;
+with many images, fitting the regressions takes longer (five minutes for 900 photographs, 15 classes
+and two networks on two cores), and ``--jobs`` with a folder as ``--cache`` shares the work.
 
 Without arguments, the script tries itself on a few small photographs and the network that comes
 with deepfeat.

@@ -33,7 +33,7 @@ class EmbeddingDisplay:
         Coordinates of the images.
     thumbnails : dict of int to PIL image
         Thumbnails, by the index of their image.
-    y : ndarray of shape (n,) or None
+    y : ndarray of shape (n,), default=None
         Classes of the images, or values, by which points and frames are coloured.
 
     Attributes

@@ -27,7 +27,7 @@ class PredictionDisplay:
         The images.
     predictions : list of n lists of pairs (str, float)
         Class names with probabilities for each image, from top to bottom.
-    y_true : sequence of n class names or None
+    y_true : sequence of n class names, default=None
         The class that each image belongs to, if known.
 
     Attributes

@@ -4,9 +4,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from PIL import Image
-from sklearn.datasets import load_sample_images
-
 SIDE = 48  # pixels
 
 # Regions of scikit-learn's two photographs that show one thing only, as left, top, right, bottom.
@@ -72,6 +69,10 @@ def write_sample_folder(root: str | os.PathLike[str]) -> Path:
 
 
 def _write(root: Path) -> None:
+    # Here, since those who only list folders need neither.
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     for name, regions in _REGIONS.items():
         folder = root / name

@@ -127,8 +127,7 @@ class NeighborsDisplay:
         search = NearestNeighbors(metric=metric).fit(rows)
         if chosen is None:
             pictures = open_pictures(queries, side=_SIDE, name="queries")
-            found = search.kneighbors(extract_rows(extractor, queries), n_neighbors)
-            distances, indices = found
+            distances, indices = search.kneighbors(extract_rows(extractor, queries), n_neighbors)
         else:
             pictures = open_pictures(images, chosen, side=_SIDE)
             found = search.kneighbors(rows[chosen], n_neighbors + 1)

@@ -132,7 +132,7 @@ class SaliencyDisplay:
             f"{estimator.classes_[k]}  {row[k]:.0%}"
             for k, row in zip(chosen, probabilities, strict=True)
         ]
-        return cls(extractor.preview(images), maps=maps, titles=titles).plot(ax, n_cols=n_cols)
+        return cls(extractor.preview(pictures), maps=maps, titles=titles).plot(ax, n_cols=n_cols)
 
     def plot(
         self, ax: Any = None, *, n_cols: int = 2, cmap: str = "inferno", alpha: float = 0.5
